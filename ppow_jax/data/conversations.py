@@ -1,0 +1,106 @@
+"""Conversations: token ids, which of them the target wrote, and where they came from."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+
+from ppow_jax.data.builtin import Prompt
+from ppow_jax.data.prompts import read_jsonl
+from ppow_jax.errors import UserError
+from ppow_jax.models.tokenizer import Tokenizer
+
+_SAMPLE = 64  # imported rows whose ids are decoded and encoded again
+_ROUND_TRIPS = 0.5  # share of them that must come back; text of this tokenizer: about 0.97
+
+
+@dataclasses.dataclass
+class Conversation:
+    """A dialogue as it grows: all ids so far and a mask of those that the target wrote."""
+
+    prompt: Prompt
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    assistant: list[bool] = dataclasses.field(default_factory=list)
+
+    def ask(self, tokenizer: Tokenizer, turn: int) -> None:
+        """Appends the user's message number `turn` and the template around it."""
+        message = self.prompt.turns[turn]
+        if turn == 0:
+            ids = tokenizer.first_turn(message)
+        else:
+            ids = tokenizer.next_turn(message)
+            if self.tokens[-1] == ids[0]:  # the response ended with the end-of-turn token itself
+                ids = ids[1:]
+        self.tokens += ids
+        self.assistant += [False] * len(ids)
+
+    def answer(self, ids: list[int]) -> None:
+        """Appends what the target wrote, its end-of-turn token included."""
+        self.tokens += ids
+        self.assistant += [True] * len(ids)
+
+    def record(self) -> dict[str, Any]:
+        """The form in which conversations are stored."""
+        return {
+            "id": self.prompt.id,
+            "category": self.prompt.category,
+            "tokens": np.asarray(self.tokens, np.int32),
+            "assistant": np.asarray(self.assistant, np.uint8),
+        }
+
+
+def spans(assistant_T: np.ndarray) -> list[tuple[int, int]]:
+    """[start, end) of every run of the target's own tokens."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], assistant_T.astype(np.int8), [0]])))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def import_responses(path: str, tokenizer: Tokenizer, vocab_size: int) -> list[Conversation]:
+    """Conversations from a JSONL file with `turns`, `response_ids` and, optionally, `finished`.
+
+    `response_ids` holds one list of ids a turn, the end-of-turn token left out; `finished` says
+    whether that token followed. Turns beyond the responses are dropped.
+
+    Raises:
+      UserError: missing or malformed fields, ids outside the vocabulary, or ids of another tokenizer.
+    """
+    key = "respond.responses"
+    conversations = []
+    for number, row in enumerate(read_jsonl(path, key), 1):
+        responses = row.get("response_ids")
+        if not isinstance(responses, list) or not responses or not isinstance(row.get("turns"), list):
+            raise UserError(f"{path}: object {number} lacks 'turns' or 'response_ids'")
+        ids = list(itertools.chain.from_iterable(responses))
+        wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i < vocab_size]
+        if wrong:
+            raise UserError(
+                f"{path}: object {number} has the token id {wrong[0]!r}, expected ids below "
+                f"{vocab_size}; was it written by another model?"
+            )
+        finished = row.get("finished", [True] * len(responses))
+        prompt = Prompt(
+            str(row.get("id", number)), str(row.get("category", "")), tuple(row["turns"])
+        )
+        conversation = Conversation(prompt)
+        for turn, response in enumerate(responses[: len(prompt.turns)]):
+            conversation.ask(tokenizer, turn)
+            conversation.answer(response + [tokenizer.stop_ids[0]] * bool(finished[turn]))
+        conversations.append(conversation)
+    _check_tokenizer(path, conversations, tokenizer)
+    return conversations
+
+
+def _check_tokenizer(path: str, conversations: list[Conversation], tokenizer: Tokenizer) -> None:
+    """A model's own ids nearly always survive decode and encode; another tokenizer's do not."""
+    sample = conversations[:: max(1, len(conversations) // _SAMPLE)]
+    same = 0
+    for conversation in sample:
+        start, end = spans(np.asarray(conversation.assistant))[0]
+        ids = [i for i in conversation.tokens[start:end] if i not in tokenizer.stop_ids]
+        same += tokenizer.encode(tokenizer.decode(ids)) == ids
+    if same < _ROUND_TRIPS * len(sample):
+        raise UserError(
+            f"{path}: only {same} of {len(sample)} responses keep their ids when decoded and encoded "
+            "again; the ids are another tokenizer's"
+        )

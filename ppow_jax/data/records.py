@@ -1,0 +1,65 @@
+"""Records in ArrayRecord shards: written whole or not at all, read at random."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import grain
+from array_record.python import array_record_module
+from flax import serialization
+
+from ppow_jax.errors import UserError
+
+_SUFFIX = ".arrayrecord"
+
+
+def write_shard(directory: pathlib.Path, name: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes rows (dicts of arrays and plain values) as shard `name`; a kill leaves no half shard."""
+    directory.mkdir(parents=True, exist_ok=True)
+    scratch = directory / f"{name}.tmp"
+    writer = array_record_module.ArrayRecordWriter(str(scratch), "group_size:1")
+    for row in rows:
+        writer.write(serialization.msgpack_serialize(row))
+    writer.close()
+    os.replace(scratch, directory / f"{name}{_SUFFIX}")
+
+
+def shards(directory: pathlib.Path) -> list[str]:
+    """Names of the complete shards, sorted."""
+    return sorted(p.name.removesuffix(_SUFFIX) for p in directory.glob(f"*{_SUFFIX}"))
+
+
+class Records(Sequence):
+    """All records of a directory, in the order of shard names."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        """Opens the shards.
+
+        Raises:
+          UserError: there are none.
+        """
+        paths = [str(directory / f"{name}{_SUFFIX}") for name in shards(directory)]
+        if not paths:
+            raise UserError(f"{directory}: no {_SUFFIX} files; run the stage that writes them first")
+        self._source = grain.sources.ArrayRecordDataSource(paths)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return serialization.msgpack_restore(self._source[index])
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Replaces a JSON file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(scratch, path)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The value of a JSON file, or None where there is no file."""
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,114 @@
+"""Training texts: responses (and their lessons) as fixed-length batches through Grain."""
+
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
+
+import grain
+import jax
+import numpy as np
+
+from ppow_jax.data import records
+from ppow_jax.errors import UserError
+
+
+class Texts(Sequence):
+    """Random access to texts of `length` tokens; the source of the Grain pipeline.
+
+    An item has `index` (of the record), `tokens` int32 `[T]`, `assistant` bool `[T]` and, with
+    lessons, `taps`, `hidden`, `log_prob`, `entropy` (see `teacher.Lesson`), zero beyond the text.
+    """
+
+    def __init__(
+        self,
+        responses: records.Records,
+        lessons: records.Records | None,
+        indices: Sequence[int],
+        length: int,
+    ) -> None:
+        self._responses, self._lessons = responses, lessons
+        self._indices, self._length = list(indices), length
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, at: SupportsIndex) -> dict[str, Any]:
+        index = self._indices[at]
+        record = self._responses[index]
+        item = {
+            "index": np.int32(index),
+            "tokens": self._fit(record["tokens"]),
+            "assistant": self._fit(record["assistant"]).astype(bool),
+        }
+        if self._lessons is not None:
+            item |= {k: self._fit(v) for k, v in self._lessons[index].items()}
+        return item
+
+    def _fit(self, values: np.ndarray) -> np.ndarray:
+        out = np.zeros((self._length, *values.shape[1:]), values.dtype)
+        out[: len(values)] = values[: self._length]
+        return out
+
+
+def split(responses: records.Records, length: int, holdout: int) -> tuple[list[int], list[int]]:
+    """Indices of (training, held-out) records; those without two written tokens are left out.
+
+    The held-out texts are spread evenly over the records.
+
+    Raises:
+      UserError: fewer usable texts than `holdout` + 1.
+    """
+    usable = []
+    for i in range(len(responses)):
+        if responses[i]["assistant"][:length].sum() >= 2:
+            usable.append(i)
+    if len(usable) <= holdout:
+        raise UserError(
+            f"config.data.holdout: found {len(usable)} usable responses, expected more than "
+            f"{holdout}: lower data.holdout, raise data.length or answer more prompts"
+        )
+    stride = len(usable) // max(holdout, 1)
+    held = usable[::stride][:holdout] if holdout else []
+    return sorted(set(usable) - set(held)), held
+
+
+def draft_vocabulary(
+    responses: records.Records, indices: Sequence[int], size: int, vocab_size: int
+) -> tuple[np.ndarray, float]:
+    """The draft vocabulary, int32 `[N]` ascending, and the share of written tokens it covers.
+
+    It holds the tokens that the target wrote most often; if it wrote fewer kinds than N, the lowest
+    unused ids fill it.
+
+    Raises:
+      UserError: N is larger than the target's vocabulary.
+    """
+    if size > vocab_size:
+        raise UserError(
+            f"config.drafter.vocab_size: found {size}, expected at most the target's {vocab_size}"
+        )
+    counts = np.zeros(vocab_size, np.int64)
+    for i in indices:
+        record = responses[i]
+        counts += np.bincount(record["tokens"][record["assistant"] > 0], minlength=vocab_size)
+    chosen = np.sort(np.argsort(-counts, kind="stable")[:size])
+    return chosen.astype(np.int32), float(counts[chosen].sum() / counts.sum())
+
+
+def iterate(texts: Texts, batch_size: int, seed: int) -> Any:
+    """An endless Grain iterator of batches, reshuffled every epoch; each process reads its share.
+
+    Its state is saved with the checkpoint; `batch_size` is the global one.
+
+    Raises:
+      UserError: fewer texts than one process's batch, or a batch that the processes cannot share.
+    """
+    processes = jax.process_count()
+    if batch_size % processes or len(texts) < batch_size:
+        raise UserError(
+            f"batch_size: found {batch_size} for {len(texts)} training texts and {processes} "
+            "processes, expected a multiple of the processes, at most the number of texts"
+        )
+    dataset = grain.MapDataset.source(texts).seed(seed).shuffle().repeat()
+    dataset = dataset[jax.process_index() :: processes].batch(batch_size // processes)
+    read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return iter(dataset.to_iter_dataset(read))

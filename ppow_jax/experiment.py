@@ -1,0 +1,170 @@
+"""One run: settings, mesh, target, workdir, and the stages in order."""
+
+import dataclasses
+import functools
+import importlib
+import json
+import pathlib
+import zlib
+from typing import Any
+
+import jax
+from absl import logging
+from jax.sharding import Mesh
+
+from ppow_jax import partition
+from ppow_jax.data import records
+from ppow_jax.errors import ConfigError, UserError
+from ppow_jax.interop import gguf
+from ppow_jax.models import markov, tokenizer
+from ppow_jax.models.target import Target, TargetConfig, fingerprint
+from ppow_jax.models.tokenizer import Tokenizer
+from ppow_jax.settings import Settings, TargetSettings
+
+# The sections of the settings that decide what a stage writes.
+_DEPENDS: dict[str, tuple[str, ...]] = {
+    "respond": ("seed", "target", "respond"),
+    "supervise": ("seed", "target", "respond", "data", "drafter", "supervise"),
+    "cst": ("seed", "target", "respond", "data", "drafter", "supervise", "cst", "ppow"),
+    "ppow": ("seed", "target", "respond", "data", "drafter", "supervise", "ppow"),
+    "evaluate": ("seed", "target", "evaluate", "ppow"),
+    "export": ("target", "export"),
+}
+_REPEATABLE = ("evaluate", "export")  # cheap and harmless to do again with other settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What every stage needs; built once by `build`.
+
+    Attributes:
+      settings: the validated configuration.
+      workdir: where everything is written.
+      mesh: the devices, axes data, fsdp and tensor.
+      target: the target's module.
+      target_params: its parameters, on the mesh.
+      tokenizer: its tokenizer and chat template.
+      fingerprint: names the target's weights (see `models.target.fingerprint`).
+    """
+
+    settings: Settings
+    workdir: pathlib.Path
+    mesh: Mesh
+    target: Target
+    target_params: dict
+    tokenizer: Tokenizer
+    fingerprint: str
+
+    def key(self, name: str) -> jax.Array:
+        """The root random key of one purpose."""
+        return jax.random.fold_in(jax.random.key(self.settings.seed), zlib.crc32(name.encode()))
+
+    @functools.cached_property
+    def responses(self) -> records.Records:
+        """What `respond` wrote."""
+        return records.Records(self.workdir / "responses")
+
+
+def run(settings: Settings, workdir: pathlib.Path) -> None:
+    """Runs the stages that are not finished, each from where it was stopped.
+
+    Raises:
+      UserError: anything that the user can mend.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    todo = _plan(settings, workdir)
+    if not todo:
+        logging.info("every stage is finished; nothing to do in %s", workdir)
+        return
+    records.write_json(workdir / "config.json", dataclasses.asdict(settings))
+    experiment = build(settings, workdir)
+    for stage in todo:
+        logging.info("stage %s", stage)
+        _mark(settings, workdir, stage, finished=False)
+        importlib.import_module(f"ppow_jax.stages.{stage}").run(experiment)
+        _mark(settings, workdir, stage, finished=True)
+
+
+def build(settings: Settings, workdir: pathlib.Path) -> Experiment:
+    """Loads the target onto the mesh.
+
+    Raises:
+      UserError: a missing or broken file, an impossible mesh, or a workdir of another target.
+    """
+    mesh = partition.make_mesh(settings.mesh)
+    config, params, tokens = load_target(settings.target)
+    params = partition.shard(params, mesh)
+    name = fingerprint(config, params)
+    about = records.read_json(workdir / "target.json")
+    if about and about["fingerprint"] != name:
+        raise UserError(
+            f"{workdir}: made with another target (fingerprint {about['fingerprint'][:12]}, this one "
+            f"is {name[:12]}); use a new workdir or the old config.target.path"
+        )
+    shape = dataclasses.asdict(config)
+    records.write_json(
+        workdir / "target.json", {"path": settings.target.path, "fingerprint": name, "shape": shape}
+    )
+    return Experiment(settings, workdir, mesh, Target(config), params, tokens, name)
+
+
+def load_target(settings: TargetSettings) -> tuple[TargetConfig, dict, Tokenizer]:
+    """Shape, parameters (host arrays) and tokenizer of the target that the settings name."""
+    if settings.path.startswith("markov:"):
+        seed = settings.path.removeprefix("markov:")
+        if not seed.isdigit():
+            raise ConfigError(f"config.target.path: found {settings.path!r}, expected 'markov:SEED'")
+        return markov.build(int(seed), settings.dtype)
+    config, params, metadata = gguf.load(settings.path, settings.dtype)
+    return config, params, tokenizer.from_gguf(metadata)
+
+
+def _plan(settings: Settings, workdir: pathlib.Path) -> list[str]:
+    """Stages still to run.
+
+    Raises:
+      ConfigError: a stage was begun in this workdir with other settings.
+    """
+    begun = records.read_json(workdir / "stages.json") or {}
+    todo = []
+    for stage in settings.stages:
+        record = begun.get(stage)
+        changed = _difference(record["settings"], _relevant(settings, stage)) if record else None
+        if changed and stage not in _REPEATABLE:
+            key, old, new = changed
+            raise ConfigError(
+                f"config.{key}: found {new!r}, but stage {stage!r} was begun in {workdir} with "
+                f"{old!r}; use that, or a new workdir"
+            )
+        if record is None or changed or not record["finished"]:
+            todo.append(stage)
+    if any(stage in todo for stage in ("supervise", "cst", "ppow")):
+        todo += [s for s in settings.stages if s in _REPEATABLE and s not in todo]
+    return todo
+
+
+def _relevant(settings: Settings, stage: str) -> dict[str, Any]:
+    values = dataclasses.asdict(settings)
+    return json.loads(json.dumps({k: values[k] for k in _DEPENDS[stage]}))
+
+
+def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """(key, old, new) of the first value that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            found = _difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+            if found:
+                return found
+        return None
+    return None if old == new else (path, old, new)
+
+
+def _mark(settings: Settings, workdir: pathlib.Path, stage: str, finished: bool) -> None:
+    if jax.process_index():
+        return
+    path = workdir / "stages.json"
+    stages = records.read_json(path) or {}
+    stages[stage] = {"finished": finished, "settings": _relevant(settings, stage)}
+    records.write_json(path, stages)
+
+

@@ -1,0 +1,1 @@
+"""The target, the drafter, their building blocks and the tokenizer."""

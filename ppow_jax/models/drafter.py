@@ -1,0 +1,156 @@
+"""The drafter: EAGLE-3 (Li et al. 2025), one decoder layer fed with the target's features.
+
+At position p it pairs the target's features at p with the embedding of token p + 1; its prediction is
+token p + 2. Beyond the anchor of a window it feeds on its own hidden state. The embedding is the
+target's and stays frozen; the head covers the draft vocabulary only.
+
+Shape letters as in `layers`; C width of the target's taps, N size of the draft vocabulary.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ppow_jax.models.layers import Attention, GatedMLP, KeyValues, RMSNorm
+from ppow_jax.models.target import TargetConfig, head_matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterConfig:
+    """Shape of an EAGLE-3 drafter; `vocab_size` is the draft vocabulary's."""
+
+    vocab_size: int
+    width: int
+    taps_width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    mlp_hidden: int
+    rope_theta: float
+    norm_epsilon: float
+    dtype: str = "float32"
+
+
+class DrafterWeights(NamedTuple):
+    """All that a drafter needs at run time.
+
+    Attributes:
+      params: the trained parameters, a nested dict.
+      embedding: `[V, D]`, the target's, frozen.
+      vocab: int32 `[N]`, target ids of the draft ids, ascending.
+    """
+
+    params: dict
+    embedding: jax.Array
+    vocab: jax.Array
+
+
+class Drafter(nn.Module):
+    """One decoder layer on concat(norm(embedding), norm(hidden)), with its own head."""
+
+    config: DrafterConfig
+
+    def setup(self) -> None:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        self.fuse = nn.Dense(c.width, use_bias=False, dtype=dtype)
+        self.embedding_norm = RMSNorm(c.norm_epsilon)
+        self.hidden_norm = RMSNorm(c.norm_epsilon)
+        self.attention = Attention(c.heads, c.kv_heads, c.head_size, c.width, c.rope_theta, dtype)
+        self.mlp_norm = RMSNorm(c.norm_epsilon)
+        self.mlp = GatedMLP(c.mlp_hidden, c.width, dtype)
+        self.norm = RMSNorm(c.norm_epsilon)
+        self.head = nn.Dense(c.vocab_size, use_bias=False, dtype=dtype)
+
+    def features(self, taps: jax.Array) -> jax.Array:
+        """The target's taps `[..., C]` fused to the drafter's width `[..., D]`."""
+        return self.fuse(taps.astype(self.config.dtype))
+
+    def _inputs(self, embeddings: jax.Array, hidden: jax.Array) -> jax.Array:
+        embeddings = embeddings.astype(self.config.dtype)
+        return jnp.concatenate([self.embedding_norm(embeddings), self.hidden_norm(hidden)], -1)
+
+    def keys_values(
+        self, embeddings: jax.Array, hidden: jax.Array, positions: jax.Array
+    ) -> KeyValues:
+        """Keys and values `[B, G, W, K, E]` of tokens `[B, W, K, D]`; all that a prefix needs."""
+        return self.attention.keys_values(self._inputs(embeddings, hidden), positions)
+
+    def __call__(
+        self,
+        embeddings_BxWx1xD: jax.Array,
+        hidden_BxWx1xD: jax.Array,
+        positions_BxWx1: jax.Array,
+        prefix: KeyValues,
+        visible_BxWxS: jax.Array,
+        own: KeyValues | None,
+    ) -> jax.Array:
+        """One step: the next hidden state, before the final norm, `[B, W, 1, D]`.
+
+        `own` holds the window's keys so far, this token's included; None at the anchor, whose key is
+        in the prefix already.
+        """
+        x = self._inputs(embeddings_BxWx1xD, hidden_BxWx1xD)
+        mask = None if own is None else jnp.ones((1, own.keys.shape[3]), bool)
+        attended = self.attention(x, positions_BxWx1, prefix, visible_BxWxS, own, mask)
+        hidden = hidden_BxWx1xD + attended
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 logits `[..., N]` over the draft vocabulary."""
+        return self.head(self.norm(hidden)).astype(jnp.float32)
+
+    def everything(self, taps: jax.Array, positions: jax.Array) -> jax.Array:
+        """Touches every parameter, for `init`; taps `[B, 1, T, C]`."""
+        hidden = self.features(taps)
+        own = self.keys_values(hidden, hidden, positions)
+        prefix = KeyValues(own.keys[:, :, 0], own.values[:, :, 0])
+        visible = jnp.ones((1, 1, taps.shape[2]), bool)
+        return self.logits(self(hidden[:, :, :1], hidden[:, :, :1], positions, prefix, visible, own))
+
+
+def drafter_config(
+    target: TargetConfig, vocab_size: int, mlp_hidden: int, dtype: str
+) -> DrafterConfig:
+    """The drafter's shape for a target; attention is shaped like the target's."""
+    return DrafterConfig(
+        vocab_size=vocab_size,
+        width=target.width,
+        taps_width=target.width * len(target.taps),
+        heads=target.heads,
+        kv_heads=target.kv_heads,
+        head_size=target.head_size,
+        mlp_hidden=mlp_hidden or target.mlp_hidden,
+        rope_theta=target.rope_theta,
+        norm_epsilon=target.norm_epsilon,
+        dtype=dtype,
+    )
+
+
+def abstract_params(config: DrafterConfig) -> dict:
+    """Shapes and dtypes (float32) of the trained parameters."""
+    return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
+
+
+def _init(config: DrafterConfig, key: jax.Array) -> dict:
+    taps = jnp.zeros((1, 1, 1, config.taps_width))
+    positions = jnp.zeros((1, 1, 1), jnp.int32)
+    return Drafter(config).init(key, taps, positions, method=Drafter.everything)["params"]
+
+
+def init_params(
+    config: DrafterConfig,
+    target: TargetConfig,
+    target_params: dict,
+    vocab_N: jax.Array,
+    key: jax.Array,
+) -> dict:
+    """Fresh float32 parameters; the head and its norm start from the target's rows for `vocab`."""
+    params = _init(config, key)
+    head = head_matrix(target, target_params)[:, vocab_N]
+    params["head"]["kernel"] = head.astype(jnp.float32)
+    params["norm"]["scale"] = target_params["norm"]["scale"].astype(jnp.float32)
+    return params

@@ -1,0 +1,150 @@
+"""Building blocks shared by the target and the drafter.
+
+Shape letters, here and in every module that works on models: B batch rows, W windows (or any set of
+independent continuations of one row), K tokens of a window, S slots of the shared prefix, D model
+width, I input width of an attention layer, H query heads, G key/value heads, R = H / G, E head size,
+V vocabulary.
+
+There is one attention: the K tokens of each of W windows see a prefix that all windows of a row share
+and, causally, their own window. Prefill is W = 1 with an empty prefix, a decoding step is W = K = 1,
+the verification of many drafted windows is the general case.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of one attention layer, each `[B, G, S, E]` (a prefix) or `[B, G, W, K, E]`."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation, computed in float32 (Zhang and Sennrich 2019)."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.epsilon)
+        return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021), halves convention, angles in float32.
+
+    Args:
+      x: `[..., heads, E]`.
+      positions: int32 `[...]`, counted from 0.
+      theta: base of the geometric series of wavelengths.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
+
+
+def attend(
+    queries_BxWxKxHxE: jax.Array,
+    prefix: KeyValues | None,
+    visible_BxWxS: jax.Array | None,
+    own: KeyValues | None,
+    own_mask_KxJ: jax.Array | None,
+) -> jax.Array:
+    """Softmax attention over a shared prefix and each window's own tokens, jointly normalised.
+
+    Args:
+      queries_BxWxKxHxE: rotated queries.
+      prefix: keys and values `[B, G, S, E]` that all windows of a row share, or None.
+      visible_BxWxS: bool, the prefix slots that a window may see.
+      own: keys and values `[B, G, W, J, E]` of the windows themselves, or None.
+      own_mask_KxJ: bool, which of its window's tokens each query may see.
+
+    Returns:
+      `[B, W, K, H * E]`.
+    """
+    B, W, K, H, E = queries_BxWxKxHxE.shape
+    G = (prefix or own).keys.shape[1]
+    q = (queries_BxWxKxHxE * E**-0.5).reshape(B, W, K, G, H // G, E).transpose(0, 3, 1, 4, 2, 5)
+    f32 = {"preferred_element_type": jnp.float32}
+    scores = []
+    if prefix is not None:
+        s = jnp.einsum("bgwrke,bgse->bgwrks", q, prefix.keys, **f32)
+        scores.append(jnp.where(visible_BxWxS[:, None, :, None, None], s, -jnp.inf))
+    if own is not None:
+        s = jnp.einsum("bgwrke,bgwje->bgwrkj", q, own.keys, **f32)
+        scores.append(jnp.where(own_mask_KxJ, s, -jnp.inf))
+    probs = jax.nn.softmax(jnp.concatenate(scores, -1), axis=-1).astype(q.dtype)
+    split = prefix.keys.shape[2] if prefix is not None else 0
+    out = 0.0
+    if prefix is not None:
+        out += jnp.einsum("bgwrks,bgse->bgwrke", probs[..., :split], prefix.values)
+    if own is not None:
+        out += jnp.einsum("bgwrkj,bgwje->bgwrke", probs[..., split:], own.values)
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, W, K, H * E)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; the input may be wider than the model."""
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    width: int
+    theta: float
+    dtype: jnp.dtype
+
+    def setup(self) -> None:
+        def dense(features: int) -> nn.Dense:
+            return nn.Dense(features, use_bias=False, dtype=self.dtype)
+
+        self.query = dense(self.heads * self.head_size)
+        self.key = dense(self.kv_heads * self.head_size)
+        self.value = dense(self.kv_heads * self.head_size)
+        self.out = dense(self.width)
+
+    def keys_values(self, x_BxWxKxI: jax.Array, positions_BxWxK: jax.Array) -> KeyValues:
+        """Rotated keys and values of the given tokens, `[B, G, W, K, E]`."""
+        shape = (*x_BxWxKxI.shape[:3], self.kv_heads, self.head_size)
+        keys = rotate(self.key(x_BxWxKxI).reshape(shape), positions_BxWxK, self.theta)
+        values = self.value(x_BxWxKxI).reshape(shape)
+        return KeyValues(keys.transpose(0, 3, 1, 2, 4), values.transpose(0, 3, 1, 2, 4))
+
+    def __call__(
+        self,
+        x_BxWxKxI: jax.Array,
+        positions_BxWxK: jax.Array,
+        prefix: KeyValues | None,
+        visible_BxWxS: jax.Array | None,
+        own: KeyValues | None,
+        own_mask_KxJ: jax.Array | None,
+    ) -> jax.Array:
+        """Attention output `[B, W, K, D]`; see `attend` for the arguments."""
+        shape = (*x_BxWxKxI.shape[:3], self.heads, self.head_size)
+        queries = rotate(self.query(x_BxWxKxI).reshape(shape), positions_BxWxK, self.theta)
+        return self.out(attend(queries, prefix, visible_BxWxS, own, own_mask_KxJ))
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU feed-forward layer (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+    hidden: int
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, use_bias=False, dtype=self.dtype, name=name)
+
+        gate, up = dense(self.hidden, "gate")(x), dense(self.hidden, "up")(x)
+        return dense(self.width, "down")(nn.silu(gate) * up)

@@ -1,0 +1,95 @@
+"""A generated target with a known answer: an order-1 Markov chain written as a Llama decoder.
+
+Attention and MLP outputs are zero, embeddings are one-hot and the head holds log-probabilities, so the
+next-token law is the chain's row of the last token. The argmax successors form one cycle through all
+letters, so that greedy text visits every state.
+"""
+
+import jinja2
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from ppow_jax.models.target import TargetConfig
+from ppow_jax.models.tokenizer import Tokenizer, chat_template
+
+SPECIALS = ("<unk>", "<user>", "<assistant>", "<end>")
+LETTERS = "abcdefghijklmnopqrstuvwxyz "
+SIZE = len(SPECIALS) + len(LETTERS)
+_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | lower }}"
+    "{% if m['role'] == 'assistant' %}<end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+_PEAK = 0.7  # probability of the likeliest successor
+_RUNNERS = 3  # successors that share the rest
+
+
+def transition(seed: int) -> np.ndarray:
+    """The chain's law, float64 `[SIZE, SIZE]`: row = last token; only letters are ever emitted."""
+    rng = np.random.default_rng(seed)
+    letters = np.arange(len(SPECIALS), SIZE)
+    cycle = rng.permutation(letters)
+    successor = dict(zip(cycle, np.roll(cycle, -1), strict=True))
+    law = np.zeros((SIZE, SIZE))
+    for token in range(SIZE):
+        best = successor.get(token, letters[token % len(letters)])
+        others = rng.choice(np.setdiff1d(letters, [best]), _RUNNERS, replace=False)
+        law[token, best] = _PEAK
+        law[token, others] = (1 - _PEAK) * rng.dirichlet(np.ones(_RUNNERS) * 3)
+    return law
+
+
+def build(seed: int, dtype: str) -> tuple[TargetConfig, dict, Tokenizer]:
+    """The chain as (decoder shape, parameters, tokenizer)."""
+    width, hidden = 32, 16
+    config = TargetConfig(
+        vocab_size=SIZE,
+        width=width,
+        layers=4,
+        heads=4,
+        kv_heads=2,
+        head_size=8,
+        mlp_hidden=hidden,
+        context=512,
+        rope_theta=10_000.0,
+        norm_epsilon=1e-6,
+        tied_head=False,
+        taps=(1, 2, 3),
+        dtype=dtype,
+    )
+    one_hot = np.eye(SIZE, width) * np.sqrt(width)  # the norms leave it as it is
+    zeros = lambda *shape: {"kernel": np.zeros(shape, dtype)}  # noqa: E731
+    block = {
+        "attention_norm": {"scale": np.ones(width, dtype)},
+        "attention": {
+            "query": zeros(width, 32),
+            "key": zeros(width, 16),
+            "value": zeros(width, 16),
+            "out": zeros(32, width),
+        },
+        "mlp_norm": {"scale": np.ones(width, dtype)},
+        "mlp": {
+            "gate": zeros(width, hidden),
+            "up": zeros(width, hidden),
+            "down": zeros(hidden, width),
+        },
+    }
+    head = np.zeros((width, SIZE))
+    with np.errstate(divide="ignore"):
+        head[:SIZE] = np.maximum(np.log(transition(seed)), -60.0) / np.sqrt(width)
+    params = {f"layers_{i}": block for i in range(config.layers)}
+    params["embedding"] = {"embedding": one_hot.astype(dtype)}
+    params["norm"] = {"scale": np.ones(width, dtype)}
+    params["head"] = {"kernel": head.astype(dtype)}
+    return config, params, _tokenizer()
+
+
+def _tokenizer() -> Tokenizer:
+    vocab = {t: i for i, t in enumerate([*SPECIALS, *LETTERS])}
+    core = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in SPECIALS])
+    template: jinja2.Template = chat_template(_TEMPLATE)
+    return Tokenizer(core, template, (SPECIALS.index("<end>"),), "", "<end>")

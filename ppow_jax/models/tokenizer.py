@@ -1,0 +1,122 @@
+"""Tokenizer and chat template of a target."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from ppow_jax.errors import UserError
+
+_TURN = "\ufffeTURN\ufffe"  # stands for a response while the text after it is rendered
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back, and conversations to ids.
+
+    Attributes:
+      core: the `tokenizers` object; special tokens in the text are recognised.
+      template: the model's chat template (jinja2).
+      stop_ids: ids that end a turn; the first is the one that the template writes.
+      bos, eos: texts of these tokens, for the template.
+    """
+
+    core: tokenizers.Tokenizer
+    template: jinja2.Template
+    stop_ids: tuple[int, ...]
+    bos: str
+    eos: str
+
+    @property
+    def size(self) -> int:
+        """Number of ids."""
+        return self.core.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, nothing added."""
+        return self.core.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens included."""
+        return self.core.decode(list(ids), skip_special_tokens=False)
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """The conversation as text, ending where the assistant's next turn begins."""
+        return self.template.render(
+            messages=list(messages),
+            add_generation_prompt=True,
+            bos_token=self.bos,
+            eos_token=self.eos,
+        )
+
+    def first_turn(self, user: str) -> list[int]:
+        """Ids up to the start of the response to the first user message."""
+        return self.encode(self.render([{"role": "user", "content": user}]))
+
+    def next_turn(self, user: str) -> list[int]:
+        """Ids between the end of a response and the start of the next one.
+
+        The response's own ids are kept as the target emitted them, never decoded and re-encoded; the
+        text here begins with the end-of-turn token, so the split is at a token boundary.
+        """
+        messages = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": _TURN},
+            {"role": "user", "content": user},
+        ]
+        return self.encode(self.render(messages).split(_TURN, 1)[1])
+
+
+def _refuse(message: str) -> None:
+    raise UserError(f"chat template: {message}")
+
+
+def chat_template(source: str) -> jinja2.Template:
+    """Compiles a chat template in jinja2's sandbox, with the settings that model authors assume."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _refuse
+    return environment.from_string(source)
+
+
+def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
+    """Rebuilds a byte-level BPE tokenizer from GGUF metadata.
+
+    Raises:
+      UserError: a tokenizer or pre-tokenizer of another kind, or no chat template.
+    """
+    get = lambda key: metadata.get(f"tokenizer.ggml.{key}")  # noqa: E731
+    if get("model") != "gpt2" or get("pre") not in ("smollm", "gpt-2"):
+        raise UserError(
+            f"GGUF tokenizer {get('model')!r} with pre-tokenizer {get('pre')!r} is not supported; "
+            "expected 'gpt2' with 'smollm' or 'gpt-2'"
+        )
+    if "tokenizer.chat_template" not in metadata:
+        raise UserError("the GGUF file has no chat template; use an instruct model")
+    tokens = get("tokens")
+    merges = [tuple(pair.split(" ")) for pair in get("merges")]
+    core = tokenizers.Tokenizer(
+        models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, fuse_unk=False)
+    )
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    if get("pre") == "smollm":
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    core.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    core.decoder = decoders.ByteLevel()
+    control = [t for t, kind in zip(tokens, get("token_type"), strict=True) if kind == 3]
+    core.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in control])
+    return Tokenizer(
+        core=core,
+        template=chat_template(metadata["tokenizer.chat_template"]),
+        stop_ids=tuple(dict.fromkeys([get("eos_token_id"), *_ends(tokens)])),
+        bos=tokens[get("bos_token_id")],
+        eos=tokens[get("eos_token_id")],
+    )
+
+
+def _ends(tokens: Sequence[str]) -> list[int]:
+    """Tokens that end a text whatever the metadata says."""
+    return [i for i, t in enumerate(tokens) if t == "<|endoftext|>"]

@@ -1,0 +1,156 @@
+"""Stage `respond`: the target writes the training text.
+
+Work is cut into batches that depend on the prompts alone; each becomes one shard. A killed run loses
+the batch in flight and repeats exactly that batch.
+"""
+
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from absl import logging
+
+from ppow_jax import partition
+from ppow_jax.data import records
+from ppow_jax.data.builtin import Prompt
+from ppow_jax.data.conversations import Conversation, import_responses
+from ppow_jax.data.prompts import load
+from ppow_jax.decode.loop import DecodeConfig, decode
+from ppow_jax.errors import UserError
+from ppow_jax.experiment import Experiment
+from ppow_jax.metrics import duration
+
+_IMPORT_ROWS = 1024
+_BUCKET = 32  # prompts are padded to a multiple of this, so that few shapes are compiled
+
+
+def run(experiment: Experiment) -> None:
+    """Writes `responses/`: imported conversations first, then answers to the prompts."""
+    settings = experiment.settings.respond
+    directory = experiment.workdir / "responses"
+    imported = []
+    if settings.responses:
+        vocab = experiment.target.config.vocab_size
+        imported = import_responses(settings.responses, experiment.tokenizer, vocab)
+    answered = {c.prompt.id for c in imported}
+    prompts = [p for ps in load(settings.prompts, "respond.prompts").values() for p in ps]
+    prompts = [p for p in prompts if p.id not in answered]
+    if not imported and not prompts:
+        raise UserError("respond: neither respond.prompts nor respond.responses gives any text")
+    chunks = [imported[i : i + _IMPORT_ROWS] for i in range(0, len(imported), _IMPORT_ROWS)]
+    done = set(records.shards(directory))
+    for i, chunk in enumerate(chunks):
+        if f"import-{i:05}" not in done and jax.process_index() == 0:
+            records.write_shard(directory, f"import-{i:05}", (c.record() for c in chunk))
+    if imported:
+        logging.info("respond: %d conversations taken from %s", len(imported), settings.responses)
+    write(
+        experiment,
+        prompts,
+        directory,
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.batch_size,
+    )
+
+
+def write(
+    experiment: Experiment,
+    prompts: list[Prompt],
+    directory: "records.pathlib.Path",
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+) -> None:
+    """Answers prompts, one shard a batch; batches that are there already are left alone.
+
+    Raises:
+      UserError: a prompt that does not fit into the target's context.
+    """
+    batches = list(_batches(experiment, prompts, max_new_tokens, batch_size))
+    done = set(records.shards(directory))
+    todo = [(i, batch) for i, batch in enumerate(batches) if f"write-{i:05}" not in done]
+    began, tokens = time.monotonic(), 0
+    for n, (i, batch) in enumerate(todo, 1):
+        seed = jax.random.fold_in(experiment.key("respond"), i)
+        conversations = converse(
+            experiment, batch, batch_size, max_new_tokens, temperature, seed
+        )
+        if jax.process_index() == 0:
+            records.write_shard(directory, f"write-{i:05}", (c.record() for c in conversations))
+        tokens += sum(sum(c.assistant) for c in conversations)
+        seconds = time.monotonic() - began
+        logging.info(
+            "respond: batch %d/%d, %d tokens, %.0f tokens/s | %s left",
+            len(batches) - len(todo) + n,
+            len(batches),
+            tokens,
+            tokens / seconds,
+            duration(seconds / n * (len(todo) - n)),
+        )
+
+
+def _batches(
+    experiment: Experiment, prompts: list[Prompt], max_new_tokens: int, batch_size: int
+) -> Iterator[list[Prompt]]:
+    """Prompts in batches of like length (and like number of turns), to pad and to wait little."""
+    lengths = {}
+    context = experiment.target.config.context
+    for prompt in prompts:
+        lengths[prompt.id] = len(experiment.tokenizer.first_turn(prompt.turns[0]))
+        if lengths[prompt.id] + max_new_tokens > context:
+            raise UserError(
+                f"prompt {prompt.id!r} has {lengths[prompt.id]} tokens; with {max_new_tokens} new "
+                f"ones that is more than the target's context of {context}: shorten or drop it"
+            )
+    ordered = sorted(prompts, key=lambda p: (len(p.turns), lengths[p.id], p.id))
+    for i in range(0, len(ordered), batch_size):
+        yield ordered[i : i + batch_size]
+
+
+def converse(
+    experiment: Experiment,
+    prompts: list[Prompt],
+    batch_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    key: jax.Array,
+) -> list[Conversation]:
+    """Holds the conversations turn by turn; one whose context is full ends early."""
+    config = DecodeConfig(max_new_tokens, 0, temperature, experiment.tokenizer.stop_ids)
+    conversations = [Conversation(p) for p in prompts]
+    for turn in range(max(len(p.turns) for p in prompts)):
+        active = [c for c in conversations if turn < len(c.prompt.turns)]
+        for conversation in active:
+            conversation.ask(experiment.tokenizer, turn)
+        context = experiment.target.config.context
+        full = [c for c in active if len(c.tokens) + max_new_tokens > context]
+        active = [c for c in active if c not in full]
+        if not active:
+            break
+        prompt_BxP, length_B = pad([c.tokens for c in active], batch_size)
+        keys_B = jax.random.split(jax.random.fold_in(key, turn), batch_size)
+        put = lambda x: partition.shard_batch(x, experiment.mesh)  # noqa: E731
+        out = decode(
+            experiment.target,
+            experiment.target_params,
+            put(prompt_BxP),
+            put(length_B),
+            put(keys_B),
+            config,
+        )
+        tokens_BxL, count_B = np.asarray(out.tokens), np.asarray(out.count)
+        for row, conversation in enumerate(active):
+            conversation.answer(tokens_BxL[row, : count_B[row]].tolist())
+    return conversations
+
+
+def pad(rows: list[list[int]], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 `[B, P]` right-padded prompts and `[B]` lengths; missing rows repeat the shortest one."""
+    rows = rows + [min(rows, key=len)] * (batch_size - len(rows))
+    longest = max(len(r) for r in rows)
+    padded = np.zeros((len(rows), -(-longest // _BUCKET) * _BUCKET), np.int32)
+    for row, ids in zip(padded, rows, strict=True):
+        row[: len(ids)] = ids
+    return padded, np.asarray([len(r) for r in rows], np.int32)

@@ -1,0 +1,173 @@
+"""The one primitive: step the drafter from anchors through windows.
+
+Training-time test, rollouts, the PPOW update, teacher-forced scoring and drafting at inference are all
+`window_pass` with another `choose`. An anchor is a position t whose target features are known up to t
+and whose tokens are known up to t + 1; step j of its window predicts token t + 2 + j.
+
+Shape letters: B rows, T text positions, A anchors, G windows a group, K steps of a window, N draft
+vocabulary, V vocabulary, D width, C taps width, S prefix slots.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ppow_jax.models.cache import Cache
+from ppow_jax.models.drafter import Drafter, DrafterWeights
+from ppow_jax.models.layers import KeyValues
+from ppow_jax.models.target import Target
+
+# choose(step, logits_BxAxGxN) -> (target ids of the tokens to go on with [B, A, G], statistics).
+# At step 0 the logits are [B, A, 1, N]: a group shares its anchor.
+Choose = Callable[[int, jax.Array], tuple[jax.Array, Any]]
+
+
+class Start(NamedTuple):
+    """Where windows begin: fused features `[B, A, D]` and position `[B, A]` of the anchor t, and
+    the token `[B, A]` at t + 1."""
+
+    hidden: jax.Array
+    token: jax.Array
+    position: jax.Array
+
+
+class Prefix(NamedTuple):
+    """The target-conditioned prefix: keys/values `[B, heads, S, E]`, fused features `[B, S, D]`."""
+
+    keys_values: KeyValues
+    hidden: jax.Array
+
+
+def prefix_pass(
+    drafter: Drafter,
+    weights: DrafterWeights,
+    taps_BxTxC: jax.Array,
+    next_tokens_BxT: jax.Array,
+    positions_BxT: jax.Array,
+) -> Prefix:
+    """Keys, values and fused features of target-conditioned positions.
+
+    Args:
+      drafter: the module.
+      weights: its weights.
+      taps_BxTxC: the target's taps at these positions.
+      next_tokens_BxT: the token *after* each position (see `models.drafter`).
+      positions_BxT: int32, counted from 0.
+    """
+    apply = lambda method, *args: drafter.apply({"params": weights.params}, *args, method=method)  # noqa: E731
+    hidden = apply(Drafter.features, taps_BxTxC)
+    kv = apply(
+        Drafter.keys_values,
+        weights.embedding[next_tokens_BxT][:, None],
+        hidden[:, None],
+        positions_BxT[:, None],
+    )
+    return Prefix(KeyValues(kv.keys[:, :, 0], kv.values[:, :, 0]), hidden)
+
+
+def text_prefix(
+    drafter: Drafter, weights: DrafterWeights, taps_BxTxC: jax.Array, tokens_BxT: jax.Array
+) -> Prefix:
+    """`prefix_pass` of whole texts; the last position has no next token and no anchor may use it."""
+    next_tokens = jnp.roll(tokens_BxT, -1, axis=1)
+    positions = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
+    return prefix_pass(drafter, weights, taps_BxTxC, next_tokens, positions)
+
+
+def text_starts(prefix: Prefix, tokens_BxT: jax.Array, anchors_BxA: jax.Array) -> Start:
+    """The windows' beginnings at the given anchors of known texts."""
+    hidden = jnp.take_along_axis(prefix.hidden, anchors_BxA[..., None], axis=1)
+    return Start(hidden, jnp.take_along_axis(tokens_BxT, anchors_BxA + 1, axis=1), anchors_BxA)
+
+
+def window_pass(
+    drafter: Drafter,
+    weights: DrafterWeights,
+    prefix: KeyValues,
+    start: Start,
+    choose: Choose,
+    steps: int,
+) -> Any:
+    """Steps the drafter `steps` times from every anchor.
+
+    Args:
+      drafter: the module.
+      weights: its weights.
+      prefix: `[B, heads, S, E]`; slot p holds position p, and a window sees the slots <= its anchor.
+      start: the anchors.
+      choose: picks (or is given) the tokens; its statistics are `[B, A, G]` leaves. It is
+        rematerialised in the backward pass, so that no step's logits are kept.
+      steps: K, at least 1.
+
+    Returns:
+      The statistics of all steps, stacked to `[B, A, G, K]`.
+    """
+    B, A = start.token.shape
+    variables = {"params": weights.params}
+    visible_BxAxS = jnp.arange(prefix.keys.shape[2]) <= start.position[..., None]
+
+    @jax.checkpoint
+    def observe(step: jax.Array, hidden_BxAxGxD: jax.Array) -> tuple[jax.Array, Any]:
+        return choose(step, drafter.apply(variables, hidden_BxAxGxD, method=Drafter.logits))
+
+    hidden = drafter.apply(
+        variables,
+        weights.embedding[start.token][:, :, None],
+        start.hidden[:, :, None],
+        start.position[..., None],
+        prefix,
+        visible_BxAxS,
+        None,
+    )
+    tokens_BxAxG, stats = observe(0, hidden)
+    collected = [stats]
+    G = tokens_BxAxG.shape[-1]
+    one = lambda x: jnp.repeat(x, G, axis=1)  # an anchor's value for each window of its group  # noqa: E731
+    hidden, position, visible = one(hidden), one(start.position)[..., None], one(visible_BxAxS)
+    own = None
+    for step in range(1, steps):
+        embeddings = weights.embedding[tokens_BxAxG].reshape(B, A * G, 1, -1)
+        new = drafter.apply(
+            variables, embeddings, hidden, position + step, method=Drafter.keys_values
+        )
+        own = new if own is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], 3), own, new)
+        hidden = drafter.apply(
+            variables, embeddings, hidden, position + step, prefix, visible, own
+        )
+        tokens_BxAxG, stats = observe(step, hidden.reshape(B, A, G, -1))
+        collected.append(stats)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves, -1), *collected)
+
+
+def greedy(vocab_N: jax.Array) -> Choose:
+    """Takes the most likely draft token; statistics: its target id."""
+
+    def choose(_: int, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        tokens = vocab_N[jnp.argmax(logits, -1)]
+        return tokens, tokens
+
+    return choose
+
+
+def target_window_pass(
+    target: Target,
+    params: dict,
+    text: Cache,
+    anchors_BxW: jax.Array,
+    tokens_BxWxK: jax.Array,
+) -> jax.Array:
+    """The target's hidden states `[B, W, K, D]` at drafted tokens, all windows in one forward.
+
+    Args:
+      target: the module.
+      params: its parameters.
+      text: the cache of the text that the windows branch from, slot p = position p.
+      anchors_BxW: t of each window; the window sees the text up to t + 1.
+      tokens_BxWxK: drafted tokens at positions t + 2, t + 3, ...
+    """
+    slots = text[0].keys.shape[2]
+    visible = jnp.arange(slots) <= anchors_BxW[..., None] + 1
+    positions = anchors_BxW[..., None] + 2 + jnp.arange(tokens_BxWxK.shape[-1])
+    return target.apply({"params": params}, tokens_BxWxK, positions, text, visible).hidden
