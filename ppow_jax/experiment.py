@@ -9,7 +9,7 @@ import zlib
 from typing import Any
 
 import jax
-from absl import logging
+from ppow_jax.console import log
 from jax.sharding import Mesh
 
 from ppow_jax import partition
@@ -74,12 +74,12 @@ def run(settings: Settings, workdir: pathlib.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     todo = _plan(settings, workdir)
     if not todo:
-        logging.info("every stage is finished; nothing to do in %s", workdir)
+        log.info("every stage is finished; nothing to do in %s", workdir)
         return
     records.write_json(workdir / "config.json", dataclasses.asdict(settings))
     experiment = build(settings, workdir)
     for stage in todo:
-        logging.info("stage %s", stage)
+        log.info("stage %s", stage)
         _mark(settings, workdir, stage, finished=False)
         importlib.import_module(f"ppow_jax.stages.{stage}").run(experiment)
         _mark(settings, workdir, stage, finished=True)

@@ -11,10 +11,10 @@ import pathlib
 import sys
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
-from ppow_jax import experiment, settings
+from ppow_jax import console, experiment, settings
 from ppow_jax.errors import ConfigError, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/.")
@@ -24,6 +24,7 @@ _USAGE = 2
 
 def main(argv: list[str]) -> None:
     """Builds the settings, starts JAX's distributed runtime if asked, runs the stages."""
+    console.setup()
     if len(argv) > 1:
         raise ConfigError(f"found the argument {argv[1]!r}, expected flags only; see --help")
     if _CONFIG.value is None or not _WORKDIR.value:
@@ -53,8 +54,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 def cli() -> None:
     """Runs `main`; a user's mistake ends as one line on stderr."""
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
+    console.setup()
     try:
         argv = sys.argv
         if any(a in ("--help", "-h", "--helpfull", "--helpshort") for a in argv):

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
+from ppow_jax.console import log
 
 from ppow_jax.errors import UserError
 
@@ -78,7 +78,7 @@ class Writer:
                 if isinstance(value, int | float):
                     self._board.add_scalar(key, value, step)
         if step % self._every == 0 or step == self._steps:
-            logging.info("%s", self._line(step, seconds, values))
+            log.info("%s", self._line(step, seconds, values))
         if not np.isfinite(values.get("loss", 0.0)):
             raise UserError(
                 f"{self._stage}: the loss at step {step} is {values['loss']}; the last good "

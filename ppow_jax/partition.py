@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
+from ppow_jax.console import log
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ppow_jax.errors import ConfigError, UserError
@@ -65,7 +65,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     for size, axis in zip(shape, layout, strict=False):
         fits = axis is None or size % mesh.shape[axis] == 0
         if not fits:
-            logging.warning("%s: %d is not divisible over %r: replicated", path, size, axis)
+            log.warning("%s: %d is not divisible over %r: replicated", path, size, axis)
         axes.append(axis if fits else None)
     return PartitionSpec(*axes)
 

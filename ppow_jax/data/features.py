@@ -11,7 +11,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
+from ppow_jax.console import log
 
 from ppow_jax import partition, teacher
 from ppow_jax.data import records
@@ -40,7 +40,7 @@ def ensure(experiment: Experiment, texts: records.Records) -> records.Records:
         _write(experiment, texts, start, directory)
         seconds = time.monotonic() - began
         left = duration(seconds / n * (len(todo) - n))
-        logging.info("features: shard %d/%d | %s left", len(starts) - len(todo) + n, len(starts), left)
+        log.info("features: shard %d/%d | %s left", len(starts) - len(todo) + n, len(starts), left)
     return records.Records(directory)
 
 

@@ -49,6 +49,8 @@ class Records(Sequence):
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
         return serialization.msgpack_restore(self._source[index])
 
 

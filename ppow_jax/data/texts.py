@@ -112,3 +112,10 @@ def iterate(texts: Texts, batch_size: int, seed: int) -> Any:
     dataset = dataset[jax.process_index() :: processes].batch(batch_size // processes)
     read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(dataset.to_iter_dataset(read))
+
+
+def first_span(assistant_T: np.ndarray) -> tuple[int, int]:
+    """[start, end) of the first response in a text."""
+    start = int(np.argmax(assistant_T))
+    rest = assistant_T[start:]
+    return start, start + (len(rest) if rest.all() else int(np.argmin(rest)))

@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 import jax
-from absl import logging
+from ppow_jax.console import log
 from orbax.checkpoint import v1 as ocp
 
 from ppow_jax.errors import UserError
@@ -56,13 +56,30 @@ class Checkpoints:
                 found = self._checkpointer.load_checkpointables(step, items)
             except Exception as e:  # a damaged step surfaces as many kinds of error
                 reason = str(e).strip().split("\n")[0][:200]
-                logging.error("%s: step %d cannot be read (%s)", self._directory, step, reason)
+                log.error("%s: step %d cannot be read (%s)", self._directory, step, reason)
                 continue
             return step, found["state"], found["about"]
         raise UserError(
             f"{self._directory}: none of the checkpoints {steps} can be read; they may be damaged, or "
             "of another model. Delete the directory to start the stage again"
         )
+
+    def restore_part(self, state: Any) -> tuple[int, Any, dict[str, Any]]:
+        """Like `restore`, for some of the state's entries; the others are not read.
+
+        Raises:
+          UserError: the newest step cannot be read.
+        """
+        step = self.latest
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            try:
+                found = self._checkpointer.load_checkpointables(step, {"state": state, "about": None})
+            except Exception as e:  # a damaged step surfaces as many kinds of error
+                reason = str(e).strip().split("\n")[0][:200]
+                raise UserError(f"{self._directory}: step {step} cannot be read ({reason})") from e
+        return step, found["state"], found["about"]
 
     def about(self) -> dict[str, Any]:
         """The JSON item of the newest step alone."""
@@ -83,3 +100,25 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
     )
+
+
+def save_params(directory: pathlib.Path, params: dict) -> None:
+    """Writes a parameters-only checkpoint, replacing what is there."""
+    ocp.save_pytree(directory.absolute(), params, overwrite=True)
+
+
+def load_params(directory: pathlib.Path, like: dict) -> dict:
+    """Reads a parameters-only checkpoint.
+
+    Args:
+      directory: where `save_params` wrote it.
+      like: shapes and dtypes.
+
+    Raises:
+      UserError: missing, damaged, or of another shape.
+    """
+    try:
+        return ocp.load_pytree(directory.absolute(), like)
+    except Exception as e:  # a damaged checkpoint surfaces as many kinds of error
+        reason = str(e).strip().split("\n")[0][:200]
+        raise UserError(f"{directory}: the parameters cannot be read ({reason})") from e

@@ -4,12 +4,13 @@ Work is cut into batches that depend on the prompts alone; each becomes one shar
 the batch in flight and repeats exactly that batch.
 """
 
+import pathlib
 import time
 from collections.abc import Iterator
 
 import jax
 import numpy as np
-from absl import logging
+from ppow_jax.console import log
 
 from ppow_jax import partition
 from ppow_jax.data import records
@@ -44,7 +45,7 @@ def run(experiment: Experiment) -> None:
         if f"import-{i:05}" not in done and jax.process_index() == 0:
             records.write_shard(directory, f"import-{i:05}", (c.record() for c in chunk))
     if imported:
-        logging.info("respond: %d conversations taken from %s", len(imported), settings.responses)
+        log.info("respond: %d conversations taken from %s", len(imported), settings.responses)
     write(
         experiment,
         prompts,
@@ -58,10 +59,11 @@ def run(experiment: Experiment) -> None:
 def write(
     experiment: Experiment,
     prompts: list[Prompt],
-    directory: "records.pathlib.Path",
+    directory: pathlib.Path,
     max_new_tokens: int,
     temperature: float,
     batch_size: int,
+    label: str = "respond",
 ) -> None:
     """Answers prompts, one shard a batch; batches that are there already are left alone.
 
@@ -81,8 +83,9 @@ def write(
             records.write_shard(directory, f"write-{i:05}", (c.record() for c in conversations))
         tokens += sum(sum(c.assistant) for c in conversations)
         seconds = time.monotonic() - began
-        logging.info(
-            "respond: batch %d/%d, %d tokens, %.0f tokens/s | %s left",
+        log.info(
+            "%s: batch %d/%d, %d tokens, %.0f tokens/s | %s left",
+            label,
             len(batches) - len(todo) + n,
             len(batches),
             tokens,

@@ -1,0 +1,21 @@
+"""SmolLM2-135M-Instruct: the run that the README's table comes from.
+
+  python -m ppow_jax.main --config=configs/smollm2_135m.py --workdir=DIR \
+    --config.respond.responses=RESPONSES.jsonl \
+    --config.evaluate.prompts=gsm8k=GSM8K.jsonl[:160],humaneval=HUMANEVAL.jsonl,mt_bench=MT_BENCH.jsonl
+
+Without these two flags it trains and measures on the builtin prompts alone. Resumable at any point; the
+README says how long it takes, where the time goes and what to expect.
+"""
+
+from configs import base
+
+
+def get_config():
+    c = base.get_config()
+    c.data.length = 288
+    c.data.holdout = 64
+    c.supervise.steps = 2400
+    c.ppow.steps = 200
+    c.ppow.gamma = "measured"
+    return c

@@ -1,0 +1,97 @@
+"""Plots of a report; needs the extra `plots`."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+_COLOURS = {"supervise": "tab:blue", "cst": "tab:orange", "ppow": "tab:green"}
+
+
+def acceptance_length(report: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Bars of tau by benchmark and drafter, with 95% intervals."""
+    drafters = report["drafters"]
+    names = list(next(iter(drafters.values()))["benchmarks"])
+    figure, axes = plt.subplots(figsize=(1.5 + 1.8 * len(names), 3.6), layout="constrained")
+    width = 0.8 / len(drafters)
+    for i, (stage, drafter) in enumerate(drafters.items()):
+        taus = np.array([drafter["benchmarks"][n]["tau"] for n in names])
+        low, high = np.array([drafter["benchmarks"][n]["tau_ci95"] for n in names]).T
+        at = np.arange(len(names)) + (i - (len(drafters) - 1) / 2) * width
+        bars = axes.bar(
+            at,
+            taus,
+            width * 0.92,
+            yerr=[np.maximum(taus - low, 0), np.maximum(high - taus, 0)],
+            capsize=3,
+            label=stage,
+            color=_COLOURS.get(stage),
+        )
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel(f"acceptance length, window {report['window']}")
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.legend(ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.14), frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def acceptance_by_position(report: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Share of rounds that accept the draft at each position of the window, one panel a benchmark."""
+    drafters = report["drafters"]
+    names = list(next(iter(drafters.values()))["benchmarks"])
+    figure, panels = plt.subplots(
+        1, len(names), figsize=(3.2 * len(names), 3), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, name in zip(panels[0], names, strict=True):
+        for stage, drafter in drafters.items():
+            shares = drafter["benchmarks"][name]["accepted_per_position"]
+            at = range(1, len(shares) + 1)
+            panel.plot(at, shares, marker="o", markersize=3, label=stage, color=_COLOURS.get(stage))
+        panel.set_title(name, fontsize=10)
+        panel.set_xlabel("position in the window")
+        panel.set_ylim(bottom=0)
+    panels[0][0].set_ylabel("share of rounds that accept it")
+    panels[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def training_curves(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+    """Held-out tau of all stages, supervised loss, PPOW's reward and mean accepted length."""
+    figure, panels = plt.subplots(1, 4, figsize=(14, 3), layout="constrained")
+    curves = (
+        ("holdout_tau", "held-out tau (greedy)", ("supervise", "cst", "ppow")),
+        ("loss", "supervised loss", ("supervise", "cst")),
+        ("reward", "reward of rollouts", ("ppow",)),
+        ("accepted", "accepted length of rollouts (sampled)", ("ppow",)),
+    )
+    # cst and ppow both start where supervise ends
+    offset = max((r["step"] for r in rows if r["stage"] == "supervise"), default=0)
+    for panel, (key, title, stages) in zip(panels, curves, strict=True):
+        for stage in stages:
+            points = [(r["step"], r[key]) for r in rows if r["stage"] == stage and key in r]
+            if not points:
+                continue
+            steps, values = np.array(points, float).T
+            joined = steps + (0 if stage == "supervise" or len(stages) == 1 else offset)
+            faint = len(values) > 40
+            panel.plot(
+                joined, values, color=_COLOURS[stage], alpha=0.3 if faint else 1, linewidth=1,
+                marker=None if faint else "o", markersize=3, label=None if faint else stage,
+            )  # fmt: skip
+            if faint:
+                span = len(values) // 20
+                smooth = np.convolve(values, np.ones(span) / span, "valid")
+                panel.plot(joined[span - 1 :], smooth, color=_COLOURS[stage], label=stage)
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("step")
+        if panel.has_data():
+            panel.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,247 @@
+"""Stage `evaluate`: acceptance length and speedup of every drafter that the workdir holds.
+
+Texts of the benchmarks are written by the target, autoregressively. tau comes from the exact simulation
+on all of them; speedup and identity from decoding some of them for real, each drafter beside
+autoregressive decoding of the same prompt in turn, so that a machine's mood hits both.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from ppow_jax import partition, report, teacher
+from ppow_jax.console import log
+from ppow_jax.data import conversations, features, prompts, records
+from ppow_jax.decode.cost import measure_gamma
+from ppow_jax.decode.loop import DecodeConfig, Decoded, decode
+from ppow_jax.decode.simulate import simulate
+from ppow_jax.errors import UserError
+from ppow_jax.experiment import Experiment
+from ppow_jax.models.drafter import Drafter, DrafterWeights
+from ppow_jax.models.target import Target
+from ppow_jax.stages import respond, training
+
+_BUCKET = 64  # prompts and texts are padded to a multiple of this
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One response of a benchmark: its context and what the target wrote."""
+
+    prompt: str
+    context: np.ndarray
+    response: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A drafter to measure."""
+
+    stage: str
+    weights: DrafterWeights
+    steps: int
+    seconds: float
+    sha256: str
+
+
+def run(experiment: Experiment) -> None:
+    """Writes report.json, report.md and plots."""
+    candidates = find_candidates(experiment)
+    drafter = training.drafter_of(experiment)
+    gamma = measure_gamma(
+        experiment.target, experiment.target_params, drafter, candidates[0].weights
+    )
+    results = {c.stage: {} for c in candidates}
+    for name, benchmark in prompts.load(
+        experiment.settings.evaluate.prompts, "evaluate.prompts"
+    ).items():
+        for stage, result in _benchmark(experiment, drafter, candidates, name, benchmark).items():
+            results[stage][name] = result
+    drafters = {
+        c.stage: {
+            "params_sha256": c.sha256,
+            "steps": c.steps,
+            "seconds": round(c.seconds, 1),
+            "benchmarks": results[c.stage],
+            "mean": report.mean(results[c.stage]),
+        }
+        for c in candidates
+    }
+    report.write(
+        experiment.workdir,
+        {
+            "schema": 1,
+            "target": {
+                "path": experiment.settings.target.path,
+                "fingerprint": experiment.fingerprint,
+                "dtype": experiment.target.config.dtype,
+            },
+            "device": report.device(),
+            "window": experiment.settings.evaluate.window,
+            "decode_window": experiment.settings.evaluate.decode_window,
+            "gamma_measured": gamma,
+            "drafters": drafters,
+        },
+    )
+
+
+def find_candidates(experiment: Experiment) -> list[Candidate]:
+    """The drafters of the stages that have run.
+
+    Raises:
+      UserError: there is none.
+    """
+    found = []
+    for stage in ("supervise", "cst", "ppow"):
+        if not (experiment.workdir / "checkpoints" / stage).exists():
+            continue
+        state, about = training.load_drafter(experiment, stage)
+        weights = training.weights_of(state["params"], experiment.target_params, state["vocab"])
+        sha = params_sha256(state["params"])
+        found.append(Candidate(stage, weights, about["steps"], about["seconds"], sha))
+    if not found:
+        raise UserError(
+            f"{experiment.workdir}: no trained drafter to evaluate; add 'supervise' to config.stages"
+        )
+    return found
+
+
+def params_sha256(params: dict) -> str:
+    """sha256 over all parameters, in the order of their paths."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(partition.path_name(path).encode() + np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _benchmark(
+    experiment: Experiment,
+    drafter: Drafter,
+    candidates: list[Candidate],
+    name: str,
+    benchmark: list[prompts.Prompt],
+) -> dict[str, dict[str, Any]]:
+    """Results by stage; kept on disk, so that a stopped evaluation goes on with the next benchmark."""
+    settings = experiment.settings.evaluate
+    identity = [
+        dataclasses.asdict(settings) | {"prompts": None},
+        [(p.id, p.turns) for p in benchmark],
+        [c.sha256 for c in candidates],
+    ]
+    mark = hashlib.sha256(repr(identity).encode()).hexdigest()
+    path = experiment.workdir / "evaluate" / f"{name}.json"
+    known = records.read_json(path)
+    if known and known["mark"] == mark:
+        return known["results"]
+    turns = write_texts(experiment, name, benchmark)
+    chosen = {p.id for p in benchmark[: settings.decode_prompts]}
+    some = [t for t in turns if t.prompt in chosen]
+    simulated = simulate_all(experiment, drafter, candidates, turns, settings.window)
+    expected = simulate_all(experiment, drafter, candidates, some, settings.decode_window)
+    decoded = decode_all(experiment, drafter, candidates, some)
+    owners = [t.prompt for t in turns]
+    results = {}
+    for candidate in candidates:
+        stage = candidate.stage
+        rounds = simulated[stage]
+        results[stage] = report.acceptance(owners, rounds, settings.window) | report.speed(
+            decoded["autoregressive"], decoded[stage], [r.emitted for r in expected[stage]]
+        )
+        log.info("evaluate: %s %s %s", name, stage, report.one_line(results[stage]))
+    records.write_json(path, {"mark": mark, "results": results})
+    return results
+
+
+def write_texts(experiment: Experiment, name: str, benchmark: list[prompts.Prompt]) -> list[Turn]:
+    """The target's greedy answers, turn by turn; responses of a single token have no rounds."""
+    settings = experiment.settings.evaluate
+    identity = repr([settings.max_new_tokens, [(p.id, p.turns) for p in benchmark]])
+    mark = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    directory = experiment.workdir / "evaluate" / f"{name}-{mark}"
+    tokens, size = settings.max_new_tokens, settings.batch_size
+    respond.write(experiment, benchmark, directory, tokens, 0.0, size, label=f"evaluate {name}")
+    rows = {}
+    for record in records.Records(directory):
+        spans = conversations.spans(record["assistant"])
+        rows[record["id"]] = [
+            Turn(record["id"], record["tokens"][:start], record["tokens"][start:end])
+            for start, end in spans
+            if end - start > 1
+        ]
+    return [turn for p in benchmark for turn in rows[p.id]]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _taps(target: Target, params: dict, tokens_BxT: jax.Array) -> jax.Array:
+    return teacher.read(target, params, tokens_BxT)[0].taps
+
+
+def simulate_all(
+    experiment: Experiment,
+    drafter: Drafter,
+    candidates: list[Candidate],
+    turns: list[Turn],
+    window: int,
+) -> dict[str, list[report.TurnRounds]]:
+    """Rounds of every turn by drafter, in the order of `turns`."""
+    size = experiment.settings.evaluate.batch_size
+    lengths = [len(t.context) + len(t.response) for t in turns]
+    ordered = sorted(range(len(turns)), key=lambda i: lengths[i])
+    found: dict[str, dict[int, report.TurnRounds]] = {c.stage: {} for c in candidates}
+    for at in range(0, len(ordered), size):
+        batch = ordered[at : at + size]
+        longest = -(-lengths[batch[-1]] // _BUCKET) * _BUCKET
+        texts = [np.concatenate([turns[i].context, turns[i].response]) for i in batch]
+        tokens = partition.shard_batch(features.pad_texts(texts, size, longest), experiment.mesh)
+        taps = _taps(experiment.target, experiment.target_params, tokens)
+        start_B, end_B = np.ones(size, np.int32), np.ones(size, np.int32)
+        start_B[: len(batch)] = [len(turns[i].context) for i in batch]
+        end_B[: len(batch)] = [lengths[i] for i in batch]
+        for c in candidates:
+            rounds = simulate(drafter, c.weights, taps, tokens, start_B, end_B, window)
+            rows = jax.tree.map(np.asarray, rounds)
+            for row, i in enumerate(batch):
+                count = int((rows.emitted[row] > 0).sum())
+                found[c.stage][i] = report.TurnRounds(*(x[row, :count] for x in rows))
+    return {stage: [by[i] for i in range(len(turns))] for stage, by in found.items()}
+
+
+def decode_all(
+    experiment: Experiment, drafter: Drafter, candidates: list[Candidate], turns: list[Turn]
+) -> dict[str, list[report.TurnDecoded]]:
+    """Decodes every turn one at a time, autoregressively and with each drafter, in turn."""
+    settings = experiment.settings.evaluate
+    stops = experiment.tokenizer.stop_ids
+    config = lambda window: DecodeConfig(settings.max_new_tokens, window, 0.0, stops)  # noqa: E731
+    calls = {"autoregressive": functools.partial(decode, config=config(0))}
+    for c in candidates:
+        calls[c.stage] = functools.partial(
+            decode, config=config(settings.decode_window), drafter=drafter, weights=c.weights
+        )
+    found: dict[str, list[report.TurnDecoded]] = {name: [] for name in calls}
+    keys = jax.random.split(jax.random.key(0), 1)
+    compiled: set[tuple[str, int]] = set()
+    for turn in turns:
+        padded = features.pad_texts([turn.context], 1, -(-len(turn.context) // _BUCKET) * _BUCKET)
+        prompt, length = jax.numpy.asarray(padded), np.asarray([len(turn.context)], np.int32)
+        for name, call in calls.items():
+            run = functools.partial(
+                call, experiment.target, experiment.target_params, prompt, length, keys
+            )
+            kind = "autoregressive" if name == "autoregressive" else "drafted"
+            if (kind, padded.shape[1]) not in compiled:
+                jax.block_until_ready(run())
+                compiled.add((kind, padded.shape[1]))
+            began = time.perf_counter()
+            out: Decoded = jax.block_until_ready(run())
+            seconds = time.perf_counter() - began
+            count = int(out.count[0])
+            emitted = np.asarray(out.emitted_by_round[0])
+            tokens = np.asarray(out.tokens[0, :count])
+            found[name].append(report.TurnDecoded(turn.prompt, tokens, emitted[emitted > 0], seconds))
+    return found

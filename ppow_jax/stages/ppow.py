@@ -1,0 +1,410 @@
+"""Stage `ppow`: reinforcement of whole windows (PPOW, arXiv 2605.14978).
+
+One step: pick anchors (ADAW), roll out G windows from each, let the target verify them, turn rewards
+into group-relative advantages, update. Each phase is one jitted function.
+
+Shape letters: B texts, T positions, A anchors, G windows a group, K window, N draft vocabulary.
+"""
+
+import functools
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ppow_jax import adaw, advantages, objective, partition, rewards, teacher, windows
+from ppow_jax.console import log
+from ppow_jax.data import records
+from ppow_jax.decode.cost import measure_gamma
+from ppow_jax.experiment import Experiment
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.target import Target, head_matrix
+from ppow_jax.settings import PPOWSettings
+from ppow_jax.stages import training
+from ppow_jax.stages.supervise import holdout
+from ppow_jax.stages.training import Batch, State
+from ppow_jax.verification import score_windows
+
+
+class Rollout(NamedTuple):
+    """Sampled windows.
+
+    Attributes:
+      anchors: int32 `[B, A]`; real: bool `[B, A]`, False for padding.
+      ids: int32 `[B, A, G, K]` draft ids; tokens: the same as target ids.
+      log_prob: float32 `[B, A, G, K]`, log Q of each token as it was sampled.
+    """
+
+    anchors: jax.Array
+    real: jax.Array
+    ids: jax.Array
+    tokens: jax.Array
+    log_prob: jax.Array
+
+
+class Verdict(NamedTuple):
+    """What verification and rewards make of a rollout.
+
+    Attributes:
+      accepted: int32 `[B, A, G]`, k.
+      valid: bool `[B, A, G, K]`, tokens that count.
+      speedup, proximity: `[B, A, G]`, the weighted terms of the reward.
+      advantage: `[B, A, G]`.
+      context: `[B, A, G or 1, K, D]`, the target's hidden states that predict each token.
+    """
+
+    accepted: jax.Array
+    valid: jax.Array
+    speedup: jax.Array
+    proximity: jax.Array
+    advantage: jax.Array
+    context: jax.Array
+
+
+def run(experiment: Experiment) -> None:
+    """Improves the supervised drafter by reinforcement."""
+    settings = experiment.settings.ppow
+    corpus = training.corpus(experiment)
+    optimizer = training.make_optimizer(settings.optimizer, settings.steps * settings.updates)
+    start, _ = training.load_drafter(experiment, "supervise")
+    state = training.place(experiment, start, optimizer)
+    table = {
+        "scores": np.zeros((corpus.records, experiment.settings.data.length), np.float32),
+        "scored_at": np.full(corpus.records, -(2**30), np.int32),
+    }
+    state |= jax.device_put(table, partition.replicated(experiment.mesh))
+    training.train(
+        experiment,
+        "ppow",
+        state,
+        corpus,
+        settings.steps,
+        settings.batch_size,
+        "continue",
+        stepper(experiment, optimizer, gamma_of(experiment)),
+        holdout(experiment, corpus),
+    )
+
+
+def gamma_of(experiment: Experiment) -> float:
+    """gamma as given, or measured once for a workdir."""
+    given = experiment.settings.ppow.gamma
+    if given != "measured":
+        return float(given)
+    path = experiment.workdir / "gamma.json"
+    known = records.read_json(path)
+    if known is None:
+        drafter, _ = training.load_drafter(experiment, "supervise")
+        weights = training.weights_of(
+            drafter["params"], experiment.target_params, drafter["vocab"]
+        )
+        module = training.drafter_of(experiment)
+        gamma = measure_gamma(experiment.target, experiment.target_params, module, weights)
+        known = {"gamma": gamma}
+        records.write_json(path, known)
+    log.info("ppow: gamma measured on this machine: %.4f", known["gamma"])
+    return known["gamma"]
+
+
+def stepper(
+    experiment: Experiment, optimizer: optax.GradientTransformation, gamma: float
+) -> training.Step:
+    """One PPOW step: four jitted phases, timed."""
+    settings = experiment.settings.ppow
+    target, drafter = experiment.target, training.drafter_of(experiment)
+    pick = make_pick(target, drafter, settings)
+    roll = make_rollout(target, drafter, settings)
+    verify = make_verify(target, settings, gamma, experiment.tokenizer.stop_ids)
+    update = make_update(target, drafter, optimizer, settings)
+    key = experiment.key("ppow")
+    target_params = experiment.target_params
+
+    def step(number: int, state: State, batch: Batch) -> tuple[State, Mapping[str, Any]]:
+        keys = jax.random.split(jax.random.fold_in(key, number), 3)
+        clock = [time.monotonic()]
+
+        def lap(value: Any) -> Any:
+            jax.block_until_ready(value)
+            clock.append(time.monotonic())
+            return value
+
+        state, anchors, real = lap(pick(state, target_params, batch, number, keys[0]))
+        rollout = lap(roll(state, target_params, batch, anchors, real, keys[1]))
+        verdict = lap(verify(target_params, batch, rollout, keys[2]))
+        state, metrics = lap(update(state, target_params, batch, rollout, verdict))
+        spent = np.diff(clock) / (clock[-1] - clock[0])
+        names = ("share_anchors", "share_rollout", "share_verification", "share_update")
+        return state, metrics | dict(zip(names, spent.round(4), strict=True))
+
+    return step
+
+
+def make_pick(target: Target, drafter: Drafter, settings: PPOWSettings):
+    """(state, target parameters, batch, step, key) -> (state, anchors `[B, A]`, real `[B, A]`)."""
+    adaptive = settings.adaw
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def pick(state: State, target_params: dict, batch: Batch, number: int, key: jax.Array):
+        mask = training.anchor_mask(batch["assistant"])
+        weight = mask.astype(jnp.float32)
+        if adaptive.enabled:
+            index = batch["index"]
+            active = number > adaptive.warmup_steps
+            stale = number - state["scored_at"][index] > adaptive.rescore_every
+            known = state["scores"][index]
+
+            def rescore() -> jax.Array:
+                fresh = criticality(target, drafter, state, target_params, batch, settings.window)
+                return jnp.where(stale[:, None], fresh, known)
+
+            scores = jax.lax.cond(active & stale.any(), rescore, lambda: known)
+            at = jnp.where(active & stale, number, state["scored_at"][index])
+            state = state | {
+                "scores": state["scores"].at[index].set(scores),
+                "scored_at": state["scored_at"].at[index].set(at),
+            }
+            informed = active & (scores.sum(1, keepdims=True) > 0)
+            weight = jnp.where(informed, scores, weight)
+        return state, *adaw.sample_anchors(key, weight, settings.anchors)
+
+    return pick
+
+
+def criticality(
+    target: Target,
+    drafter: Drafter,
+    state: State,
+    target_params: dict,
+    batch: Batch,
+    window: int,
+) -> jax.Array:
+    """ADAW's score `[B, T]` of every anchor: one drafter step from each, against the target's law."""
+    lesson = training.lesson_of(target, target_params, batch)
+    weights = training.weights_of(state["params"], target_params, state["vocab"])
+    head = head_matrix(target.config, target_params)[:, state["vocab"]]
+    tokens = batch["tokens"]
+    B, T = tokens.shape
+    prefix = windows.text_prefix(drafter, weights, lesson.taps, tokens)
+    anchors = jnp.broadcast_to(jnp.minimum(jnp.arange(T), T - 2), (B, T))
+    law = jnp.take_along_axis(lesson.hidden, anchors[..., None] + 1, 1)
+
+    def choose(_: int, logits_BxTx1xN: jax.Array):
+        divergence = objective.kl((law @ head)[:, :, None], logits_BxTx1xN)
+        return jnp.zeros(divergence.shape, jnp.int32), divergence
+
+    start = windows.text_starts(prefix, tokens, anchors)
+    divergence = windows.window_pass(drafter, weights, prefix.keys_values, start, choose, 1)
+    entropy = jnp.take_along_axis(lesson.entropy, anchors + 1, 1)
+    values = adaw.criticality(entropy, divergence[:, :, 0, 0], target.config.vocab_size)
+    return adaw.anchor_scores(values, training.anchor_mask(batch["assistant"]), window)
+
+
+def make_rollout(target: Target, drafter: Drafter, settings: PPOWSettings):
+    """(state, target parameters, batch, anchors, real, key) -> Rollout."""
+
+    @jax.jit
+    def roll(state: State, target_params: dict, batch: Batch, anchors, real, key) -> Rollout:
+        lesson = training.lesson_of(target, target_params, batch)
+        weights = training.weights_of(state["params"], target_params, state["vocab"])
+        prefix = windows.text_prefix(drafter, weights, lesson.taps, batch["tokens"])
+        start = windows.text_starts(prefix, batch["tokens"], anchors)
+
+        def choose(step: int, logits: jax.Array):
+            B, A, _, N = logits.shape
+            logp = jax.nn.log_softmax(logits / settings.rollout_temperature)
+            logp = jnp.broadcast_to(logp, (B, A, settings.group, N))
+            ids = jax.random.categorical(jax.random.fold_in(key, step), logp)
+            chosen = jnp.take_along_axis(logp, ids[..., None], -1)[..., 0]
+            return weights.vocab[ids], (ids, weights.vocab[ids], chosen)
+
+        sampled = windows.window_pass(
+            drafter, weights, prefix.keys_values, start, choose, settings.window
+        )
+        return Rollout(anchors, real, *sampled)
+
+    return roll
+
+
+def make_verify(target: Target, settings: PPOWSettings, gamma: float, stops: tuple[int, ...]):
+    """(target parameters, batch, rollout, key) -> Verdict.
+
+    At temperature 0 the texts are the target's greedy ones, so k follows from them; the target runs
+    for the proximity reward alone, on windows with k = 0. Above 0 it runs on every window.
+    """
+    greedy = settings.temperature == 0
+    near = settings.proximity_weight > 0
+
+    @jax.jit
+    def verify(target_params: dict, batch: Batch, rollout: Rollout, key: jax.Array) -> Verdict:
+        B, A, G, K = rollout.tokens.shape
+        T = batch["tokens"].shape[1]
+        positions = rollout.anchors[..., None] + 2 + jnp.arange(K)
+        take = lambda values: _at(values, jnp.minimum(positions, T - 1))  # noqa: E731
+        inside = (positions < T) & take(batch["assistant"]) & rollout.real[..., None]
+        text_valid = jnp.cumprod(inside, -1).astype(bool)[:, :, None]
+        if greedy:
+            valid = jnp.broadcast_to(text_valid, rollout.tokens.shape)
+            text = take(batch["tokens"])[:, :, None]
+            accepted = rewards.accepted_greedy(rollout.tokens, text, valid)
+            needed = (accepted == 0) & rollout.real[..., None]
+        else:
+            stopped = jnp.cumsum(jnp.isin(rollout.tokens, jnp.asarray(stops)), -1)
+            before = jnp.pad(stopped[..., :-1], ((0, 0),) * 3 + ((1, 0),))
+            valid = (before == 0) & rollout.real[:, :, None, None]
+            needed = jnp.broadcast_to(rollout.real[..., None], (B, A, G))
+        if near or not greedy:
+            lesson, cache = teacher.read(target, target_params, batch["tokens"])
+            scores = score_windows(
+                target,
+                target_params,
+                cache,
+                lesson.hidden,
+                jnp.repeat(rollout.anchors, G, 1),
+                rollout.tokens.reshape(B, A * G, K),
+                needed.reshape(B, A * G),
+                2 * G if A % 2 == 0 else G,
+                settings.temperature,
+            )
+            scores = jax.tree.map(lambda x: x.reshape(B, A, G, *x.shape[2:]), scores)
+        else:
+            lesson = training.lesson_of(target, target_params, batch)
+        if greedy:
+            law = jnp.minimum(positions - 1, T - 1).reshape(B, A * K, 1)
+            context = jnp.take_along_axis(lesson.hidden, law, 1).reshape(B, A, 1, K, -1)
+        else:
+            uniform = jax.random.uniform(key, rollout.log_prob.shape)
+            accepted = rewards.accepted_sampled(scores.tempered, rollout.log_prob, uniform, valid)
+            context = scores.context
+        speedup = settings.speedup_weight * rewards.speedup(accepted, gamma)
+        proximity = jnp.zeros_like(speedup)
+        if near:
+            both = valid & text_valid
+            text_log_prob = _at(lesson.log_prob, jnp.minimum(positions - 1, T - 1))[:, :, None]
+            preferred = jnp.sum(jnp.where(both, text_log_prob, 0.0), -1)
+            drafted = jnp.sum(jnp.where(both, scores.log_prob, 0.0), -1)
+            bonus = rewards.proximity(accepted, preferred, drafted, settings.proximity_epsilon)
+            proximity = settings.proximity_weight * bonus * rollout.real[..., None]
+        advantage = advantages.group_relative(speedup + proximity)
+        return Verdict(accepted, valid, speedup, proximity, advantage, context)
+
+    return verify
+
+
+def _at(values_BxT: jax.Array, positions_BxAxK: jax.Array) -> jax.Array:
+    """values at positions, `[B, A, K]`."""
+    B, A, K = positions_BxAxK.shape
+    return jnp.take_along_axis(values_BxT, positions_BxAxK.reshape(B, A * K), 1).reshape(B, A, K)
+
+
+def make_update(
+    target: Target,
+    drafter: Drafter,
+    optimizer: optax.GradientTransformation,
+    settings: PPOWSettings,
+):
+    """(state, target parameters, batch, rollout, verdict) -> (state, metrics): `updates` steps."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: State, target_params: dict, batch: Batch, rollout: Rollout, verdict: Verdict):
+        lesson = training.lesson_of(target, target_params, batch)
+        head = head_matrix(target.config, target_params)[:, state["vocab"]]
+        of = functools.partial(
+            ppow_loss, drafter, settings, target_params, state["vocab"], head, lesson, batch
+        )
+
+        def once(carry: tuple, _: None) -> tuple:
+            params, opt_state = carry
+            grad = jax.value_and_grad(of, has_aux=True)
+            (loss, metrics), grads = grad(params, rollout, verdict)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
+            return (optax.apply_updates(params, updates), opt_state), metrics
+
+        carry = (state["params"], state["opt_state"])
+        (params, opt_state), stacked = jax.lax.scan(once, carry, length=settings.updates)
+        metrics = {k: v[-1] for k, v in stacked.items()}
+        # Before the first update the recomputed log-probabilities are the rollout's, but for rounding.
+        metrics["log_prob_gap"] = stacked["log_prob_gap"][0]
+        metrics |= reward_metrics(rollout, verdict)
+        return state | {"params": params, "opt_state": opt_state}, metrics
+
+    return update
+
+
+def ppow_loss(
+    drafter: Drafter,
+    settings: PPOWSettings,
+    target_params: dict,
+    vocab: jax.Array,
+    head_DxN: jax.Array,
+    lesson: teacher.Lesson,
+    batch: Batch,
+    params: dict,
+    rollout: Rollout,
+    verdict: Verdict,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Clipped surrogate plus beta KL(P || Q), both per token.
+
+    The surrogate runs over the credited tokens. The KL runs over the tokens whose context the target
+    accepted (j <= k): where the text is greedy that is where P is known, and it is the only place that
+    decoding ever visits.
+    """
+    weights = training.weights_of(params, target_params, vocab)
+    prefix = windows.text_prefix(drafter, weights, lesson.taps, batch["tokens"])
+    start = windows.text_starts(prefix, batch["tokens"], rollout.anchors)
+
+    def choose(step: int, logits: jax.Array):
+        ids = rollout.ids[..., step]
+        logp = jax.nn.log_softmax(logits / settings.rollout_temperature)
+        logp = jnp.broadcast_to(logp, (*ids.shape, logp.shape[-1]))
+        chosen = jnp.take_along_axis(logp, ids[..., None], -1)[..., 0]
+        entropy = -jnp.sum(jnp.exp(logp) * logp, -1)
+        divergence = objective.kl(verdict.context[..., step, :] @ head_DxN, logits)
+        divergence = jnp.broadcast_to(divergence, ids.shape)
+        return rollout.tokens[..., step], (chosen, entropy, divergence)
+
+    log_prob, entropy, divergence = windows.window_pass(
+        drafter, weights, prefix.keys_values, start, choose, settings.window
+    )
+    reached = jnp.arange(settings.window) <= verdict.accepted[..., None]
+    credited = verdict.valid
+    if settings.credit == "accepted":
+        judged = verdict.accepted[..., None] == 0  # by proximity: on the whole window
+        credited &= reached | (judged & (settings.proximity_weight > 0))
+    advantage = verdict.advantage[..., None]
+    loss = objective.clipped_policy_loss(log_prob, rollout.log_prob, advantage, settings.clip)
+    clipped = objective.clip_fraction(log_prob, rollout.log_prob, advantage, settings.clip)
+    policy = objective.masked_mean(loss, credited)
+    kl = objective.masked_mean(divergence, verdict.valid & reached)
+    gap = jnp.max(jnp.where(verdict.valid, jnp.abs(log_prob - rollout.log_prob), 0.0))
+    return policy + settings.kl_weight * kl, {
+        "policy_loss": policy,
+        "kl": kl,
+        "clip_fraction": objective.masked_mean(clipped, credited),
+        "entropy": objective.masked_mean(entropy, verdict.valid & reached),
+        "log_prob_gap": gap,
+    }
+
+
+def reward_metrics(rollout: Rollout, verdict: Verdict) -> dict[str, jax.Array]:
+    """What the rollout earned."""
+    K = rollout.ids.shape[-1]
+    real = jnp.broadcast_to(rollout.real[..., None], verdict.accepted.shape)
+    mean = functools.partial(objective.masked_mean, mask=real)
+    reward = verdict.speedup + verdict.proximity
+    share = [mean((verdict.accepted == k).astype(jnp.float32)) for k in range(K + 1)]
+    return {
+        "reward": mean(reward),
+        "reward_speedup": mean(verdict.speedup),
+        "reward_proximity": mean(verdict.proximity),
+        "accepted": mean(verdict.accepted.astype(jnp.float32)),
+        "accepted_shares": jnp.stack(share),
+        "share_refused": share[0],
+        "share_without_spread": objective.masked_mean(
+            advantages.without_spread(reward).astype(jnp.float32), rollout.real
+        ),
+    }

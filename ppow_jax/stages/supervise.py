@@ -1,0 +1,170 @@
+"""Stage `supervise`: EAGLE-3's training-time test, from fresh parameters.
+
+Every sampled anchor is stepped through a window of the text itself, feeding on its own hidden states;
+step j's loss is the cross-entropy to the target's law, weighted decay ** j.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ppow_jax.console import log
+
+from ppow_jax import adaw, objective, partition, windows
+from ppow_jax.data import texts
+from ppow_jax.decode.simulate import simulate
+from ppow_jax.experiment import Experiment
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.target import Target, head_matrix
+from ppow_jax.stages import training
+from ppow_jax.stages.training import Batch, State
+
+
+def run(experiment: Experiment) -> None:
+    """Trains a drafter from scratch."""
+    settings = experiment.settings.supervise
+    corpus = training.corpus(experiment)
+    size, V = experiment.settings.drafter.vocab_size, experiment.target.config.vocab_size
+    vocab, coverage = texts.draft_vocabulary(experiment.responses, corpus.indices, size, V)
+    log.info("supervise: %d texts; draft vocabulary %d covers %.4f", len(corpus.train), size, coverage)
+    optimizer = training.make_optimizer(settings.optimizer, settings.steps)
+    training.train(
+        experiment,
+        "supervise",
+        training.fresh_state(experiment, optimizer, vocab),
+        corpus,
+        settings.steps,
+        settings.batch_size,
+        "supervise",
+        stepper(experiment, "supervise", optimizer, settings.anchors),
+        holdout(experiment, corpus),
+    )
+
+
+def stepper(
+    experiment: Experiment,
+    stage: str,
+    optimizer: optax.GradientTransformation,
+    anchors: int,
+) -> training.Step:
+    """The jitted supervised step."""
+    settings = experiment.settings.supervise
+    key = experiment.key(stage)
+    update = make_update(
+        experiment.target,
+        training.drafter_of(experiment),
+        optimizer,
+        anchors,
+        settings.window,
+        settings.decay,
+    )
+
+    def step(number: int, state: State, batch: Batch) -> tuple[State, Mapping[str, Any]]:
+        return update(state, experiment.target_params, batch, jax.random.fold_in(key, number))
+
+    return step
+
+
+def make_update(
+    target: Target,
+    drafter: Drafter,
+    optimizer: optax.GradientTransformation,
+    anchors: int,
+    window: int,
+    decay: float,
+):
+    """(state, target parameters, batch, key) -> (state, metrics), jitted, the state donated."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: State, target_params: dict, batch: Batch, key: jax.Array):
+        lesson = training.lesson_of(target, target_params, batch)
+        mask_BxT = training.anchor_mask(batch["assistant"])
+        anchors_BxA, real_BxA = adaw.sample_anchors(key, mask_BxT.astype(jnp.float32), anchors)
+        head = head_matrix(target.config, target_params)[:, state["vocab"]]
+
+        def loss_of(params: dict):
+            weights = training.weights_of(params, target_params, state["vocab"])
+            return supervised_loss(
+                drafter, weights, head, lesson, batch, anchors_BxA, real_BxA, window, decay
+            )
+
+        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return state | {"params": params, "opt_state": opt_state}, metrics
+
+    return update
+
+
+def supervised_loss(
+    drafter: Drafter,
+    weights,
+    head_DxN: jax.Array,
+    lesson,
+    batch: Batch,
+    anchors_BxA: jax.Array,
+    real_BxA: jax.Array,
+    window: int,
+    decay: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Training-time-test loss over the given anchors (EAGLE-3, section 3.2).
+
+    Returns:
+      sum over j of decay ** j times the mean cross-entropy of step j, and the accuracy of each step
+      against the text.
+    """
+    tokens_BxT = batch["tokens"]
+    T = tokens_BxT.shape[1]
+    prefix = windows.text_prefix(drafter, weights, lesson.taps, tokens_BxT)
+    start = windows.text_starts(prefix, tokens_BxT, anchors_BxA)
+
+    def at(values: jax.Array, step: int) -> jax.Array:
+        positions = jnp.minimum(anchors_BxA + step, T - 1)
+        return jnp.take_along_axis(values, positions.reshape(*positions.shape, *[1] * (values.ndim - 2)), 1)
+
+    def choose(step: int, logits_BxAx1xN: jax.Array):
+        token = at(tokens_BxT, step + 2)[..., None]
+        valid = real_BxA & (anchors_BxA + step + 2 < T) & at(batch["assistant"], step + 2)
+        target_logits = (at(lesson.hidden, step + 1) @ head_DxN)[:, :, None]
+        loss = objective.cross_entropy(target_logits, logits_BxAx1xN)
+        hit = weights.vocab[jnp.argmax(logits_BxAx1xN, -1)] == token
+        return token, (loss, hit.astype(jnp.float32), valid[..., None])
+
+    loss, hit, valid = windows.window_pass(
+        drafter, weights, prefix.keys_values, start, choose, window
+    )
+    mean = jax.vmap(objective.masked_mean, in_axes=-1)
+    accuracy_K = mean(hit, valid)
+    total = jnp.sum(mean(loss, valid) * decay ** jnp.arange(window))
+    return total, {f"accuracy_{j}": accuracy_K[j] for j in range(window)}
+
+
+def holdout(experiment: Experiment, corpus: training.Corpus) -> training.Measure:
+    """Measures the greedy chain on the held-out texts: tau by simulation with ppow's window."""
+    if not len(corpus.held) or experiment.settings.respond.temperature > 0:
+        return lambda state: {}
+    items = [corpus.held[i] for i in range(len(corpus.held))]
+    batch = partition.shard_batch(
+        {k: np.stack([item[k] for item in items]) for k in items[0]}, experiment.mesh
+    )
+    drafter = training.drafter_of(experiment)
+    lesson = jax.jit(training.lesson_of, static_argnums=0)
+    taps = lesson(experiment.target, experiment.target_params, batch).taps
+    first = [texts.first_span(item["assistant"]) for item in items]
+    start_B, end_B = (np.asarray(x, np.int32) for x in zip(*first, strict=True))
+
+    def measure(state: State) -> dict[str, float]:
+        weights = training.weights_of(
+            state["params"], experiment.target_params, state["vocab"]
+        )
+        window = experiment.settings.ppow.window
+        rounds = simulate(drafter, weights, taps, batch["tokens"], start_B, end_B, window)
+        emitted = np.asarray(rounds.emitted)
+        return {"tau": float(emitted.sum() / max(1, (emitted > 0).sum()))}
+
+    return measure

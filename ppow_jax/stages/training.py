@@ -1,0 +1,232 @@
+"""What the training stages share: state, batches, and the loop that saves, measures and resumes."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ppow_jax.console import log
+
+from ppow_jax import partition, teacher
+from ppow_jax.data import features, texts
+from ppow_jax.errors import UserError
+from ppow_jax.experiment import Experiment
+from ppow_jax.interop.checkpoint import Checkpoints, abstract
+from ppow_jax.metrics import Writer
+from ppow_jax.models.drafter import (
+    Drafter,
+    DrafterConfig,
+    DrafterWeights,
+    drafter_config,
+    init_params,
+)
+from ppow_jax.models.target import Target
+from ppow_jax.settings import OptimizerSettings
+
+State = dict[str, Any]  # params, opt_state, vocab and what a stage adds
+Batch = dict[str, jax.Array]  # see data.texts.Texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The responses as training and held-out texts."""
+
+    train: texts.Texts
+    held: texts.Texts
+    indices: list[int]  # of the training records
+    records: int  # all of them
+
+
+def corpus(experiment: Experiment) -> Corpus:
+    """Opens the responses and, if `data.cache_features`, computes the lessons that are missing."""
+    data = experiment.settings.data
+    train, held = texts.split(experiment.responses, data.length, data.holdout)
+    lessons = None
+    if data.cache_features:
+        lessons = features.ensure(experiment, experiment.responses)
+    make = lambda indices: texts.Texts(experiment.responses, lessons, indices, data.length)  # noqa: E731
+    return Corpus(make(train), make(held), train, len(experiment.responses))
+
+
+def lesson_of(target: Target, params: dict, batch: Batch) -> teacher.Lesson:
+    """The batch's lesson: from the cache where it is there, else by running the target."""
+    if "taps" not in batch:
+        return teacher.read(target, params, batch["tokens"])[0]
+    return teacher.Lesson(
+        batch["taps"].astype(jnp.float32),
+        batch["hidden"].astype(jnp.float32),
+        batch["log_prob"],
+        batch["entropy"],
+    )
+
+
+def anchor_mask(assistant_BxT: jax.Array) -> jax.Array:
+    """bool `[B, T]`: positions t whose prediction, token t + 2, was written by the target."""
+    ahead = jnp.pad(assistant_BxT[:, 2:], ((0, 0), (0, 2)))
+    return ahead.astype(bool)
+
+
+def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
+    """AdamW, linear warm-up, cosine decay to a tenth, global-norm clipping."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=settings.learning_rate,
+        warmup_steps=min(settings.warmup_steps, steps - 1),
+        decay_steps=steps,
+        end_value=settings.learning_rate / 10,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip_norm),
+        optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=settings.weight_decay),
+    )
+
+
+def shape_of_drafter(experiment: Experiment) -> DrafterConfig:
+    """The drafter's shape by the settings."""
+    d = experiment.settings.drafter
+    return drafter_config(experiment.target.config, d.vocab_size, d.mlp_hidden, d.dtype)
+
+
+def fresh_state(
+    experiment: Experiment, optimizer: optax.GradientTransformation, vocab: np.ndarray
+) -> State:
+    """A new drafter and its optimiser, on the mesh."""
+    config = shape_of_drafter(experiment)
+    params = init_params(
+        config,
+        experiment.target.config,
+        experiment.target_params,
+        jnp.asarray(vocab),
+        experiment.key("drafter"),
+    )
+    return place(experiment, {"params": params, "vocab": vocab}, optimizer)
+
+
+def place(
+    experiment: Experiment, state: State, optimizer: optax.GradientTransformation
+) -> State:
+    """Lays a state out on the mesh and adds a fresh optimiser state."""
+    params = partition.shard(state["params"], experiment.mesh)
+    opt_state = partition.shard(optimizer.init(params), experiment.mesh)
+    vocab = jax.device_put(np.asarray(state["vocab"]), partition.replicated(experiment.mesh))
+    return {"params": params, "opt_state": opt_state, "vocab": vocab}
+
+
+def checkpoints(experiment: Experiment, stage: str) -> Checkpoints:
+    """The checkpoint directory of a stage."""
+    directory = experiment.workdir / "checkpoints" / stage
+    return Checkpoints(directory, experiment.settings.log.keep_checkpoints)
+
+
+def load_drafter(experiment: Experiment, stage: str) -> tuple[State, dict[str, Any]]:
+    """The drafter that a finished stage left (params and vocab), and what is noted about it.
+
+    Raises:
+      UserError: the stage has not run, or its checkpoint belongs to another target.
+    """
+    store = checkpoints(experiment, stage)
+    if store.latest is None:
+        raise UserError(
+            f"{experiment.workdir}: no checkpoint of stage {stage!r}; add it to config.stages"
+        )
+    about = store.about()
+    if about["target"] != experiment.fingerprint:
+        raise UserError(
+            f"{experiment.workdir}/checkpoints/{stage}: drafter of target {about['target'][:12]}, "
+            f"this target is {experiment.fingerprint[:12]}; use the target that it was trained for"
+        )
+    config = DrafterConfig(**about["drafter"])
+    vocab = np.arange(config.vocab_size, dtype=np.int32)
+    blank = init_params(
+        config,
+        experiment.target.config,
+        experiment.target_params,
+        jnp.asarray(vocab),
+        jax.random.key(0),
+    )
+    state = {
+        "params": partition.shard(blank, experiment.mesh),
+        "vocab": jax.device_put(vocab, partition.replicated(experiment.mesh)),
+    }
+    _, state, about = store.restore_part(abstract(state))
+    store.close()
+    return state, about
+
+
+def weights_of(params: dict, target_params: dict, vocab_N: jax.Array) -> DrafterWeights:
+    """The drafter's parameters with the target's frozen embedding."""
+    return DrafterWeights(params, target_params["embedding"]["embedding"], vocab_N)
+
+
+Step = Callable[[int, State, Batch], tuple[State, Mapping[str, Any]]]
+Measure = Callable[[State], Mapping[str, Any]]
+
+
+def train(
+    experiment: Experiment,
+    stage: str,
+    state: State,
+    corpus: Corpus,
+    steps: int,
+    batch_size: int,
+    order: str,
+    step: Step,
+    measure: Measure,
+) -> None:
+    """Runs a stage from its newest checkpoint to its last step.
+
+    Args:
+      experiment: the run.
+      stage: its name, for checkpoints and metrics.
+      state: what a first start begins with; also the template that a restart restores to.
+      corpus: the texts.
+      steps: of the stage.
+      batch_size: texts a step.
+      order: names the random order of the texts; stages with the same name see the same texts.
+      step: step number (1-based), state, batch -> state, metrics.
+      measure: metrics on the held-out texts.
+
+    Raises:
+      UserError: a loss that is not finite; the newest checkpoint is then from before it.
+    """
+    every = experiment.settings.log
+    seed = int(jax.random.randint(experiment.key(order), (), 0, 2**31 - 1))
+    batches = texts.iterate(corpus.train, batch_size, seed)
+    store = checkpoints(experiment, stage)
+    done, seconds = 0, 0.0
+    if store.latest is not None:
+        done, state, about = store.restore(abstract(state), batches)
+        seconds = about["seconds"]
+        log.info("%s: resumed after step %d", stage, done)
+    about = {
+        "target": experiment.fingerprint,
+        "drafter": dataclasses.asdict(shape_of_drafter(experiment)),
+        "steps": steps,
+    }
+    writer = Writer(
+        experiment.workdir, stage, steps, done, seconds, every.every_steps, every.tensorboard
+    )
+    with writer:
+        for number in range(done + 1, steps + 1):
+            began = time.monotonic()
+            batch = partition.shard_batch(next(batches), experiment.mesh)
+            waited = time.monotonic() - began
+            state, metrics = step(number, state, batch)
+            metrics = dict(metrics) | {"seconds_waiting_for_data": round(waited, 4)}
+            last = number == steps
+            if number % every.holdout_every_steps == 0 or last:
+                metrics |= {f"holdout_{k}": v for k, v in measure(state).items()}
+            writer.write(number, metrics)
+            if number % every.checkpoint_every_steps == 0 or last:
+                writer.flush()  # refuses a loss that is not finite before it is saved
+                store.save(number, state, batches, about | {"seconds": writer.seconds})
+    store.close()
+
+
+def drafter_of(experiment: Experiment) -> Drafter:
+    """The drafter's module by the settings."""
+    return Drafter(shape_of_drafter(experiment))
