@@ -20,7 +20,7 @@ def get_config():
     c.data.length = 320
     c.data.holdout = 16
     c.drafter.vocab_size = 24
-    c.drafter.mlp_hidden = 32
+    c.drafter.mlp_hidden = 128
     c.supervise.steps = 40
     c.supervise.anchors = 16
     c.supervise.window = 3

@@ -147,24 +147,18 @@ def test_greedy_decoding_equals_the_reference(loaded):
 
 
 def test_cached_steps_equal_the_whole_text(loaded, whole):
-    """Ragged prefill, then single tokens, then a block of them: the logits do not notice."""
+    """From ragged prompts, three tokens at a time: the logits do not notice the cache."""
     target, params = loaded.target, loaded.params
-    texts, c = pad(TEXTS), target.config
-    rows = np.arange(len(TEXTS))[:, None]
+    texts, rows, K = pad(TEXTS), np.arange(len(TEXTS))[:, None], 3
     start = np.array([len(p) for p in PROMPTS], np.int32)
-    junk = np.where(np.arange(texts.shape[1]) < start[:, None], texts, 7)
-    prefill = forward(target, params, junk)
-    cache = kv_cache.empty(
-        c.layers, len(TEXTS), c.kv_heads, texts.shape[1], c.head_size, jnp.float32
-    )
-    cache = kv_cache.write(cache, prefill.new, jnp.zeros(len(TEXTS), jnp.int32))
-    for count in (1, 1, 1, 12):
-        at = start[:, None] + np.arange(count)
+    prompt_only = kv_cache.visible(start, texts.shape[1])[..., None]
+    cache = jax.tree.map(lambda x: jnp.where(prompt_only, x, 7.0), kv_cache.as_prefix(whole.new))
+    for _ in range(4):
+        at = start[:, None] + np.arange(K)
         hidden, cache = step(target, params, cache, texts[rows, at], start)
-        got = head(target, params, hidden)
         want = head(target, params, whole.hidden[rows, 0, at])
-        np.testing.assert_allclose(got, want, atol=CACHE_TOLERANCE, rtol=0)
-        start = start + count
+        np.testing.assert_allclose(head(target, params, hidden), want, atol=CACHE_TOLERANCE, rtol=0)
+        start = start + K
 
 
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -185,10 +179,15 @@ def test_unpermute_inverts_the_order_of_gguf():
     np.testing.assert_array_equal(gguf.unpermute(permute(rows, 3), 3), rows)
 
 
-def test_without_unpermute_the_logits_are_wrong(loaded, monkeypatch):
+def test_without_unpermute_the_logits_are_wrong(loaded):
     """The golden logits do notice the row order, so passing them means something."""
-    monkeypatch.setattr(gguf, "unpermute", lambda rows, heads: rows)
-    _, wrong, _ = gguf.load(f"package:{PACKAGE}", "float32")
+    c = loaded.target.config
+    wrong = jax.tree.map(lambda x: x, loaded.params)
+    for i in range(c.layers):
+        attention = wrong[f"layers_{i}"]["attention"]
+        for name, heads in (("query", c.heads), ("key", c.kv_heads)):
+            stored = permute(np.asarray(attention[name]["kernel"]).T, heads)
+            attention[name] = {"kernel": jnp.asarray(stored.T)}
     rows, positions, values = golden_positions()
     hidden = forward(loaded.target, wrong, pad(TEXTS)).hidden[rows, 0, positions]
     error = logit_error(np.asarray(head(loaded.target, wrong, hidden)), values)

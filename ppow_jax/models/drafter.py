@@ -152,5 +152,6 @@ def init_params(
     params = _init(config, key)
     head = head_matrix(target, target_params)[:, vocab_N]
     params["head"]["kernel"] = head.astype(jnp.float32)
-    params["norm"]["scale"] = target_params["norm"]["scale"].astype(jnp.float32)
+    # A copy even where the dtype is the same: training donates the drafter's buffers.
+    params["norm"]["scale"] = jnp.array(target_params["norm"]["scale"], jnp.float32)
     return params

@@ -48,8 +48,8 @@ def build(seed: int, dtype: str) -> tuple[TargetConfig, dict, Tokenizer]:
         width=width,
         layers=4,
         heads=4,
-        kv_heads=2,
-        head_size=8,
+        kv_heads=4,
+        head_size=16,
         mlp_hidden=hidden,
         context=512,
         rope_theta=10_000.0,
@@ -63,10 +63,10 @@ def build(seed: int, dtype: str) -> tuple[TargetConfig, dict, Tokenizer]:
     block = {
         "attention_norm": {"scale": np.ones(width, dtype)},
         "attention": {
-            "query": zeros(width, 32),
-            "key": zeros(width, 16),
-            "value": zeros(width, 16),
-            "out": zeros(32, width),
+            "query": zeros(width, 64),
+            "key": zeros(width, 64),
+            "value": zeros(width, 64),
+            "out": zeros(64, width),
         },
         "mlp_norm": {"scale": np.ones(width, dtype)},
         "mlp": {

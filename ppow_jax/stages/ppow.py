@@ -132,25 +132,27 @@ def stepper(
             clock.append(time.monotonic())
             return value
 
-        state, anchors, real = lap(pick(state, target_params, batch, number, keys[0]))
+        table, anchors, real = lap(pick(state, target_params, batch, number, keys[0]))
+        state = state | table
         rollout = lap(roll(state, target_params, batch, anchors, real, keys[1]))
         verdict = lap(verify(target_params, batch, rollout, keys[2]))
-        state, metrics = lap(update(state, target_params, batch, rollout, verdict))
+        learner, vocab = training.split(state)
+        learner, metrics = lap(update(learner, vocab, target_params, batch, rollout, verdict))
         spent = np.diff(clock) / (clock[-1] - clock[0])
         names = ("share_anchors", "share_rollout", "share_verification", "share_update")
-        return state, metrics | dict(zip(names, spent.round(4), strict=True))
+        return state | learner, metrics | dict(zip(names, spent.round(4), strict=True))
 
     return step
 
 
 def make_pick(target: Target, drafter: Drafter, settings: PPOWSettings):
-    """(state, target parameters, batch, step, key) -> (state, anchors `[B, A]`, real `[B, A]`)."""
+    """(state, target parameters, batch, step, key) -> (ADAW table, anchors `[B, A]`, real `[B, A]`)."""
     adaptive = settings.adaw
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @jax.jit
     def pick(state: State, target_params: dict, batch: Batch, number: int, key: jax.Array):
         mask = training.anchor_mask(batch["assistant"])
-        weight = mask.astype(jnp.float32)
+        weight, table = mask.astype(jnp.float32), {}
         if adaptive.enabled:
             index = batch["index"]
             active = number > adaptive.warmup_steps
@@ -163,13 +165,13 @@ def make_pick(target: Target, drafter: Drafter, settings: PPOWSettings):
 
             scores = jax.lax.cond(active & stale.any(), rescore, lambda: known)
             at = jnp.where(active & stale, number, state["scored_at"][index])
-            state = state | {
+            table = {
                 "scores": state["scores"].at[index].set(scores),
                 "scored_at": state["scored_at"].at[index].set(at),
             }
             informed = active & (scores.sum(1, keepdims=True) > 0)
             weight = jnp.where(informed, scores, weight)
-        return state, *adaw.sample_anchors(key, weight, settings.anchors)
+        return table, *adaw.sample_anchors(key, weight, settings.anchors)
 
     return pick
 
@@ -306,14 +308,21 @@ def make_update(
     optimizer: optax.GradientTransformation,
     settings: PPOWSettings,
 ):
-    """(state, target parameters, batch, rollout, verdict) -> (state, metrics): `updates` steps."""
+    """(learner, vocab, target parameters, batch, rollout, verdict) -> (learner, metrics)."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: State, target_params: dict, batch: Batch, rollout: Rollout, verdict: Verdict):
+    def update(
+        learner: State,
+        vocab: jax.Array,
+        target_params: dict,
+        batch: Batch,
+        rollout: Rollout,
+        verdict: Verdict,
+    ):
         lesson = training.lesson_of(target, target_params, batch)
-        head = head_matrix(target.config, target_params)[:, state["vocab"]]
+        head = head_matrix(target.config, target_params)[:, vocab]
         of = functools.partial(
-            ppow_loss, drafter, settings, target_params, state["vocab"], head, lesson, batch
+            ppow_loss, drafter, settings, target_params, vocab, head, lesson, batch
         )
 
         def once(carry: tuple, _: None) -> tuple:
@@ -324,13 +333,13 @@ def make_update(
             metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
             return (optax.apply_updates(params, updates), opt_state), metrics
 
-        carry = (state["params"], state["opt_state"])
+        carry = (learner["params"], learner["opt_state"])
         (params, opt_state), stacked = jax.lax.scan(once, carry, length=settings.updates)
         metrics = {k: v[-1] for k, v in stacked.items()}
         # Before the first update the recomputed log-probabilities are the rollout's, but for rounding.
         metrics["log_prob_gap"] = stacked["log_prob_gap"][0]
         metrics |= reward_metrics(rollout, verdict)
-        return state | {"params": params, "opt_state": opt_state}, metrics
+        return {"params": params, "opt_state": opt_state}, metrics
 
     return update
 

@@ -64,7 +64,10 @@ def stepper(
     )
 
     def step(number: int, state: State, batch: Batch) -> tuple[State, Mapping[str, Any]]:
-        return update(state, experiment.target_params, batch, jax.random.fold_in(key, number))
+        learner, vocab = training.split(state)
+        here = jax.random.fold_in(key, number)
+        learner, metrics = update(learner, vocab, experiment.target_params, batch, here)
+        return state | learner, metrics
 
     return step
 
@@ -77,26 +80,28 @@ def make_update(
     window: int,
     decay: float,
 ):
-    """(state, target parameters, batch, key) -> (state, metrics), jitted, the state donated."""
+    """(learner, vocab, target parameters, batch, key) -> (learner, metrics); learner donated."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: State, target_params: dict, batch: Batch, key: jax.Array):
+    def update(
+        learner: State, vocab: jax.Array, target_params: dict, batch: Batch, key: jax.Array
+    ):
         lesson = training.lesson_of(target, target_params, batch)
         mask_BxT = training.anchor_mask(batch["assistant"])
         anchors_BxA, real_BxA = adaw.sample_anchors(key, mask_BxT.astype(jnp.float32), anchors)
-        head = head_matrix(target.config, target_params)[:, state["vocab"]]
+        head = head_matrix(target.config, target_params)[:, vocab]
 
         def loss_of(params: dict):
-            weights = training.weights_of(params, target_params, state["vocab"])
+            weights = training.weights_of(params, target_params, vocab)
             return supervised_loss(
                 drafter, weights, head, lesson, batch, anchors_BxA, real_BxA, window, decay
             )
 
-        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
+        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(learner["params"])
+        updates, opt_state = optimizer.update(grads, learner["opt_state"], learner["params"])
+        params = optax.apply_updates(learner["params"], updates)
         metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
-        return state | {"params": params, "opt_state": opt_state}, metrics
+        return {"params": params, "opt_state": opt_state}, metrics
 
     return update
 

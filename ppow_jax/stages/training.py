@@ -157,6 +157,11 @@ def load_drafter(experiment: Experiment, stage: str) -> tuple[State, dict[str, A
     return state, about
 
 
+def split(state: State) -> tuple[State, jax.Array]:
+    """What an update changes (and may donate): parameters and optimiser; and the draft vocabulary."""
+    return {k: state[k] for k in ("params", "opt_state")}, state["vocab"]
+
+
 def weights_of(params: dict, target_params: dict, vocab_N: jax.Array) -> DrafterWeights:
     """The drafter's parameters with the target's frozen embedding."""
     return DrafterWeights(params, target_params["embedding"]["embedding"], vocab_N)

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LOGIT_TOLERANCE = 2e-3  # largest absolute difference
-TAP_TOLERANCE = 2e-5  # largest |difference| / |reference| over the positions of a tap, 2-norms
+TAP_TOLERANCE = 5e-5  # largest |difference| / |reference| over the positions of a tap, 2-norms
 TAPS = (2, 15, 27)  # 0-based layers whose inputs the drafter sees, for 30 layers
 
 # llama.cpp, `LLAMA_VOCAB_PRE_TYPE_SMOLLM`: applied one after the other.

@@ -1,0 +1,172 @@
+"""Small models that the tests share: a random target with a random drafter, and a Markov chain.
+
+The chain's drafter is written by hand: its law after token x is whatever matrix it is given, so what it
+proposes, and what the target makes of that, is known without running anything.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppow_jax import settings
+from ppow_jax.decode.loop import DecodeConfig, Decoded, decode
+from ppow_jax.models import drafter as drafters
+from ppow_jax.models import markov
+from ppow_jax.models.drafter import Drafter, DrafterConfig, DrafterWeights, drafter_config
+from ppow_jax.models.target import Target, TargetConfig, TargetOutput, abstract_params
+
+TINY = TargetConfig(
+    vocab_size=40,
+    width=32,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_size=12,  # not width / heads
+    mlp_hidden=48,
+    context=128,
+    rope_theta=10_000.0,
+    norm_epsilon=1e-5,
+    tied_head=False,
+    taps=(0, 1, 2),  # three different layers, which the default is not in so shallow a target
+)
+DRAFT_VOCAB = np.sort(np.random.default_rng(7).permutation(TINY.vocab_size)[:24]).astype(np.int32)
+
+
+class Pair(NamedTuple):
+    """A target with a drafter for it."""
+
+    target: Target
+    params: dict
+    drafter: Drafter
+    weights: DrafterWeights
+
+
+def randomise(shapes: dict, seed: int) -> dict:
+    """Random parameters of the given shapes; norms away from 1, laws peaked."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        names = [k.key for k in path]
+        if names[-1] == "scale":
+            value = 1 + 0.3 * rng.normal(size=leaf.shape)
+        elif names[-1] == "embedding":
+            value = rng.normal(size=leaf.shape)
+        else:
+            gain = 3.0 if names[0] == "head" else 1.5
+            value = gain * rng.normal(size=leaf.shape) / np.sqrt(leaf.shape[0])
+        return jnp.asarray(value, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def random_weights(seed: int, target_params: dict) -> DrafterWeights:
+    """A random drafter for the tiny target."""
+    shape = drafter_config(TINY, len(DRAFT_VOCAB), 40, "float32")
+    params = randomise(drafters.abstract_params(shape), seed)
+    return DrafterWeights(params, target_params["embedding"]["embedding"], jnp.asarray(DRAFT_VOCAB))
+
+
+def tiny_pair(config: TargetConfig = TINY) -> Pair:
+    """The random target and a random drafter."""
+    params = randomise(abstract_params(config), 0)
+    drafter = Drafter(drafter_config(config, len(DRAFT_VOCAB), 40, "float32"))
+    return Pair(Target(config), params, drafter, random_weights(1, params))
+
+
+class Chain(NamedTuple):
+    """The Markov target; `law[x]` is P(next token | last token x)."""
+
+    target: Target
+    params: dict
+    law: np.ndarray
+    stop_ids: tuple[int, ...]
+
+    def drafter(self, law_VxN: np.ndarray, vocab: np.ndarray) -> tuple[Drafter, DrafterWeights]:
+        """A drafter whose law over `vocab` after token x is row x of `law_VxN`.
+
+        Its features are zero. Queries and keys are constant and so large that a token attends to itself
+        alone; values add the one-hot embedding and take the previous hidden state away, so the hidden
+        state is the last token, one-hot, and the head holds log-probabilities.
+        """
+        c = self.target.config
+        D, N = c.width, len(vocab)
+        shape = DrafterConfig(N, D, D * len(c.taps), 4, 4, 8, 4, c.rope_theta, 1e-12)
+        constant = np.zeros((2 * D, D))
+        constant[:D] = 20.0  # each embedding sums to the same
+        value = np.concatenate([np.eye(D), -np.eye(D)])
+        head = np.zeros((D, N))
+        with np.errstate(divide="ignore"):
+            head[: len(law_VxN)] = np.maximum(np.log(law_VxN), -60.0) / np.sqrt(D)
+        params = jax.tree.map(
+            lambda s: np.zeros(s.shape, np.float32), drafters.abstract_params(shape)
+        )
+        for name in ("embedding_norm", "hidden_norm", "mlp_norm", "norm"):
+            params[name]["scale"] = np.ones(D, np.float32)
+        params["head"]["kernel"] = head
+        params["attention"] = {
+            "query": {"kernel": constant},
+            "key": {"kernel": constant},
+            "value": {"kernel": value},
+            "out": {"kernel": np.eye(D)},
+        }
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+        embedding = jnp.asarray(self.params["embedding"]["embedding"])
+        return Drafter(shape), DrafterWeights(params, embedding, jnp.asarray(vocab, jnp.int32))
+
+
+def markov_chain(seed: int = 0) -> Chain:
+    """The generated target of `configs/tiny.py`; one of its layers, as they all do nothing."""
+    config, params, tokenizer = markov.build(seed, "float32")
+    config = dataclasses.replace(config, layers=1, taps=(0, 0, 0))
+    params = {k: v for k, v in params.items() if k in ("embedding", "layers_0", "norm", "head")}
+    return Chain(Target(config), params, markov.transition(seed), tokenizer.stop_ids)
+
+
+@functools.partial(jax.jit, static_argnames="target")
+def forward(target: Target, params: dict, tokens_BxT: jax.Array) -> tuple[TargetOutput, jax.Array]:
+    """One pass over whole texts: the output and the logits `[B, T, V]`."""
+    positions = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
+    out = target.apply({"params": params}, tokens_BxT[:, None], positions[:, None])
+    return out, target.apply({"params": params}, out.hidden[:, 0], method=Target.logits)
+
+
+def naive_greedy(target: Target, params: dict, prompt: list[int], count: int) -> list[int]:
+    """Greedy text that reads everything again for every token."""
+    slots = 64
+    tokens = np.zeros((1, slots), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for at in range(len(prompt), len(prompt) + count):
+        tokens[0, at] = np.argmax(forward(target, params, tokens)[1][0, at - 1])
+    return tokens[0, len(prompt) : len(prompt) + count].tolist()
+
+
+def generate(
+    pair: Pair | Chain,
+    prompts: list[list[int]],
+    config: DecodeConfig,
+    drafter: Drafter | None = None,
+    weights: DrafterWeights | None = None,
+    keys: jax.Array | None = None,
+    padded: int = 8,
+) -> Decoded:
+    """`decode` of prompts as lists; junk beyond their ends."""
+    tokens = np.full((len(prompts), padded), 5, np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    keys = jax.random.split(jax.random.key(0), len(prompts)) if keys is None else keys
+    return decode(pair.target, pair.params, tokens, lengths, keys, config, drafter, weights)
+
+
+def ppow_settings(**changes) -> settings.PPOWSettings:
+    """The base config's, made small."""
+    from configs import base
+
+    small = settings.from_config(base.get_config()).ppow
+    off = dataclasses.replace(small.adaw, enabled=False)
+    default = dict(anchors=4, group=4, window=3, updates=1, gamma="0.12", adaw=off)
+    return dataclasses.replace(small, **default | changes)

@@ -1,0 +1,125 @@
+"""The target against a decoder written out in NumPy; cached and uncached; its taps; bfloat16."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import small
+
+from ppow_jax.models import cache as kv_cache
+from ppow_jax.models.target import (
+    Target,
+    abstract_params,
+    default_taps,
+    fingerprint,
+    head_matrix,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+DEEP = dataclasses.replace(small.TINY, layers=6, taps=(1, 3, 4), tied_head=True, width=24)
+B, T = 3, 13
+TOKENS = np.random.default_rng(2).integers(small.TINY.vocab_size, size=(B, T)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny):
+    return small.forward(tiny.target, tiny.params, TOKENS)
+
+
+@pytest.mark.parametrize("shape", [small.TINY, DEEP], ids=["own head", "tied head"])
+def test_logits_and_taps_are_those_of_a_llama_decoder_in_numpy(shape):
+    """Taps are the inputs of the stated layers, in their order."""
+    params = small.randomise(abstract_params(shape), 4)
+    assert ("head" in params) != shape.tied_head
+    out, logits = small.forward(Target(shape), params, TOKENS)
+    assert logits.dtype == jnp.float32
+    for b in range(B):
+        want, inputs = reference.target_text(params, shape, TOKENS[b].tolist())
+        scale = np.abs(want).max()
+        np.testing.assert_allclose(logits[b], want, atol=1e-5 * scale, rtol=0)
+        taps = np.split(np.asarray(out.taps[b, 0]), len(shape.taps), -1)
+        for layer, tap in zip(shape.taps, taps, strict=True):
+            np.testing.assert_allclose(tap, inputs[layer], atol=1e-4, rtol=0)
+        head = np.asarray(head_matrix(shape, params))
+        np.testing.assert_allclose(out.hidden[b, 0] @ head, want, atol=1e-5 * scale, rtol=0)
+
+
+@pytest.mark.parametrize(("layers", "taps"), [(30, (2, 15, 27)), (32, (2, 16, 29)), (36, (2, 18, 33))])
+def test_the_default_taps_are_eagle_3s(layers, taps):
+    assert default_taps(layers) == taps
+
+
+@functools.partial(jax.jit, static_argnames="target")
+def extend(target, params, cache, tokens_BxK, start_B):
+    """Logits `[B, K, V]` and taps of each row's next tokens, and the cache with them."""
+    positions = start_B[:, None] + jnp.arange(tokens_BxK.shape[1])
+    visible = kv_cache.visible(start_B, cache[0].keys.shape[2])
+    out = target.apply({"params": params}, tokens_BxK[:, None], positions[:, None], cache, visible)
+    logits = target.apply({"params": params}, out.hidden[:, 0], method=Target.logits)
+    return logits, out.taps[:, 0], kv_cache.write(cache, out.new, start_B)
+
+
+def test_cached_steps_equal_the_whole_text(tiny, whole):
+    """Ragged prefill of junk-padded rows, single tokens, a block; slots hold junk that is not seen."""
+    start = np.array([1, 4, 6], np.int32)
+    rows = np.arange(B)[:, None]
+    prompt = np.where(np.arange(6) < start[:, None], TOKENS[:, :6], 39)
+    c = small.TINY
+    cache = kv_cache.empty(c.layers, B, c.kv_heads, T, c.head_size, jnp.float32)
+    cache = jax.tree.map(lambda x: x + 9.0, cache)
+    new = small.forward(tiny.target, tiny.params, prompt)[0].new
+    cache = kv_cache.write(cache, new, jnp.zeros(B, jnp.int32))
+    for count in (1, 1, 4):
+        at = start[:, None] + np.arange(count)
+        got, taps, cache = extend(tiny.target, tiny.params, cache, TOKENS[rows, at], start)
+        np.testing.assert_allclose(got, np.asarray(whole[1])[rows, at], atol=2e-5, rtol=0)
+        want = np.asarray(whole[0].taps)[rows, 0, at]
+        np.testing.assert_allclose(taps, want, atol=2e-5, rtol=0)
+        start = start + count
+
+
+def test_a_rejected_block_needs_no_undoing(tiny, whole):
+    """A wrong block is written and then overwritten from the same slot."""
+    start = np.full(B, 5, np.int32)
+    c = small.TINY
+    cache = kv_cache.empty(c.layers, B, c.kv_heads, T, c.head_size, jnp.float32)
+    new = small.forward(tiny.target, tiny.params, TOKENS[:, :6])[0].new
+    cache = kv_cache.write(cache, new, jnp.zeros(B, jnp.int32))
+    wrong = (TOKENS[:, 5:9] + 1) % c.vocab_size
+    _, _, cache = extend(tiny.target, tiny.params, cache, wrong, start)
+    got, _, _ = extend(tiny.target, tiny.params, cache, TOKENS[:, 5:9], start)
+    np.testing.assert_allclose(got, whole[1][:, 5:9], atol=2e-5, rtol=0)
+
+
+def test_later_tokens_do_not_change_earlier_logits(tiny, whole):
+    tokens = TOKENS.copy()
+    tokens[:, 8] = (tokens[:, 8] + 1) % small.TINY.vocab_size
+    change = np.abs(small.forward(tiny.target, tiny.params, tokens)[1] - whole[1]).max((0, -1))
+    assert change[:8].max() <= 1e-6
+    assert change[8:].min() > 1e-3
+
+
+def test_bfloat16_runs_in_bfloat16_and_stays_close(tiny, whole):
+    shape = dataclasses.replace(small.TINY, dtype="bfloat16")
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params)
+    out, logits = small.forward(Target(shape), params, TOKENS)
+    assert out.hidden.dtype == out.taps.dtype == out.new[0].keys.dtype == jnp.bfloat16
+    assert logits.dtype == jnp.float32
+    gap, spread = np.abs(np.asarray(logits) - whole[1]), np.asarray(whole[1]).std()
+    assert 0 < gap.mean() < 0.05 * spread
+    assert np.median(np.abs(out.taps.astype(np.float32) - whole[0].taps)) < 0.05
+
+
+def test_the_fingerprint_names_the_weights_and_not_the_dtype(tiny):
+    shape = dataclasses.replace(small.TINY, dtype="bfloat16")
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params)
+    name = fingerprint(small.TINY, tiny.params)
+    assert fingerprint(shape, half) == name
+    other = small.randomise(abstract_params(small.TINY), 99)
+    assert fingerprint(small.TINY, tiny.params | {"norm": other["norm"]}) != name
+    assert fingerprint(dataclasses.replace(small.TINY, rope_theta=5e5), tiny.params) != name
