@@ -40,9 +40,7 @@ def anchor_scores(values_BxT: jax.Array, anchors_BxT: jax.Array, window: int) ->
     return jnp.where(anchors_BxT, jnp.maximum(mean, 0.0), 0.0)
 
 
-def sample_anchors(
-    key: jax.Array, weights_BxT: jax.Array, count: int
-) -> tuple[jax.Array, jax.Array]:
+def sample_anchors(key: jax.Array, weights_BxT: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Draws anchors of each row without replacement, in proportion to the weights (Gumbel top-k).
 
     Returns:

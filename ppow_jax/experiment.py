@@ -9,10 +9,10 @@ import zlib
 from typing import Any
 
 import jax
-from ppow_jax.console import log
 from jax.sharding import Mesh
 
 from ppow_jax import partition
+from ppow_jax.console import log
 from ppow_jax.data import records
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.interop import gguf
@@ -166,5 +166,3 @@ def _mark(settings: Settings, workdir: pathlib.Path, stage: str, finished: bool)
     stages = records.read_json(path) or {}
     stages[stage] = {"finished": finished, "settings": _relevant(settings, stage)}
     records.write_json(path, stages)
-
-

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from ppow_jax.console import log
 
+from ppow_jax.console import log
 from ppow_jax.errors import UserError
 
 

@@ -37,9 +37,7 @@ def clipped_policy_loss(
     return -jnp.minimum(ratio * advantage, clipped * advantage)
 
 
-def clip_fraction(
-    log_prob: jax.Array, behaviour: jax.Array, advantage: jax.Array, clip: float
-) -> jax.Array:
+def clip_fraction(log_prob: jax.Array, behaviour: jax.Array, advantage: jax.Array, clip: float) -> jax.Array:
     """1.0 where the clip stops the gradient, else 0.0."""
     ratio = jnp.exp(log_prob - behaviour)
     stopped = ((ratio > 1.0 + clip) & (advantage > 0)) | ((ratio < 1.0 - clip) & (advantage < 0))

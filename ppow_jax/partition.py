@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from ppow_jax.console import log
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ppow_jax.console import log
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.settings import MeshSettings
 

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 _COLOURS = {"supervise": "tab:blue", "cst": "tab:orange", "ppow": "tab:green"}
 
@@ -46,7 +46,12 @@ def acceptance_by_position(report: Mapping[str, Any], path: pathlib.Path) -> Non
     drafters = report["drafters"]
     names = list(next(iter(drafters.values()))["benchmarks"])
     figure, panels = plt.subplots(
-        1, len(names), figsize=(3.2 * len(names), 3), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(names),
+        figsize=(3.2 * len(names), 3),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for panel, name in zip(panels[0], names, strict=True):
         for stage, drafter in drafters.items():

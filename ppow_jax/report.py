@@ -50,9 +50,7 @@ def acceptance(owners: Sequence[str], rounds: Sequence[TurnRounds], window: int)
     taus = tokens[picks].sum(1) / np.maximum(passes[picks].sum(1), 1)
     accepted = np.concatenate([r.accepted for r in rounds])
     offered = np.concatenate([r.offered for r in rounds])
-    by_position = [
-        float((accepted > j).sum() / max(1, (offered > j).sum())) for j in range(window)
-    ]
+    by_position = [float((accepted > j).sum() / max(1, (offered > j).sum())) for j in range(window)]
     return {
         "tau": float(tokens.sum() / passes.sum()),
         "tau_ci95": np.percentile(taus, [2.5, 97.5]).tolist(),
@@ -95,9 +93,7 @@ def speed(
 
 def mean(benchmarks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Macro-averages over the benchmarks."""
-    return {
-        key: float(np.mean([b[key] for b in benchmarks.values()])) for key in ("tau", "speedup")
-    }
+    return {key: float(np.mean([b[key] for b in benchmarks.values()])) for key in ("tau", "speedup")}
 
 
 def one_line(result: Mapping[str, Any]) -> str:

@@ -208,9 +208,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(
-            f"{path}: found {value!r} ({type(value).__name__}), expected {kind.__name__}"
-        )
+        raise ConfigError(f"{path}: found {value!r} ({type(value).__name__}), expected {kind.__name__}")
     return value
 
 
@@ -229,7 +227,10 @@ def _check(s: Settings) -> None:
     require(s.drafter.dtype in dtypes, "drafter.dtype", s.drafter.dtype, "float32 or bfloat16")
     stored = (*dtypes, "float16")
     require(
-        s.data.feature_dtype in stored, "data.feature_dtype", s.data.feature_dtype, ", ".join(stored)
+        s.data.feature_dtype in stored,
+        "data.feature_dtype",
+        s.data.feature_dtype,
+        ", ".join(stored),
     )
     credits = ("accepted", "window")
     require(s.ppow.credit in credits, "ppow.credit", s.ppow.credit, "accepted or window")

@@ -78,7 +78,5 @@ def score_windows(
         return i + 1, jax.tree.map(put, scores, found)
 
     blank = jnp.zeros((B, W, K))
-    empty = WindowScores(
-        blank, blank, jnp.zeros((B, W, K, hidden_BxTxD.shape[-1]), hidden_BxTxD.dtype)
-    )
+    empty = WindowScores(blank, blank, jnp.zeros((B, W, K, hidden_BxTxD.shape[-1]), hidden_BxTxD.dtype))
     return jax.lax.while_loop(lambda c: c[0] < chunks, body, (jnp.int32(0), empty))[1]

@@ -129,13 +129,9 @@ def window_pass(
     own = None
     for step in range(1, steps):
         embeddings = weights.embedding[tokens_BxAxG].reshape(B, A * G, 1, -1)
-        new = drafter.apply(
-            variables, embeddings, hidden, position + step, method=Drafter.keys_values
-        )
+        new = drafter.apply(variables, embeddings, hidden, position + step, method=Drafter.keys_values)
         own = new if own is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], 3), own, new)
-        hidden = drafter.apply(
-            variables, embeddings, hidden, position + step, prefix, visible, own
-        )
+        hidden = drafter.apply(variables, embeddings, hidden, position + step, prefix, visible, own)
         tokens_BxAxG, stats = observe(step, hidden.reshape(B, A, G, -1))
         collected.append(stats)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, -1), *collected)

@@ -31,8 +31,7 @@ def attention(layer: dict, query_in: np.ndarray, inputs: list, at: list, shape) 
     E, theta = shape.head_size, shape.rope_theta
     queries = rotate((query_in @ layer["query"]["kernel"]).reshape(-1, E), at[-1], theta)
     keys = [
-        rotate((x @ layer["key"]["kernel"]).reshape(-1, E), p, theta)
-        for x, p in zip(inputs, at, strict=True)
+        rotate((x @ layer["key"]["kernel"]).reshape(-1, E), p, theta) for x, p in zip(inputs, at, strict=True)
     ]
     values = [(x @ layer["value"]["kernel"]).reshape(-1, E) for x in inputs]
     heads = []
@@ -66,10 +65,7 @@ def target_text(params: dict, shape, tokens: list[int]) -> tuple[np.ndarray, np.
         layer = p[f"layers_{i}"]
         normed = rms_norm(x, layer["attention_norm"]["scale"], shape.norm_epsilon)
         x = x + np.stack(
-            [
-                attention(layer["attention"], normed[t], list(normed[: t + 1]), at[: t + 1], shape)
-                for t in at
-            ]
+            [attention(layer["attention"], normed[t], list(normed[: t + 1]), at[: t + 1], shape) for t in at]
         )
         x = x + mlp(layer["mlp"], rms_norm(x, layer["mlp_norm"]["scale"], shape.norm_epsilon))
     final = rms_norm(x, p["norm"]["scale"], shape.norm_epsilon)

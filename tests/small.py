@@ -101,9 +101,7 @@ class Chain(NamedTuple):
         head = np.zeros((D, N))
         with np.errstate(divide="ignore"):
             head[: len(law_VxN)] = np.maximum(np.log(law_VxN), -60.0) / np.sqrt(D)
-        params = jax.tree.map(
-            lambda s: np.zeros(s.shape, np.float32), drafters.abstract_params(shape)
-        )
+        params = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), drafters.abstract_params(shape))
         for name in ("embedding_norm", "hidden_norm", "mlp_norm", "norm"):
             params[name]["scale"] = np.ones(D, np.float32)
         params["head"]["kernel"] = head

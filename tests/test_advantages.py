@@ -8,7 +8,10 @@ from ppow_jax import advantages
 
 def test_hand_numbers():
     got = advantages.group_relative(np.array([[1.0, 3.0, 5.0, 7.0], [0.0, 0.0, 0.0, 2.0]]))
-    want = [np.array([-3, -1, 1, 3]) / np.sqrt(5), np.array([-0.5, -0.5, -0.5, 1.5]) / np.sqrt(0.75)]
+    want = [
+        np.array([-3, -1, 1, 3]) / np.sqrt(5),
+        np.array([-0.5, -0.5, -0.5, 1.5]) / np.sqrt(0.75),
+    ]
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 

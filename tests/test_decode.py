@@ -105,9 +105,7 @@ def test_autoregressive_text_is_that_of_reading_everything_again_for_every_token
 
 
 @pytest.mark.parametrize("window", [1, 3, 7])
-def test_drafted_text_is_the_targets_own_and_simulation_counts_the_same_rounds(
-    tiny, texts, pupil, window
-):
+def test_drafted_text_is_the_targets_own_and_simulation_counts_the_same_rounds(tiny, texts, pupil, window):
     weights = [small.random_weights(s, tiny.params) for s in (1, 2)] + [pupil]
     for number, w in enumerate(weights):
         out = small.generate(tiny, PROMPTS, greedy(window), tiny.drafter, w)
@@ -148,8 +146,7 @@ def test_rounds_of_drafters_with_known_flaws_are_those_walked_by_hand(chain):
         out = small.generate(chain, prompts, greedy(3), drafter, weights)
         assert out.tokens.tolist() == texts
         walked = [
-            rounds_by_hand(prompt, text, 3, wrong, vocab)
-            for prompt, text in zip(prompts, texts, strict=True)
+            rounds_by_hand(prompt, text, 3, wrong, vocab) for prompt, text in zip(prompts, texts, strict=True)
         ]
         assert [rounds_of(out, row) for row in range(4)] == walked
         assert simulated(chain, drafter, weights, texts, 3, prompts) == walked

@@ -31,11 +31,7 @@ def test_sampled_acceptance_of_every_window_has_the_law_of_speculative_sampling(
     law = np.zeros(3)
     for window in itertools.product(range(3), repeat=2):
         p, q = P[[0, 1], window], Q[[0, 1], window]
-        k = np.asarray(
-            rewards.accepted_sampled(
-                np.log(p), np.log(q), uniform, np.ones(2, bool)
-            )
-        )
+        k = np.asarray(rewards.accepted_sampled(np.log(p), np.log(q), uniform, np.ones(2, bool)))
         share = np.bincount(k.ravel(), minlength=3) / side**2
         keep = np.minimum(1, p / q)
         want = [1 - keep[0], keep[0] * (1 - keep[1]), keep[0] * keep[1]]

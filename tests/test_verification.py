@@ -61,13 +61,18 @@ def check(scores, alone, needed, window: int, temperature: float) -> None:
 @pytest.mark.parametrize(
     ("window", "chunk", "temperature"), [(1, 2, 1.0), (4, 2, 0.0), (4, 3, 0.7), (4, 1, 1.0)]
 )
-def test_every_window_asked_for_is_scored_as_an_ordinary_text(
-    tiny, read, alone, window, chunk, temperature
-):
+def test_every_window_asked_for_is_scored_as_an_ordinary_text(tiny, read, alone, window, chunk, temperature):
     """Rows ask for four windows and for one; what nobody asked for is skipped."""
     lesson, cache = read
     scores = score(
-        tiny.target, tiny.params, cache, lesson.hidden, DRAFTED[..., :window], WANTED, chunk, temperature
+        tiny.target,
+        tiny.params,
+        cache,
+        lesson.hidden,
+        DRAFTED[..., :window],
+        WANTED,
+        chunk,
+        temperature,
     )
     check(scores, alone, WANTED, window, temperature)
     scored = np.asarray(scores.log_prob != 0).all(-1)
@@ -101,9 +106,7 @@ def test_windows_do_not_see_one_another_nor_the_text_beyond_their_anchor(tiny, r
     drafted = DRAFTED.copy()
     drafted[0, 1, 0] += 1
     beyond = jax.tree.map(lambda x: x.at[:, :, 5:].set(7.0), cache)  # anchor 3 sees 0 .. 4
-    after = score(
-        *args, beyond, lesson.hidden, drafted % small.TINY.vocab_size, everything, 2, 0.0
-    ).log_prob
+    after = score(*args, beyond, lesson.hidden, drafted % small.TINY.vocab_size, everything, 2, 0.0).log_prob
     change = np.abs(after - before).max(-1)
     assert (change[ANCHORS > 3] > 1e-2).all()
     assert change[0, 1] > 1e-2
@@ -121,9 +124,7 @@ def test_the_lesson_of_a_text_is_the_law_of_its_next_tokens(tiny, read):
         logp = reference.log_softmax(logits)
         want = [logp[t, TOKENS[b, t + 1]] for t in range(T - 1)] + [0.0]
         np.testing.assert_allclose(lesson.log_prob[b], want, atol=1e-4, rtol=0)
-        np.testing.assert_allclose(
-            lesson.entropy[b], -(np.exp(logp) * logp).sum(-1), atol=1e-4, rtol=0
-        )
+        np.testing.assert_allclose(lesson.entropy[b], -(np.exp(logp) * logp).sum(-1), atol=1e-4, rtol=0)
         taps = np.concatenate([inputs[i] for i in small.TINY.taps], -1)
         np.testing.assert_allclose(lesson.taps[b], taps, atol=1e-4, rtol=0)
         head = jnp.asarray(lesson.hidden[b]) @ tiny.params["head"]["kernel"]

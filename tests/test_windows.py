@@ -126,9 +126,7 @@ def test_anchors_and_rows_do_not_influence_one_another(tiny, logits):
     ("what", "offset", "seen"),
     [("taps", 0, True), ("taps", 1, False), ("tokens", 1, True), ("tokens", 2, False)],
 )
-def test_a_window_sees_taps_up_to_its_anchor_and_tokens_one_further(
-    tiny, logits, what, offset, seen
-):
+def test_a_window_sees_taps_up_to_its_anchor_and_tokens_one_further(tiny, logits, what, offset, seen):
     tokens, taps = TOKENS.copy(), TAPS.copy()
     b, a = 0, 1
     first = ANCHORS[b, a] + offset
@@ -164,26 +162,20 @@ def test_gradients_flow_through_the_drafters_own_hidden_states(tiny):
         return jax.nn.log_softmax(logits)[ids, ids].sum()
 
     def slow_total(params):
-        logits = slowly(
-            tiny, b, a, lambda s, _: given[s], tiny.weights._replace(params=params)
-        )
+        logits = slowly(tiny, b, a, lambda s, _: given[s], tiny.weights._replace(params=params))
         return reference.log_softmax(logits)[ids, ids].sum()
 
     gradient = jax.grad(total)(tiny.weights.params)
     for part in ("fuse", "attention", "head", "hidden_norm"):
         got = sum(
             float(jnp.vdot(x, y))
-            for x, y in zip(
-                jax.tree.leaves(gradient[part]), jax.tree.leaves(direction[part]), strict=True
-            )
+            for x, y in zip(jax.tree.leaves(gradient[part]), jax.tree.leaves(direction[part]), strict=True)
         )
         shifted = []
         for sign in (1, -1):
             params = reference.float64(tiny.weights.params)
             move = reference.float64(direction[part])
-            params[part] = jax.tree.map(
-                lambda x, y, s=sign: x + s * 1e-5 * y, params[part], move
-            )
+            params[part] = jax.tree.map(lambda x, y, s=sign: x + s * 1e-5 * y, params[part], move)
             shifted.append(slow_total(params))
         want = (shifted[0] - shifted[1]) / 2e-5
         assert got == pytest.approx(want, rel=2e-3, abs=2e-3), part

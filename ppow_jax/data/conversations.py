@@ -79,9 +79,7 @@ def import_responses(path: str, tokenizer: Tokenizer, vocab_size: int) -> list[C
                 f"{vocab_size}; was it written by another model?"
             )
         finished = row.get("finished", [True] * len(responses))
-        prompt = Prompt(
-            str(row.get("id", number)), str(row.get("category", "")), tuple(row["turns"])
-        )
+        prompt = Prompt(str(row.get("id", number)), str(row.get("category", "")), tuple(row["turns"]))
         conversation = Conversation(prompt)
         for turn, response in enumerate(responses[: len(prompt.turns)]):
             conversation.ask(tokenizer, turn)

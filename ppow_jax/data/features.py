@@ -11,9 +11,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ppow_jax.console import log
 
 from ppow_jax import partition, teacher
+from ppow_jax.console import log
 from ppow_jax.data import records
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
@@ -54,9 +54,7 @@ def _lesson(target: Target, params: dict, tokens_BxT: jax.Array, dtype: str) -> 
     return lesson._replace(taps=lesson.taps.astype(dtype), hidden=lesson.hidden.astype(dtype))
 
 
-def _write(
-    experiment: Experiment, texts: records.Records, start: int, directory: pathlib.Path
-) -> None:
+def _write(experiment: Experiment, texts: records.Records, start: int, directory: pathlib.Path) -> None:
     """One shard; texts of like length share a forward pass."""
     data = experiment.settings.data
     indices = range(start, min(start + _SHARD, len(texts)))

@@ -36,8 +36,7 @@ def load(spec: str, key: str) -> dict[str, list[Prompt]]:
         for prompt in prompts:
             if prompt.id in seen:
                 raise UserError(
-                    f"{key}: id {prompt.id!r} is in {seen[prompt.id]!r} and in {name!r}; ids must "
-                    "be unique"
+                    f"{key}: id {prompt.id!r} is in {seen[prompt.id]!r} and in {name!r}; ids must be unique"
                 )
             seen[prompt.id] = name
         sources[name] = prompts

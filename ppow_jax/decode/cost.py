@@ -29,9 +29,7 @@ def measure_gamma(
 def time_target(target: Target, params: dict, tokens: int) -> float:
     """Seconds (median) of a target pass over `tokens` tokens with logits, batch 1."""
     c = target.config
-    cache = kv_cache.empty(
-        c.layers, 1, c.kv_heads, _SLOTS, c.head_size, jnp.dtype(c.dtype)
-    )
+    cache = kv_cache.empty(c.layers, 1, c.kv_heads, _SLOTS, c.head_size, jnp.dtype(c.dtype))
     ids = jnp.zeros((1, 1, tokens), jnp.int32)
 
     @jax.jit

@@ -88,9 +88,7 @@ def _pick(logits: jax.Array, keys_B: jax.Array, position_B: jax.Array, temperatu
 
 def _put(rows_BxL: jax.Array, values_BxJ: jax.Array, at_B: jax.Array) -> jax.Array:
     """Writes each row's values at its own offset."""
-    return jax.vmap(lambda r, v, i: jax.lax.dynamic_update_slice(r, v, (i,)))(
-        rows_BxL, values_BxJ, at_B
-    )
+    return jax.vmap(lambda r, v, i: jax.lax.dynamic_update_slice(r, v, (i,)))(rows_BxL, values_BxJ, at_B)
 
 
 def _prefill(
@@ -153,19 +151,15 @@ def _round(
     config: DecodeConfig,
 ) -> State:
     """Draft, verify, keep."""
-    B, K = state.last.shape[0], config.window
+    K = config.window
     window_BxJ = state.last[:, None]
     if drafter is not None:
-        drafted = window_pass(
-            drafter, weights, state.prefix, state.start, greedy(weights.vocab), K
-        )
+        drafted = window_pass(drafter, weights, state.prefix, state.start, greedy(weights.vocab), K)
         window_BxJ = jnp.concatenate([window_BxJ, drafted[:, 0, 0]], 1)
     offset_B = state.known - 1
     positions_BxJ = offset_B[:, None] + jnp.arange(K + 1)
     visible = kv_cache.visible(offset_B, state.cache[0].keys.shape[2])
-    out = target.apply(
-        {"params": params}, window_BxJ[:, None], positions_BxJ[:, None], state.cache, visible
-    )
+    out = target.apply({"params": params}, window_BxJ[:, None], positions_BxJ[:, None], state.cache, visible)
     logits = target.apply({"params": params}, out.hidden[:, 0], method=Target.logits)
     preferred_BxJ = _pick(logits, state.keys, state.known, config.temperature)
     accepted_B = accepted_prefix(window_BxJ[:, 1:] == preferred_BxJ[:, :-1])

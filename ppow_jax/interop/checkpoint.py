@@ -9,9 +9,9 @@ import pathlib
 from typing import Any
 
 import jax
-from ppow_jax.console import log
 from orbax.checkpoint import v1 as ocp
 
+from ppow_jax.console import log
 from ppow_jax.errors import UserError
 
 
@@ -97,9 +97,7 @@ class Checkpoints:
 
 def abstract(tree: Any) -> Any:
     """Shapes, dtypes and shardings of a tree of device arrays."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def save_params(directory: pathlib.Path, params: dict) -> None:

@@ -62,9 +62,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], list[gguf.ReaderTensor]]:
         metadata = {k: f.contents() for k, f in reader.fields.items()}
     except (ValueError, IndexError, OSError, UnicodeDecodeError, KeyError) as e:
         size = path.stat().st_size
-        raise UserError(
-            f"{path}: not a complete GGUF file ({size} bytes; {e}); fetch it again"
-        ) from e
+        raise UserError(f"{path}: not a complete GGUF file ({size} bytes; {e}); fetch it again") from e
     if end > path.stat().st_size:
         raise UserError(f"{path}: truncated: {path.stat().st_size} bytes, expected {end}")
     return metadata, reader.tensors

@@ -15,14 +15,10 @@ from ppow_jax.models.layers import KeyValues
 Cache = tuple[KeyValues, ...]
 
 
-def empty(
-    layers: int, batch: int, kv_heads: int, slots: int, head_size: int, dtype: jnp.dtype
-) -> Cache:
+def empty(layers: int, batch: int, kv_heads: int, slots: int, head_size: int, dtype: jnp.dtype) -> Cache:
     """A cache of zeros; separate arrays, so that a jitted loop can update each in place."""
     shape = (batch, kv_heads, slots, head_size)
-    return tuple(
-        KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers)
-    )
+    return tuple(KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers))
 
 
 def write(cache: Cache, new: Sequence[KeyValues], start_B: jax.Array) -> Cache:

@@ -73,9 +73,7 @@ class Drafter(nn.Module):
         embeddings = embeddings.astype(self.config.dtype)
         return jnp.concatenate([self.embedding_norm(embeddings), self.hidden_norm(hidden)], -1)
 
-    def keys_values(
-        self, embeddings: jax.Array, hidden: jax.Array, positions: jax.Array
-    ) -> KeyValues:
+    def keys_values(self, embeddings: jax.Array, hidden: jax.Array, positions: jax.Array) -> KeyValues:
         """Keys and values `[B, G, W, K, E]` of tokens `[B, W, K, D]`; all that a prefix needs."""
         return self.attention.keys_values(self._inputs(embeddings, hidden), positions)
 
@@ -112,9 +110,7 @@ class Drafter(nn.Module):
         return self.logits(self(hidden[:, :, :1], hidden[:, :, :1], positions, prefix, visible, own))
 
 
-def drafter_config(
-    target: TargetConfig, vocab_size: int, mlp_hidden: int, dtype: str
-) -> DrafterConfig:
+def drafter_config(target: TargetConfig, vocab_size: int, mlp_hidden: int, dtype: str) -> DrafterConfig:
     """The drafter's shape for a target; attention is shaped like the target's."""
     return DrafterConfig(
         vocab_size=vocab_size,

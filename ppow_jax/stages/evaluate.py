@@ -53,13 +53,9 @@ def run(experiment: Experiment) -> None:
     """Writes report.json, report.md and plots."""
     candidates = find_candidates(experiment)
     drafter = training.drafter_of(experiment)
-    gamma = measure_gamma(
-        experiment.target, experiment.target_params, drafter, candidates[0].weights
-    )
+    gamma = measure_gamma(experiment.target, experiment.target_params, drafter, candidates[0].weights)
     results = {c.stage: {} for c in candidates}
-    for name, benchmark in prompts.load(
-        experiment.settings.evaluate.prompts, "evaluate.prompts"
-    ).items():
+    for name, benchmark in prompts.load(experiment.settings.evaluate.prompts, "evaluate.prompts").items():
         for stage, result in _benchmark(experiment, drafter, candidates, name, benchmark).items():
             results[stage][name] = result
     drafters = {
@@ -230,9 +226,7 @@ def decode_all(
         padded = features.pad_texts([turn.context], 1, -(-len(turn.context) // _BUCKET) * _BUCKET)
         prompt, length = jax.numpy.asarray(padded), np.asarray([len(turn.context)], np.int32)
         for name, call in calls.items():
-            run = functools.partial(
-                call, experiment.target, experiment.target_params, prompt, length, keys
-            )
+            run = functools.partial(call, experiment.target, experiment.target_params, prompt, length, keys)
             kind = "autoregressive" if name == "autoregressive" else "drafted"
             if (kind, padded.shape[1]) not in compiled:
                 jax.block_until_ready(run())

@@ -99,9 +99,7 @@ def gamma_of(experiment: Experiment) -> float:
     known = records.read_json(path)
     if known is None:
         drafter, _ = training.load_drafter(experiment, "supervise")
-        weights = training.weights_of(
-            drafter["params"], experiment.target_params, drafter["vocab"]
-        )
+        weights = training.weights_of(drafter["params"], experiment.target_params, drafter["vocab"])
         module = training.drafter_of(experiment)
         gamma = measure_gamma(experiment.target, experiment.target_params, module, weights)
         known = {"gamma": gamma}
@@ -110,9 +108,7 @@ def gamma_of(experiment: Experiment) -> float:
     return known["gamma"]
 
 
-def stepper(
-    experiment: Experiment, optimizer: optax.GradientTransformation, gamma: float
-) -> training.Step:
+def stepper(experiment: Experiment, optimizer: optax.GradientTransformation, gamma: float) -> training.Step:
     """One PPOW step: four jitted phases, timed."""
     settings = experiment.settings.ppow
     target, drafter = experiment.target, training.drafter_of(experiment)
@@ -223,9 +219,7 @@ def make_rollout(target: Target, drafter: Drafter, settings: PPOWSettings):
             chosen = jnp.take_along_axis(logp, ids[..., None], -1)[..., 0]
             return weights.vocab[ids], (ids, weights.vocab[ids], chosen)
 
-        sampled = windows.window_pass(
-            drafter, weights, prefix.keys_values, start, choose, settings.window
-        )
+        sampled = windows.window_pass(drafter, weights, prefix.keys_values, start, choose, settings.window)
         return Rollout(anchors, real, *sampled)
 
     return roll
@@ -321,9 +315,7 @@ def make_update(
     ):
         lesson = training.lesson_of(target, target_params, batch)
         head = head_matrix(target.config, target_params)[:, vocab]
-        of = functools.partial(
-            ppow_loss, drafter, settings, target_params, vocab, head, lesson, batch
-        )
+        of = functools.partial(ppow_loss, drafter, settings, target_params, vocab, head, lesson, batch)
 
         def once(carry: tuple, _: None) -> tuple:
             params, opt_state = carry

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from ppow_jax.console import log
 
 from ppow_jax import partition
+from ppow_jax.console import log
 from ppow_jax.data import records
 from ppow_jax.data.builtin import Prompt
 from ppow_jax.data.conversations import Conversation, import_responses
@@ -76,9 +76,7 @@ def write(
     began, tokens = time.monotonic(), 0
     for n, (i, batch) in enumerate(todo, 1):
         seed = jax.random.fold_in(experiment.key("respond"), i)
-        conversations = converse(
-            experiment, batch, batch_size, max_new_tokens, temperature, seed
-        )
+        conversations = converse(experiment, batch, batch_size, max_new_tokens, temperature, seed)
         if jax.process_index() == 0:
             records.write_shard(directory, f"write-{i:05}", (c.record() for c in conversations))
         tokens += sum(sum(c.assistant) for c in conversations)

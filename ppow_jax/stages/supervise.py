@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ppow_jax.console import log
 
 from ppow_jax import adaw, objective, partition, windows
+from ppow_jax.console import log
 from ppow_jax.data import texts
 from ppow_jax.decode.simulate import simulate
 from ppow_jax.experiment import Experiment
@@ -83,9 +83,7 @@ def make_update(
     """(learner, vocab, target parameters, batch, key) -> (learner, metrics); learner donated."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(
-        learner: State, vocab: jax.Array, target_params: dict, batch: Batch, key: jax.Array
-    ):
+    def update(learner: State, vocab: jax.Array, target_params: dict, batch: Batch, key: jax.Array):
         lesson = training.lesson_of(target, target_params, batch)
         mask_BxT = training.anchor_mask(batch["assistant"])
         anchors_BxA, real_BxA = adaw.sample_anchors(key, mask_BxT.astype(jnp.float32), anchors)
@@ -140,9 +138,7 @@ def supervised_loss(
         hit = weights.vocab[jnp.argmax(logits_BxAx1xN, -1)] == token
         return token, (loss, hit.astype(jnp.float32), valid[..., None])
 
-    loss, hit, valid = windows.window_pass(
-        drafter, weights, prefix.keys_values, start, choose, window
-    )
+    loss, hit, valid = windows.window_pass(drafter, weights, prefix.keys_values, start, choose, window)
     mean = jax.vmap(objective.masked_mean, in_axes=-1)
     accuracy_K = mean(hit, valid)
     total = jnp.sum(mean(loss, valid) * decay ** jnp.arange(window))
@@ -164,9 +160,7 @@ def holdout(experiment: Experiment, corpus: training.Corpus) -> training.Measure
     start_B, end_B = (np.asarray(x, np.int32) for x in zip(*first, strict=True))
 
     def measure(state: State) -> dict[str, float]:
-        weights = training.weights_of(
-            state["params"], experiment.target_params, state["vocab"]
-        )
+        weights = training.weights_of(state["params"], experiment.target_params, state["vocab"])
         window = experiment.settings.ppow.window
         rounds = simulate(drafter, weights, taps, batch["tokens"], start_B, end_B, window)
         emitted = np.asarray(rounds.emitted)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ppow_jax.console import log
 
 from ppow_jax import partition, teacher
+from ppow_jax.console import log
 from ppow_jax.data import features, texts
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
@@ -91,9 +91,7 @@ def shape_of_drafter(experiment: Experiment) -> DrafterConfig:
     return drafter_config(experiment.target.config, d.vocab_size, d.mlp_hidden, d.dtype)
 
 
-def fresh_state(
-    experiment: Experiment, optimizer: optax.GradientTransformation, vocab: np.ndarray
-) -> State:
+def fresh_state(experiment: Experiment, optimizer: optax.GradientTransformation, vocab: np.ndarray) -> State:
     """A new drafter and its optimiser, on the mesh."""
     config = shape_of_drafter(experiment)
     params = init_params(
@@ -106,9 +104,7 @@ def fresh_state(
     return place(experiment, {"params": params, "vocab": vocab}, optimizer)
 
 
-def place(
-    experiment: Experiment, state: State, optimizer: optax.GradientTransformation
-) -> State:
+def place(experiment: Experiment, state: State, optimizer: optax.GradientTransformation) -> State:
     """Lays a state out on the mesh and adds a fresh optimiser state."""
     params = partition.shard(state["params"], experiment.mesh)
     opt_state = partition.shard(optimizer.init(params), experiment.mesh)
@@ -130,9 +126,7 @@ def load_drafter(experiment: Experiment, stage: str) -> tuple[State, dict[str, A
     """
     store = checkpoints(experiment, stage)
     if store.latest is None:
-        raise UserError(
-            f"{experiment.workdir}: no checkpoint of stage {stage!r}; add it to config.stages"
-        )
+        raise UserError(f"{experiment.workdir}: no checkpoint of stage {stage!r}; add it to config.stages")
     about = store.about()
     if about["target"] != experiment.fingerprint:
         raise UserError(
@@ -212,9 +206,7 @@ def train(
         "drafter": dataclasses.asdict(shape_of_drafter(experiment)),
         "steps": steps,
     }
-    writer = Writer(
-        experiment.workdir, stage, steps, done, seconds, every.every_steps, every.tensorboard
-    )
+    writer = Writer(experiment.workdir, stage, steps, done, seconds, every.every_steps, every.tensorboard)
     with writer:
         for number in range(done + 1, steps + 1):
             began = time.monotonic()

@@ -123,9 +123,7 @@ class Reference:
     def ids(self, text: str, core: str = "reference") -> list[int]:
         """Ids of the chat template around a first user turn."""
         messages = [{"role": "user", "content": text}]
-        rendered = self.template.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        rendered = self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.cores[core].encode(rendered, add_special_tokens=False).ids
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
@@ -238,9 +236,7 @@ def ours_one_by_one(
         yield np.asarray(logits)[: len(text)], np.asarray(taps)[: len(text)]
 
 
-def compare_texts(
-    target: Any, params: dict, archive: Any, texts: Sequence[list[int]]
-) -> dict[str, Any]:
+def compare_texts(target: Any, params: dict, archive: Any, texts: Sequence[list[int]]) -> dict[str, Any]:
     """Logits, argmax and taps at every position of prompts and continuations."""
     difference, disagreements, positions, gap = 0.0, 0, 0, np.inf
     taps_relative = np.zeros(len(TAPS))
@@ -278,9 +274,7 @@ def compare_decoding(
         config = DecodeConfig(len(continuations[0]), 0, 0.0, stops)
         out = decode(target, params, tokens, lengths, keys, config)
         got = [np.asarray(t)[:c].tolist() for t, c in zip(out.tokens, out.count, strict=True)]
-        want = [
-            c[: next((i + 1 for i, t in enumerate(c) if t in stops), None)] for c in continuations
-        ]
+        want = [c[: next((i + 1 for i, t in enumerate(c) if t in stops), None)] for c in continuations]
         result[f"continuations_equal_{name}"] = sum(map(list.__eq__, got, want))
     return result
 
@@ -344,9 +338,7 @@ def compare(args: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Command line."""
-    top = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(required=True)
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
