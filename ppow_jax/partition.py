@@ -56,10 +56,8 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     Raises:
       UserError: no row of the table matches.
     """
-    for pattern, layout in TABLE:
-        if re.search(pattern, path):
-            break
-    else:
+    layout = next((layout for pattern, layout in TABLE if re.search(pattern, path)), None)
+    if layout is None:
         raise UserError(f"partition.TABLE has no row for {path!r} {shape}; add one")
     axes = []
     for size, axis in zip(shape, layout, strict=False):

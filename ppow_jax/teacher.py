@@ -3,6 +3,7 @@
 Shape letters: B rows, T positions, D width, C taps width, V vocabulary.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -46,3 +47,23 @@ def read(target: Target, params: dict, tokens_BxT: jax.Array) -> tuple[Lesson, C
     log_prob_BxT, entropy_BxT = jax.lax.map(law, (hidden_BxTxD, jnp.roll(tokens_BxT, -1, 1)))
     log_prob_BxT = log_prob_BxT.at[:, -1].set(0.0)
     return Lesson(out.taps[:, 0], hidden_BxTxD, log_prob_BxT, entropy_BxT), as_prefix(out.new)
+
+
+def lesson_of(target: Target, params: dict, batch: Mapping[str, jax.Array]) -> Lesson:
+    """The lesson on a batch (see `data.texts.Texts`): the stored one, or by running the target."""
+    if "taps" not in batch:
+        return read(target, params, batch["tokens"])[0]
+    return Lesson(
+        batch["taps"].astype(jnp.float32),
+        batch["hidden"].astype(jnp.float32),
+        batch["log_prob"],
+        batch["entropy"],
+    )
+
+
+def read_batch(target: Target, params: dict, batch: Mapping[str, jax.Array]) -> tuple[Lesson, Cache]:
+    """`read`, with the stored law where there is one: under jit the head then need not run."""
+    lesson, cache = read(target, params, batch["tokens"])
+    if "taps" in batch:
+        lesson = lesson._replace(log_prob=batch["log_prob"], entropy=batch["entropy"])
+    return lesson, cache

@@ -1,15 +1,20 @@
-"""The target's verdict on drafted windows in training: all windows of a text in one forward.
+"""The target's verdict on a rollout: what it accepts, what that earns.
 
-Shape letters: B rows, T text positions, W windows of a row (anchors x group), K window, D width.
+Shape letters: B rows, T text positions, A anchors, G windows a group, W = A G windows of a row, K window,
+D width.
 """
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ppow_jax import advantages, rewards, teacher
 from ppow_jax.models.cache import Cache
 from ppow_jax.models.target import Target
+from ppow_jax.rollout import Rollout
+from ppow_jax.settings import PPOWSettings
 from ppow_jax.windows import target_window_pass
 
 
@@ -80,3 +85,134 @@ def score_windows(
     blank = jnp.zeros((B, W, K))
     empty = WindowScores(blank, blank, jnp.zeros((B, W, K, hidden_BxTxD.shape[-1]), hidden_BxTxD.dtype))
     return jax.lax.while_loop(lambda c: c[0] < chunks, body, (jnp.int32(0), empty))[1]
+
+
+class Verdict(NamedTuple):
+    """What verification and rewards make of a rollout.
+
+    Attributes:
+      accepted: int32 `[B, A, G]`, k.
+      valid: bool `[B, A, G, K]`, tokens that count.
+      speedup, proximity: `[B, A, G]`, the weighted terms of the reward.
+      advantage: `[B, A, G]`.
+      context: `[B, A, G, K, D]`, the target's hidden states that predict each token; `[B, A, 1, K, D]`
+        at temperature 0, where only the accepted prefix counts, and that is the text.
+    """
+
+    accepted: jax.Array
+    valid: jax.Array
+    speedup: jax.Array
+    proximity: jax.Array
+    advantage: jax.Array
+    context: jax.Array
+
+
+class Spans(NamedTuple):
+    """What the texts themselves hold along the window of each anchor.
+
+    Attributes:
+      tokens: int32 `[B, A, 1, K]`, the target's own continuation.
+      log_prob: float32 `[B, A, 1, K]`, log P of it.
+      valid: bool `[B, A, 1, K]`, False from where the response ends.
+      law: int32 `[B, A * K]`, the position whose hidden state predicts each token.
+    """
+
+    tokens: jax.Array
+    log_prob: jax.Array
+    valid: jax.Array
+    law: jax.Array
+
+
+def spans_of(batch: Mapping[str, jax.Array], lesson: teacher.Lesson, rollout: Rollout) -> Spans:
+    """The texts along the windows of a rollout."""
+    B, A, _, K = rollout.tokens.shape
+    T = batch["tokens"].shape[1]
+    positions = rollout.anchors[..., None] + 2 + jnp.arange(K)
+    here, law = (jnp.minimum(p, T - 1).reshape(B, A * K) for p in (positions, positions - 1))
+
+    def at(values_BxT: jax.Array, where: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(values_BxT, where, 1).reshape(B, A, 1, K)
+
+    inside = (positions < T)[:, :, None] & at(batch["assistant"], here) & rollout.real[..., None, None]
+    valid = jnp.cumprod(inside, -1).astype(bool)
+    return Spans(at(batch["tokens"], here), at(lesson.log_prob, law), valid, law)
+
+
+def make_verify(
+    target: Target, settings: PPOWSettings, gamma: float, stops: tuple[int, ...]
+) -> Callable[..., Verdict]:
+    """(target parameters, batch, rollout, key) -> Verdict, jitted.
+
+    At temperature 0 the texts are the target's greedy ones, so k follows from them; the target runs
+    for the proximity reward alone, on windows with k = 0. Above 0 it runs on every window.
+    """
+    greedy, near = settings.temperature == 0, settings.proximity_weight > 0
+
+    @jax.jit
+    def verify(
+        target_params: dict, batch: Mapping[str, jax.Array], rollout: Rollout, key: jax.Array
+    ) -> Verdict:
+        if near or not greedy:
+            lesson, cache = teacher.read_batch(target, target_params, batch)
+        else:
+            lesson, cache = teacher.lesson_of(target, target_params, batch), None
+        spans = spans_of(batch, lesson, rollout)
+        real = jnp.broadcast_to(rollout.real[..., None], rollout.tokens.shape[:3])
+        if greedy:
+            valid = jnp.broadcast_to(spans.valid, rollout.tokens.shape)
+            accepted = rewards.accepted_greedy(rollout.tokens, spans.tokens, valid)
+            needed = real & (accepted == 0)
+        else:
+            valid, needed = until_stop(rollout.tokens, stops) & real[..., None], real
+        if cache is not None:
+            scores = score_groups(target, target_params, cache, lesson, rollout, needed, settings.temperature)
+        if greedy:
+            B, A, _, K = rollout.tokens.shape
+            context = jnp.take_along_axis(lesson.hidden, spans.law[..., None], 1).reshape(B, A, 1, K, -1)
+        else:
+            uniform = jax.random.uniform(key, rollout.log_prob.shape)
+            accepted = rewards.accepted_sampled(scores.tempered, rollout.log_prob, uniform, valid)
+            context = scores.context
+        speedup = settings.speedup_weight * rewards.speedup(accepted, gamma)
+        proximity = jnp.zeros_like(speedup)
+        if near:
+            both = valid & spans.valid
+            preferred = jnp.sum(jnp.where(both, spans.log_prob, 0.0), -1)
+            drafted = jnp.sum(jnp.where(both, scores.log_prob, 0.0), -1)
+            bonus = rewards.proximity(accepted, preferred, drafted, settings.proximity_epsilon)
+            proximity = settings.proximity_weight * bonus * real
+        advantage = advantages.group_relative(speedup + proximity)
+        return Verdict(accepted, valid, speedup, proximity, advantage, context)
+
+    return verify
+
+
+def until_stop(tokens_xK: jax.Array, stops: tuple[int, ...]) -> jax.Array:
+    """bool, True up to and including the first stop token."""
+    stopped = jnp.cumsum(jnp.isin(tokens_xK, jnp.asarray(stops)), -1)
+    return jnp.pad(stopped[..., :-1], ((0, 0),) * (tokens_xK.ndim - 1) + ((1, 0),)) == 0
+
+
+def score_groups(
+    target: Target,
+    target_params: dict,
+    cache: Cache,
+    lesson: teacher.Lesson,
+    rollout: Rollout,
+    needed_BxAxG: jax.Array,
+    temperature: float,
+) -> WindowScores:
+    """`score_windows` of a rollout; leaves `[B, A, G, ...]`."""
+    B, A, G, K = rollout.tokens.shape
+    scores = score_windows(
+        target,
+        target_params,
+        cache,
+        lesson.hidden,
+        jnp.repeat(rollout.anchors, G, 1),
+        rollout.tokens.reshape(B, A * G, K),
+        needed_BxAxG.reshape(B, A * G),
+        2 * G if A % 2 == 0 else G,
+        temperature,
+    )
+    return jax.tree.map(lambda x: x.reshape(B, A, G, *x.shape[2:]), scores)

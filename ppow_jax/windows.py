@@ -8,6 +8,7 @@ Shape letters: B rows, T text positions, A anchors, G windows a group, K steps o
 vocabulary, V vocabulary, D width, C taps width, S prefix slots.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,12 @@ from ppow_jax.models.target import Target
 # choose(step, logits_BxAxGxN) -> (target ids of the tokens to go on with [B, A, G], statistics).
 # At step 0 the logits are [B, A, 1, N]: a group shares its anchor.
 Choose = Callable[[int, jax.Array], tuple[jax.Array, Any]]
+
+
+def anchor_mask(assistant_BxT: jax.Array) -> jax.Array:
+    """bool `[B, T]`: positions t whose prediction, token t + 2, was written by the target."""
+    ahead = jnp.pad(assistant_BxT[:, 2:], ((0, 0), (0, 2)))
+    return ahead.astype(bool)
 
 
 class Start(NamedTuple):
@@ -97,8 +104,9 @@ def window_pass(
       weights: its weights.
       prefix: `[B, heads, S, E]`; slot p holds position p, and a window sees the slots <= its anchor.
       start: the anchors.
-      choose: picks (or is given) the tokens; its statistics are `[B, A, G]` leaves. It is
-        rematerialised in the backward pass, so that no step's logits are kept.
+      choose: picks (or is given) the tokens; its statistics are `[B, A, G]` leaves. In
+        the backward pass everything but its matrix products is computed again, so that of the arrays
+        as wide as the vocabulary only the logits are kept.
       steps: K, at least 1.
 
     Returns:
@@ -108,7 +116,7 @@ def window_pass(
     variables = {"params": weights.params}
     visible_BxAxS = jnp.arange(prefix.keys.shape[2]) <= start.position[..., None]
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
     def observe(step: jax.Array, hidden_BxAxGxD: jax.Array) -> tuple[jax.Array, Any]:
         return choose(step, drafter.apply(variables, hidden_BxAxGxD, method=Drafter.logits))
 

@@ -65,10 +65,7 @@ def certain_slots(text):
     """The slots of a template that are filled whatever its alternatives turn out to be."""
     while found := re.search(r"\{([^{}]*)\}", text):
         body = found[1]
-        if "|" in body:
-            new = ""
-        else:
-            new = builtin._MACROS.get(body, f"<{body.partition('+')[0].rstrip('23')}>")
+        new = "" if "|" in body else builtin._MACROS.get(body, f"<{body.partition('+')[0].rstrip('23')}>")
         text = text[: found.start()] + new + text[found.end() :]
     return set(re.findall(r"<(\w+)>", text))
 

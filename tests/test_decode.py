@@ -11,7 +11,8 @@ import small
 
 from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.decode.simulate import simulate
-from ppow_jax.stages import supervise, training
+from ppow_jax.models.drafter import weights_of
+from ppow_jax.stages import supervise
 
 PROMPTS = [[3, 9, 1], [4], [7, 7, 2, 8, 1, 30], [11, 12], [25, 0, 0, 39, 2, 6, 6, 8]]
 L = 20
@@ -49,7 +50,7 @@ def pupil(tiny, texts) -> small.DrafterWeights:
     for number in range(25):
         key = jax.random.key(number)
         learner, _ = update(learner, tiny.weights.vocab, tiny.params, batch, key)
-    return training.weights_of(learner["params"], tiny.params, tiny.weights.vocab)
+    return weights_of(learner["params"], tiny.params, tiny.weights.vocab)
 
 
 @functools.cache

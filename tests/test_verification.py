@@ -43,7 +43,10 @@ def alone(tiny) -> tuple[np.ndarray, np.ndarray]:
     flat = texts.reshape(B * W, -1)
     out, logits = small.forward(tiny.target, tiny.params, flat)
     at = (ends[..., None] - 1 + np.arange(K)).reshape(B * W, K)
-    pick = lambda x: np.asarray(x)[np.arange(B * W)[:, None], at].reshape(B, W, K, -1)
+
+    def pick(x):
+        return np.asarray(x)[np.arange(B * W)[:, None], at].reshape(B, W, K, -1)
+
     return pick(logits), pick(out.hidden[:, 0])
 
 

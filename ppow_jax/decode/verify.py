@@ -9,7 +9,9 @@ def accepted_prefix(matches_xK: jax.Array) -> jax.Array:
     return jnp.cumprod(matches_xK.astype(jnp.int32), axis=-1).sum(-1)
 
 
-def emitted(preferred_BxJ: jax.Array, accepted_B: jax.Array, room_B: jax.Array, stops: tuple):
+def emitted(
+    preferred_BxJ: jax.Array, accepted_B: jax.Array, room_B: jax.Array, stops: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
     """How many of a round's tokens are kept, and whether the text ends with them.
 
     Args:

@@ -48,6 +48,11 @@ class DrafterWeights(NamedTuple):
     vocab: jax.Array
 
 
+def weights_of(params: dict, target_params: dict, vocab_N: jax.Array) -> DrafterWeights:
+    """The drafter's parameters with the target's frozen embedding."""
+    return DrafterWeights(params, target_params["embedding"]["embedding"], vocab_N)
+
+
 class Drafter(nn.Module):
     """One decoder layer on concat(norm(embedding), norm(hidden)), with its own head."""
 

@@ -22,7 +22,7 @@ from ppow_jax.decode.loop import DecodeConfig, Decoded, decode
 from ppow_jax.decode.simulate import simulate
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
-from ppow_jax.models.drafter import Drafter, DrafterWeights
+from ppow_jax.models.drafter import Drafter, DrafterWeights, weights_of
 from ppow_jax.models.target import Target
 from ppow_jax.stages import respond, training
 
@@ -97,7 +97,7 @@ def find_candidates(experiment: Experiment) -> list[Candidate]:
         if not (experiment.workdir / "checkpoints" / stage).exists():
             continue
         state, about = training.load_drafter(experiment, stage)
-        weights = training.weights_of(state["params"], experiment.target_params, state["vocab"])
+        weights = weights_of(state["params"], experiment.target_params, state["vocab"])
         sha = params_sha256(state["params"])
         found.append(Candidate(stage, weights, about["steps"], about["seconds"], sha))
     if not found:

@@ -8,61 +8,27 @@ Shape letters: B texts, T positions, A anchors, G windows a group, K window, N d
 
 import functools
 import time
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ppow_jax import adaw, advantages, objective, partition, rewards, teacher, windows
+from ppow_jax import adaw, advantages, objective, partition, teacher, windows
 from ppow_jax.console import log
 from ppow_jax.data import records
 from ppow_jax.decode.cost import measure_gamma
 from ppow_jax.experiment import Experiment
-from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter import Drafter, weights_of
 from ppow_jax.models.target import Target, head_matrix
+from ppow_jax.rollout import Rollout, make_rollout
 from ppow_jax.settings import PPOWSettings
 from ppow_jax.stages import training
 from ppow_jax.stages.supervise import holdout
 from ppow_jax.stages.training import Batch, State
-from ppow_jax.verification import score_windows
-
-
-class Rollout(NamedTuple):
-    """Sampled windows.
-
-    Attributes:
-      anchors: int32 `[B, A]`; real: bool `[B, A]`, False for padding.
-      ids: int32 `[B, A, G, K]` draft ids; tokens: the same as target ids.
-      log_prob: float32 `[B, A, G, K]`, log Q of each token as it was sampled.
-    """
-
-    anchors: jax.Array
-    real: jax.Array
-    ids: jax.Array
-    tokens: jax.Array
-    log_prob: jax.Array
-
-
-class Verdict(NamedTuple):
-    """What verification and rewards make of a rollout.
-
-    Attributes:
-      accepted: int32 `[B, A, G]`, k.
-      valid: bool `[B, A, G, K]`, tokens that count.
-      speedup, proximity: `[B, A, G]`, the weighted terms of the reward.
-      advantage: `[B, A, G]`.
-      context: `[B, A, G or 1, K, D]`, the target's hidden states that predict each token.
-    """
-
-    accepted: jax.Array
-    valid: jax.Array
-    speedup: jax.Array
-    proximity: jax.Array
-    advantage: jax.Array
-    context: jax.Array
+from ppow_jax.verification import Verdict, make_verify
 
 
 def run(experiment: Experiment) -> None:
@@ -99,7 +65,7 @@ def gamma_of(experiment: Experiment) -> float:
     known = records.read_json(path)
     if known is None:
         drafter, _ = training.load_drafter(experiment, "supervise")
-        weights = training.weights_of(drafter["params"], experiment.target_params, drafter["vocab"])
+        weights = weights_of(drafter["params"], experiment.target_params, drafter["vocab"])
         module = training.drafter_of(experiment)
         gamma = measure_gamma(experiment.target, experiment.target_params, module, weights)
         known = {"gamma": gamma}
@@ -130,9 +96,9 @@ def stepper(experiment: Experiment, optimizer: optax.GradientTransformation, gam
 
         table, anchors, real = lap(pick(state, target_params, batch, number, keys[0]))
         state = state | table
-        rollout = lap(roll(state, target_params, batch, anchors, real, keys[1]))
-        verdict = lap(verify(target_params, batch, rollout, keys[2]))
         learner, vocab = training.split(state)
+        rollout = lap(roll(learner["params"], vocab, target_params, batch, anchors, real, keys[1]))
+        verdict = lap(verify(target_params, batch, rollout, keys[2]))
         learner, metrics = lap(update(learner, vocab, target_params, batch, rollout, verdict))
         spent = np.diff(clock) / (clock[-1] - clock[0])
         names = ("share_anchors", "share_rollout", "share_verification", "share_update")
@@ -141,13 +107,13 @@ def stepper(experiment: Experiment, optimizer: optax.GradientTransformation, gam
     return step
 
 
-def make_pick(target: Target, drafter: Drafter, settings: PPOWSettings):
+def make_pick(target: Target, drafter: Drafter, settings: PPOWSettings) -> Callable[..., tuple]:
     """(state, target parameters, batch, step, key) -> (ADAW table, anchors `[B, A]`, real `[B, A]`)."""
     adaptive = settings.adaw
 
     @jax.jit
     def pick(state: State, target_params: dict, batch: Batch, number: int, key: jax.Array):
-        mask = training.anchor_mask(batch["assistant"])
+        mask = windows.anchor_mask(batch["assistant"])
         weight, table = mask.astype(jnp.float32), {}
         if adaptive.enabled:
             index = batch["index"]
@@ -181,8 +147,8 @@ def criticality(
     window: int,
 ) -> jax.Array:
     """ADAW's score `[B, T]` of every anchor: one drafter step from each, against the target's law."""
-    lesson = training.lesson_of(target, target_params, batch)
-    weights = training.weights_of(state["params"], target_params, state["vocab"])
+    lesson = teacher.lesson_of(target, target_params, batch)
+    weights = weights_of(state["params"], target_params, state["vocab"])
     head = head_matrix(target.config, target_params)[:, state["vocab"]]
     tokens = batch["tokens"]
     B, T = tokens.shape
@@ -198,102 +164,7 @@ def criticality(
     divergence = windows.window_pass(drafter, weights, prefix.keys_values, start, choose, 1)
     entropy = jnp.take_along_axis(lesson.entropy, anchors + 1, 1)
     values = adaw.criticality(entropy, divergence[:, :, 0, 0], target.config.vocab_size)
-    return adaw.anchor_scores(values, training.anchor_mask(batch["assistant"]), window)
-
-
-def make_rollout(target: Target, drafter: Drafter, settings: PPOWSettings):
-    """(state, target parameters, batch, anchors, real, key) -> Rollout."""
-
-    @jax.jit
-    def roll(state: State, target_params: dict, batch: Batch, anchors, real, key) -> Rollout:
-        lesson = training.lesson_of(target, target_params, batch)
-        weights = training.weights_of(state["params"], target_params, state["vocab"])
-        prefix = windows.text_prefix(drafter, weights, lesson.taps, batch["tokens"])
-        start = windows.text_starts(prefix, batch["tokens"], anchors)
-
-        def choose(step: int, logits: jax.Array):
-            B, A, _, N = logits.shape
-            logp = jax.nn.log_softmax(logits / settings.rollout_temperature)
-            logp = jnp.broadcast_to(logp, (B, A, settings.group, N))
-            ids = jax.random.categorical(jax.random.fold_in(key, step), logp)
-            chosen = jnp.take_along_axis(logp, ids[..., None], -1)[..., 0]
-            return weights.vocab[ids], (ids, weights.vocab[ids], chosen)
-
-        sampled = windows.window_pass(drafter, weights, prefix.keys_values, start, choose, settings.window)
-        return Rollout(anchors, real, *sampled)
-
-    return roll
-
-
-def make_verify(target: Target, settings: PPOWSettings, gamma: float, stops: tuple[int, ...]):
-    """(target parameters, batch, rollout, key) -> Verdict.
-
-    At temperature 0 the texts are the target's greedy ones, so k follows from them; the target runs
-    for the proximity reward alone, on windows with k = 0. Above 0 it runs on every window.
-    """
-    greedy = settings.temperature == 0
-    near = settings.proximity_weight > 0
-
-    @jax.jit
-    def verify(target_params: dict, batch: Batch, rollout: Rollout, key: jax.Array) -> Verdict:
-        B, A, G, K = rollout.tokens.shape
-        T = batch["tokens"].shape[1]
-        positions = rollout.anchors[..., None] + 2 + jnp.arange(K)
-        take = lambda values: _at(values, jnp.minimum(positions, T - 1))  # noqa: E731
-        inside = (positions < T) & take(batch["assistant"]) & rollout.real[..., None]
-        text_valid = jnp.cumprod(inside, -1).astype(bool)[:, :, None]
-        if greedy:
-            valid = jnp.broadcast_to(text_valid, rollout.tokens.shape)
-            text = take(batch["tokens"])[:, :, None]
-            accepted = rewards.accepted_greedy(rollout.tokens, text, valid)
-            needed = (accepted == 0) & rollout.real[..., None]
-        else:
-            stopped = jnp.cumsum(jnp.isin(rollout.tokens, jnp.asarray(stops)), -1)
-            before = jnp.pad(stopped[..., :-1], ((0, 0),) * 3 + ((1, 0),))
-            valid = (before == 0) & rollout.real[:, :, None, None]
-            needed = jnp.broadcast_to(rollout.real[..., None], (B, A, G))
-        if near or not greedy:
-            lesson, cache = teacher.read(target, target_params, batch["tokens"])
-            scores = score_windows(
-                target,
-                target_params,
-                cache,
-                lesson.hidden,
-                jnp.repeat(rollout.anchors, G, 1),
-                rollout.tokens.reshape(B, A * G, K),
-                needed.reshape(B, A * G),
-                2 * G if A % 2 == 0 else G,
-                settings.temperature,
-            )
-            scores = jax.tree.map(lambda x: x.reshape(B, A, G, *x.shape[2:]), scores)
-        else:
-            lesson = training.lesson_of(target, target_params, batch)
-        if greedy:
-            law = jnp.minimum(positions - 1, T - 1).reshape(B, A * K, 1)
-            context = jnp.take_along_axis(lesson.hidden, law, 1).reshape(B, A, 1, K, -1)
-        else:
-            uniform = jax.random.uniform(key, rollout.log_prob.shape)
-            accepted = rewards.accepted_sampled(scores.tempered, rollout.log_prob, uniform, valid)
-            context = scores.context
-        speedup = settings.speedup_weight * rewards.speedup(accepted, gamma)
-        proximity = jnp.zeros_like(speedup)
-        if near:
-            both = valid & text_valid
-            text_log_prob = _at(lesson.log_prob, jnp.minimum(positions - 1, T - 1))[:, :, None]
-            preferred = jnp.sum(jnp.where(both, text_log_prob, 0.0), -1)
-            drafted = jnp.sum(jnp.where(both, scores.log_prob, 0.0), -1)
-            bonus = rewards.proximity(accepted, preferred, drafted, settings.proximity_epsilon)
-            proximity = settings.proximity_weight * bonus * rollout.real[..., None]
-        advantage = advantages.group_relative(speedup + proximity)
-        return Verdict(accepted, valid, speedup, proximity, advantage, context)
-
-    return verify
-
-
-def _at(values_BxT: jax.Array, positions_BxAxK: jax.Array) -> jax.Array:
-    """values at positions, `[B, A, K]`."""
-    B, A, K = positions_BxAxK.shape
-    return jnp.take_along_axis(values_BxT, positions_BxAxK.reshape(B, A * K), 1).reshape(B, A, K)
+    return adaw.anchor_scores(values, windows.anchor_mask(batch["assistant"]), window)
 
 
 def make_update(
@@ -301,7 +172,7 @@ def make_update(
     drafter: Drafter,
     optimizer: optax.GradientTransformation,
     settings: PPOWSettings,
-):
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     """(learner, vocab, target parameters, batch, rollout, verdict) -> (learner, metrics)."""
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -313,7 +184,7 @@ def make_update(
         rollout: Rollout,
         verdict: Verdict,
     ):
-        lesson = training.lesson_of(target, target_params, batch)
+        lesson = teacher.lesson_of(target, target_params, batch)
         head = head_matrix(target.config, target_params)[:, vocab]
         of = functools.partial(ppow_loss, drafter, settings, target_params, vocab, head, lesson, batch)
 
@@ -354,7 +225,7 @@ def ppow_loss(
     accepted (j <= k): where the text is greedy that is where P is known, and it is the only place that
     decoding ever visits.
     """
-    weights = training.weights_of(params, target_params, vocab)
+    weights = weights_of(params, target_params, vocab)
     prefix = windows.text_prefix(drafter, weights, lesson.taps, batch["tokens"])
     start = windows.text_starts(prefix, batch["tokens"], rollout.anchors)
 

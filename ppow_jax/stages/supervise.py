@@ -5,7 +5,7 @@ step j's loss is the cross-entropy to the target's law, weighted decay ** j.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ppow_jax import adaw, objective, partition, windows
+from ppow_jax import adaw, objective, partition, teacher, windows
 from ppow_jax.console import log
 from ppow_jax.data import texts
 from ppow_jax.decode.simulate import simulate
 from ppow_jax.experiment import Experiment
-from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter import Drafter, DrafterWeights, weights_of
 from ppow_jax.models.target import Target, head_matrix
 from ppow_jax.stages import training
 from ppow_jax.stages.training import Batch, State
@@ -79,18 +79,18 @@ def make_update(
     anchors: int,
     window: int,
     decay: float,
-):
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     """(learner, vocab, target parameters, batch, key) -> (learner, metrics); learner donated."""
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(learner: State, vocab: jax.Array, target_params: dict, batch: Batch, key: jax.Array):
-        lesson = training.lesson_of(target, target_params, batch)
-        mask_BxT = training.anchor_mask(batch["assistant"])
+        lesson = teacher.lesson_of(target, target_params, batch)
+        mask_BxT = windows.anchor_mask(batch["assistant"])
         anchors_BxA, real_BxA = adaw.sample_anchors(key, mask_BxT.astype(jnp.float32), anchors)
         head = head_matrix(target.config, target_params)[:, vocab]
 
         def loss_of(params: dict):
-            weights = training.weights_of(params, target_params, vocab)
+            weights = weights_of(params, target_params, vocab)
             return supervised_loss(
                 drafter, weights, head, lesson, batch, anchors_BxA, real_BxA, window, decay
             )
@@ -106,9 +106,9 @@ def make_update(
 
 def supervised_loss(
     drafter: Drafter,
-    weights,
+    weights: DrafterWeights,
     head_DxN: jax.Array,
-    lesson,
+    lesson: teacher.Lesson,
     batch: Batch,
     anchors_BxA: jax.Array,
     real_BxA: jax.Array,
@@ -154,13 +154,13 @@ def holdout(experiment: Experiment, corpus: training.Corpus) -> training.Measure
         {k: np.stack([item[k] for item in items]) for k in items[0]}, experiment.mesh
     )
     drafter = training.drafter_of(experiment)
-    lesson = jax.jit(training.lesson_of, static_argnums=0)
+    lesson = jax.jit(teacher.lesson_of, static_argnums=0)
     taps = lesson(experiment.target, experiment.target_params, batch).taps
     first = [texts.first_span(item["assistant"]) for item in items]
     start_B, end_B = (np.asarray(x, np.int32) for x in zip(*first, strict=True))
 
     def measure(state: State) -> dict[str, float]:
-        weights = training.weights_of(state["params"], experiment.target_params, state["vocab"])
+        weights = weights_of(state["params"], experiment.target_params, state["vocab"])
         window = experiment.settings.ppow.window
         rounds = simulate(drafter, weights, taps, batch["tokens"], start_B, end_B, window)
         emitted = np.asarray(rounds.emitted)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ppow_jax import partition, teacher
+from ppow_jax import partition
 from ppow_jax.console import log
 from ppow_jax.data import features, texts
 from ppow_jax.errors import UserError
@@ -20,11 +20,9 @@ from ppow_jax.metrics import Writer
 from ppow_jax.models.drafter import (
     Drafter,
     DrafterConfig,
-    DrafterWeights,
     drafter_config,
     init_params,
 )
-from ppow_jax.models.target import Target
 from ppow_jax.settings import OptimizerSettings
 
 State = dict[str, Any]  # params, opt_state, vocab and what a stage adds
@@ -50,24 +48,6 @@ def corpus(experiment: Experiment) -> Corpus:
         lessons = features.ensure(experiment, experiment.responses)
     make = lambda indices: texts.Texts(experiment.responses, lessons, indices, data.length)  # noqa: E731
     return Corpus(make(train), make(held), train, len(experiment.responses))
-
-
-def lesson_of(target: Target, params: dict, batch: Batch) -> teacher.Lesson:
-    """The batch's lesson: from the cache where it is there, else by running the target."""
-    if "taps" not in batch:
-        return teacher.read(target, params, batch["tokens"])[0]
-    return teacher.Lesson(
-        batch["taps"].astype(jnp.float32),
-        batch["hidden"].astype(jnp.float32),
-        batch["log_prob"],
-        batch["entropy"],
-    )
-
-
-def anchor_mask(assistant_BxT: jax.Array) -> jax.Array:
-    """bool `[B, T]`: positions t whose prediction, token t + 2, was written by the target."""
-    ahead = jnp.pad(assistant_BxT[:, 2:], ((0, 0), (0, 2)))
-    return ahead.astype(bool)
 
 
 def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
@@ -154,11 +134,6 @@ def load_drafter(experiment: Experiment, stage: str) -> tuple[State, dict[str, A
 def split(state: State) -> tuple[State, jax.Array]:
     """What an update changes (and may donate): parameters and optimiser; and the draft vocabulary."""
     return {k: state[k] for k in ("params", "opt_state")}, state["vocab"]
-
-
-def weights_of(params: dict, target_params: dict, vocab_N: jax.Array) -> DrafterWeights:
-    """The drafter's parameters with the target's frozen embedding."""
-    return DrafterWeights(params, target_params["embedding"]["embedding"], vocab_N)
 
 
 Step = Callable[[int, State, Batch], tuple[State, Mapping[str, Any]]]
