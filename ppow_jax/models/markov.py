@@ -23,6 +23,8 @@ _TEMPLATE = (
 )
 _PEAK = 0.7  # probability of the likeliest successor
 _RUNNERS = 3  # successors that share the rest
+_RARE = 1e-3  # probability of every other letter: logits of a trainable size
+_NEVER = -20.0  # logit of the special tokens: 2e-9, which no text will see
 
 
 def transition(seed: int) -> np.ndarray:
@@ -35,8 +37,10 @@ def transition(seed: int) -> np.ndarray:
     for token in range(SIZE):
         best = successor.get(token, letters[token % len(letters)])
         others = rng.choice(np.setdiff1d(letters, [best]), _RUNNERS, replace=False)
-        law[token, best] = _PEAK
-        law[token, others] = (1 - _PEAK) * rng.dirichlet(np.ones(_RUNNERS) * 3)
+        rest = 1 - _PEAK - _RARE * len(letters)
+        law[token, letters] = _RARE
+        law[token, best] += _PEAK
+        law[token, others] += rest * rng.dirichlet(np.ones(_RUNNERS) * 3)
     return law
 
 
@@ -77,7 +81,7 @@ def build(seed: int, dtype: str) -> tuple[TargetConfig, dict, Tokenizer]:
     }
     head = np.zeros((width, SIZE))
     with np.errstate(divide="ignore"):
-        head[:SIZE] = np.maximum(np.log(transition(seed)), -60.0) / np.sqrt(width)
+        head[:SIZE] = np.maximum(np.log(transition(seed)), _NEVER) / np.sqrt(width)
     params = {f"layers_{i}": block for i in range(config.layers)}
     params["embedding"] = {"embedding": one_hot.astype(dtype)}
     params["norm"] = {"scale": np.ones(width, dtype)}
