@@ -6,8 +6,10 @@ The stages that the config names run in order; a finished stage is not run again
 an interrupted one resumes. Keys and their meaning: configs/base.py.
 """
 
+import itertools
 import os
 import pathlib
+import re
 import sys
 
 import jax
@@ -30,26 +32,49 @@ def main(argv: list[str]) -> None:
     if _CONFIG.value is None or not _WORKDIR.value:
         raise ConfigError("expected --config=configs/NAME.py and --workdir=DIR; see --help")
     chosen = settings.from_config(_CONFIG.value)
+    workdir = pathlib.Path(_WORKDIR.value)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--workdir: {str(workdir)!r} cannot be made ({e.strerror})") from e
     if chosen.distributed:
         jax.distributed.initialize()
-    experiment.run(chosen, pathlib.Path(_WORKDIR.value))
+    experiment.run(chosen, workdir)
 
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's flag parsing, with the many ways in which a config can be wrong as one line."""
-    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
-    if path and not os.path.exists(path):
+    path = _config_path(argv)
+    if path is not None and not os.path.isfile(path):
         raise ConfigError(f"--config: no file {path!r}; configs/ holds the ready-made ones")
     try:
         return flags.FLAGS(argv)
     except flags.Error as e:
-        raise ConfigError(str(e)) from e
+        # The library puts a whole traceback into the message where the file itself fails.
+        lines = str(e).strip().splitlines()
+        raise ConfigError(lines[0] if len(lines) == 1 else f"--config={path}: {lines[-1]}") from e
     except (AttributeError, KeyError) as e:
-        key = str(e).strip("\"'")
-        flag = next((a for a in argv if a.split("=")[0].endswith(f".{key}")), key)
-        raise ConfigError(f"{flag}: unknown key {key!r}; configs/base.py lists the keys") from e
+        # e.g. '\'stepz\'\nDid you mean "steps" instead of "stepz"?'
+        key, close = (re.search(pattern, str(e)) for pattern in (r"'(\w+)\\?'", r'Did you mean "(\w+)"'))
+        if key is None or "get_config" in str(e):
+            raise ConfigError(f"--config={path}: {e}; expected a file with get_config()") from e
+        names = (a.split("=")[0].lstrip("-") for a in argv)
+        where = next((n for n in names if key[1] in n.split(".")), f"--config={path}")
+        hint = f" (did you mean {close[1]!r}?)" if close else ""
+        raise ConfigError(f"{where}: unknown key {key[1]!r}{hint}; configs/base.py lists the keys") from e
     except (TypeError, ValueError) as e:
         raise ConfigError(f"a --config.KEY=VALUE flag has a wrong type: {e}") from e
+    except Exception as e:  # a config file is code: it can fail in any way
+        raise ConfigError(f"--config={path}: cannot be loaded ({type(e).__name__}: {e})") from e
+
+
+def _config_path(argv: list[str]) -> str | None:
+    """The value of --config=PATH or --config PATH."""
+    for flag, following in itertools.zip_longest(argv, argv[1:]):
+        name, _, value = flag.partition("=")
+        if name in ("--config", "-config"):
+            return value or following
+    return None
 
 
 def cli() -> None:

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from ppow_jax.data import prompts
 from ppow_jax.errors import ConfigError
 
 STAGES = ("respond", "supervise", "cst", "ppow", "evaluate", "export")
@@ -202,7 +203,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, path)
     if typing.get_origin(kind) is tuple:
-        if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+        if not isinstance(value, tuple | list) or not all(isinstance(v, str) for v in value):
             raise ConfigError(f"{path}: found {value!r}, expected a tuple of strings")
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -250,17 +251,26 @@ def _check(s: Settings) -> None:
         "above 0 (rollouts are sampled)",
     )
     require(s.ppow.group >= 2, "ppow.group", s.ppow.group, "at least 2 windows to compare")
+    pairs = "NAME=SOURCE pairs, see configs/base.py"
+    sources = prompts.parse(s.respond.prompts, "respond.prompts") or s.respond.responses
+    texts = bool(sources) or "respond" not in s.stages
+    require(texts, "respond.prompts", s.respond.prompts, pairs)
+    benchmarks = prompts.parse(s.evaluate.prompts, "evaluate.prompts")
+    measured = bool(benchmarks) or "evaluate" not in s.stages
+    require(measured, "evaluate.prompts", s.evaluate.prompts, pairs)
     for key, value in _walk(s, ""):
         if key.split(".")[-1] in _POSITIVE:
             require(value >= 1, key, value, "at least 1")
-        elif isinstance(value, float):
+        elif key.startswith("mesh."):
+            require(value == -1 or value >= 1, key, value, "at least 1, or -1 for what is left")
+        elif isinstance(value, int | float) and key != "seed":
             require(value >= 0, key, value, "0 or more")
 
 
 _POSITIVE = {
     "steps", "batch_size", "anchors", "window", "length", "vocab_size", "max_new_tokens",
     "updates", "rescore_every", "every_steps", "holdout_every_steps", "checkpoint_every_steps",
-    "keep_checkpoints", "decode_window",
+    "keep_checkpoints", "decode_window", "decode_prompts",
 }  # fmt: skip
 
 
