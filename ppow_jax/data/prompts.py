@@ -80,13 +80,17 @@ def read_jsonl(path: str, key: str) -> list[dict[str, Any]]:
     """The objects of a JSONL file.
 
     Raises:
-      UserError: no such file, or a line that is not a JSON object.
+      UserError: no such file, one that is not text, or a line that is not a JSON object.
     """
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"{key}: no file {path!r}; expected a JSONL file")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text ({e}); expected a JSONL file") from e
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -1,0 +1,94 @@
+"""Whole runs of seconds on the Markov target: their settings, prompt files and traces on disk.
+
+The prompts are a few letters long; text is greedy, so that real decoding with any drafter must repeat it.
+"""
+
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ppow_jax import experiment, settings
+from ppow_jax.settings import Settings
+
+LETTERS = "abcdefghijklmnopqrstuvwx"
+STEPS = 4  # of supervise; cst and ppow take 2
+
+
+def config(directory: pathlib.Path, **changes: Any) -> ConfigDict:
+    """A small ConfigDict on prompt files in `directory`; `supervise__steps=3` sets `supervise.steps`."""
+    from configs import base
+
+    train, chat, maths = (directory / f"{name}.jsonl" for name in ("train", "chat", "maths"))
+    if not train.exists():
+        write_jsonl(train, [{"id": f"t{i}", "turns": [x + " ok"]} for i, x in enumerate(LETTERS)])
+        write_jsonl(chat, [{"id": f"c{i}", "turns": [x * 3]} for i, x in enumerate("abcd")])
+        write_jsonl(maths, [{"id": f"m{i}", "turns": [x + x]} for i, x in enumerate("wxy")])
+    c = base.get_config()
+    small = dict(
+        target__path="markov:0",
+        respond__prompts=f"train={train}",
+        respond__max_new_tokens=16,
+        respond__batch_size=8,
+        data__length=32,
+        data__holdout=4,
+        drafter__vocab_size=20,
+        drafter__mlp_hidden=16,
+        supervise__steps=STEPS,
+        supervise__batch_size=4,
+        supervise__anchors=4,
+        supervise__window=2,
+        cst__anchors=4,
+        ppow__steps=2,
+        ppow__batch_size=4,
+        ppow__anchors=2,
+        ppow__group=2,
+        ppow__window=3,
+        evaluate__prompts=f"maths={maths},chat={chat}",
+        evaluate__max_new_tokens=16,
+        evaluate__batch_size=4,
+        evaluate__window=3,
+        evaluate__decode_window=2,
+        evaluate__decode_prompts=2,
+        log__holdout_every_steps=2,
+        log__checkpoint_every_steps=2,
+    )
+    for key, value in (small | changes).items():
+        *path, last = key.split("__")
+        section = c
+        for name in path:
+            section = section[name]
+        section[last] = value
+    return c
+
+
+def make_settings(directory: pathlib.Path, **changes: Any) -> Settings:
+    """`config` as settings."""
+    return settings.from_config(config(directory, **changes))
+
+
+def run(workdir: pathlib.Path, **changes: Any) -> Settings:
+    """Runs the stages in `workdir`, on prompt files beside it."""
+    chosen = make_settings(workdir.parent, **changes)
+    experiment.run(chosen, workdir)
+    return chosen
+
+
+def build(workdir: pathlib.Path, **changes: Any) -> experiment.Experiment:
+    """What `run` hands to the stages."""
+    workdir.mkdir(exist_ok=True)
+    return experiment.build(make_settings(workdir.parent, **changes), workdir)
+
+
+def write_jsonl(path: pathlib.Path, rows: list[Any]) -> pathlib.Path:
+    """One JSON value a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def digest(directory: pathlib.Path) -> dict[str, str]:
+    """sha256 of every file below `directory`, by relative path."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
