@@ -213,7 +213,7 @@ def test_a_sample_depends_on_its_rows_key_and_not_on_the_batch(tiny):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampled_text_follows_the_law_of_the_chain(chain, temperature):
-    """Transitions counted over 64 texts, the first token's too: chi-square within 5 sigma."""
+    """Transitions counted over 64 texts, the first token's too, each within 5 sigma."""
     rows, count = 64, 40
     prompts = [[4 + i % 27] for i in range(rows)]
     config = DecodeConfig(count, 0, temperature, NEVER)
@@ -228,11 +228,13 @@ def test_sampled_text_follows_the_law_of_the_chain(chain, temperature):
     for seen in (counts, first):
         expected = seen.sum(-1, keepdims=True) * law
         assert seen[law == 0].sum() == 0
-        some = expected > 0
-        terms = ((seen - expected) ** 2)[some] / expected[some]
-        freedom = some.sum() - (seen.sum(-1) > 0).sum()
-        assert abs(terms.sum() - freedom) < 5 * np.sqrt(2 * freedom) + 5
-    assert len(np.unique(text, axis=0)) == rows
+        often = expected >= 5  # of the rare transitions only the total is judged
+        terms = (seen - expected)[often] ** 2 / expected[often]
+        rare = expected[~often].sum()
+        if often.any():
+            assert abs(terms.sum() - often.sum()) < 5 * np.sqrt(2 * often.sum())
+        assert abs(seen[~often].sum() - rare) < 5 * np.sqrt(rare)
+    assert len(np.unique(text, axis=0)) > rows - 8  # a chance pair may be alike, rows of one key all are
 
 
 def test_drafted_sampling_is_refused():

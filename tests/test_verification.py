@@ -108,7 +108,7 @@ def test_windows_do_not_see_one_another_nor_the_text_beyond_their_anchor(tiny, r
     before = score(*args, cache, lesson.hidden, DRAFTED, everything, 2, 0.0).log_prob
     drafted = DRAFTED.copy()
     drafted[0, 1, 0] += 1
-    beyond = jax.tree.map(lambda x: x.at[:, :, 5:].set(7.0), cache)  # anchor 3 sees 0 .. 4
+    beyond = tuple(kv._replace(values=kv.values.at[:, :, 5:].set(7.0)) for kv in cache)  # 3 sees 0 .. 4
     after = score(*args, beyond, lesson.hidden, drafted % small.TINY.vocab_size, everything, 2, 0.0).log_prob
     change = np.abs(after - before).max(-1)
     assert (change[ANCHORS > 3] > 1e-2).all()
@@ -121,7 +121,7 @@ def test_windows_do_not_see_one_another_nor_the_text_beyond_their_anchor(tiny, r
 def test_the_lesson_of_a_text_is_the_law_of_its_next_tokens(tiny, read):
     lesson, cache = read
     assert len(cache) == small.TINY.layers
-    assert cache[0].keys.shape == (B, small.TINY.kv_heads, T, small.TINY.head_size)
+    assert cache[0].values.shape == (B, small.TINY.kv_heads, T, small.TINY.head_size)
     for b in range(B):
         logits, inputs = reference.target_text(tiny.params, small.TINY, TOKENS[b].tolist())
         logp = reference.log_softmax(logits)
