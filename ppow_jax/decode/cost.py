@@ -46,7 +46,7 @@ def time_target(target: Target, params: dict, tokens: int) -> float:
 def time_draft(drafter: Drafter, weights: DrafterWeights, window: int) -> float:
     """Seconds (median) of drafting a chain of `window` tokens, batch 1."""
     c = drafter.config
-    keys = jnp.zeros((1, c.kv_heads, _SLOTS, c.head_size), jnp.dtype(c.dtype))
+    (prefix,) = kv_cache.empty(1, 1, c.kv_heads, _SLOTS, c.head_size, jnp.dtype(c.dtype))
     at = jnp.full((1, 1), _SLOTS // 2, jnp.int32)
     start = Start(jnp.ones((1, 1, c.width), jnp.dtype(c.dtype)), at * 0, at)
 
@@ -54,7 +54,7 @@ def time_draft(drafter: Drafter, weights: DrafterWeights, window: int) -> float:
     def run(weights: DrafterWeights, prefix: KeyValues) -> jax.Array:
         return window_pass(drafter, weights, prefix, start, greedy(weights.vocab), window)
 
-    return _median(functools.partial(run, weights, KeyValues(keys, keys)))
+    return _median(functools.partial(run, weights, prefix))
 
 
 def _median(call: Callable[[], jax.Array]) -> float:

@@ -112,13 +112,14 @@ def _prefill(
     first_B = _pick(logits, keys_B, length_B, config.temperature)[:, 0]
     c = target.config
     cache = kv_cache.empty(c.layers, B, c.kv_heads, P + L + J, c.head_size, jnp.dtype(c.dtype))
-    cache = kv_cache.write(cache, out.new, jnp.zeros(B, jnp.int32))
+    cache = kv_cache.write(cache, kv_cache.as_prefix(out.new), jnp.zeros(B, jnp.int32))
     prefix = start = None
     if drafter is not None:
         next_BxP = _put(jnp.roll(prompt_BxP, -1, 1), first_B[:, None], length_B - 1)
         read = prefix_pass(drafter, weights, out.taps[:, 0], next_BxP, positions_BxP)
-        room = ((0, 0), (0, 0), (0, L + J), (0, 0))
-        prefix = jax.tree.map(lambda x: jnp.pad(x, room), read.keys_values)
+        d = drafter.config
+        room = kv_cache.empty(1, B, d.kv_heads, P + L + J, d.head_size, jnp.dtype(d.dtype))
+        (prefix,) = kv_cache.write(room, (read.keys_values,), jnp.zeros(B, jnp.int32))
         start = _anchor(read, jnp.zeros_like(length_B), length_B - 1, first_B)
     stop = jnp.isin(first_B, jnp.asarray(config.stop_ids))
     return State(
@@ -158,7 +159,7 @@ def _round(
         window_BxJ = jnp.concatenate([window_BxJ, drafted[:, 0, 0]], 1)
     offset_B = state.known - 1
     positions_BxJ = offset_B[:, None] + jnp.arange(K + 1)
-    visible = kv_cache.visible(offset_B, state.cache[0].keys.shape[2])
+    visible = kv_cache.visible(offset_B, state.cache[0].values.shape[2])
     out = target.apply({"params": params}, window_BxJ[:, None], positions_BxJ[:, None], state.cache, visible)
     logits = target.apply({"params": params}, out.hidden[:, 0], method=Target.logits)
     preferred_BxJ = _pick(logits, state.keys, state.known, config.temperature)
@@ -170,8 +171,7 @@ def _round(
     prefix = start = None
     if drafter is not None:
         read = prefix_pass(drafter, weights, out.taps[:, 0], preferred_BxJ, positions_BxJ)
-        block = jax.tree.map(lambda x: x[:, :, None], read.keys_values)
-        prefix = kv_cache.write((state.prefix,), (block,), offset_B)[0]
+        (prefix,) = kv_cache.write((state.prefix,), (read.keys_values,), offset_B)
         start = _anchor(read, offset_B, accepted_B, last_B)
     return State(
         tokens=_put(state.tokens, jnp.where(state.done[:, None], 0, preferred_BxJ), state.count),
@@ -181,7 +181,7 @@ def _round(
         done=state.done | stopped_B,
         round=state.round + 1,
         emitted_by_round=state.emitted_by_round.at[:, state.round].set(kept_B),
-        cache=kv_cache.write(state.cache, out.new, offset_B),
+        cache=kv_cache.write(state.cache, kv_cache.as_prefix(out.new), offset_B),
         prefix=prefix,
         start=start,
         keys=state.keys,

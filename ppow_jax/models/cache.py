@@ -1,8 +1,8 @@
 """The key/value cache: an argument and a result, never hidden state.
 
-A cache holds, for every layer, keys and values `[B, G, S, E]` of S slots; slot p of a row belongs to
-position p of that row. Models read the cache and return the keys and values of the tokens they were
-given; the caller writes those it wants to keep, so a rejected draft never needs to be undone.
+A cache holds, for every layer, keys `[B, G, E, S]` and values `[B, G, S, E]` of S slots; slot p of a row
+belongs to position p of that row. Models read the cache and return the keys and values of the tokens they
+were given; the caller writes those it wants to keep, so a rejected draft never needs to be undone.
 """
 
 from collections.abc import Sequence
@@ -17,27 +17,35 @@ Cache = tuple[KeyValues, ...]
 
 def empty(layers: int, batch: int, kv_heads: int, slots: int, head_size: int, dtype: jnp.dtype) -> Cache:
     """A cache of zeros; separate arrays, so that a jitted loop can update each in place."""
-    shape = (batch, kv_heads, slots, head_size)
-    return tuple(KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers))
+    keys, values = (batch, kv_heads, head_size, slots), (batch, kv_heads, slots, head_size)
+    return tuple(KeyValues(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for _ in range(layers))
 
 
-def write(cache: Cache, new: Sequence[KeyValues], start_B: jax.Array) -> Cache:
-    """Writes `new` (`[B, G, 1, K, E]` a layer) to the slots `start .. start + K` of each row.
+def write(cache: Cache, new: Cache, start_B: jax.Array) -> Cache:
+    """Writes a cache of K slots, the new tokens, to the slots `start .. start + K` of each row.
 
     A start for which the block would not fit is moved back by XLA's clamping; callers allocate enough
     slots (`slots >= start + K`).
     """
 
-    def put(row_GxSxE: jax.Array, block_Gx1xKxE: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(row_GxSxE, block_Gx1xKxE[:, 0], (0, start, 0))
+    def put(old: KeyValues, block: KeyValues, start: jax.Array) -> KeyValues:
+        return KeyValues(
+            jax.lax.dynamic_update_slice(old.keys, block.keys.astype(old.keys.dtype), (0, 0, start)),
+            jax.lax.dynamic_update_slice(old.values, block.values.astype(old.values.dtype), (0, start, 0)),
+        )
 
-    return jax.tree.map(
-        lambda old, block: jax.vmap(put)(old, block.astype(old.dtype), start_B), cache, tuple(new)
-    )
+    return tuple(jax.vmap(put)(old, block, start_B) for old, block in zip(cache, new, strict=True))
+
+
+def append(old: KeyValues | None, new: KeyValues) -> KeyValues:
+    """`old` (None: nothing) followed by `new`."""
+    if old is None:
+        return new
+    return KeyValues(jnp.concatenate([old.keys, new.keys], -1), jnp.concatenate([old.values, new.values], -2))
 
 
 def as_prefix(new: Sequence[KeyValues]) -> Cache:
-    """The keys and values of a whole text (`[B, G, 1, T, E]`) as a cache of T slots."""
+    """Keys and values of one window a row (a whole text, say) as a cache."""
     return tuple(KeyValues(kv.keys[:, :, 0], kv.values[:, :, 0]) for kv in new)
 
 

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ppow_jax.models.cache import as_prefix
 from ppow_jax.models.layers import Attention, GatedMLP, KeyValues, RMSNorm
 from ppow_jax.models.target import TargetConfig, head_matrix
 
@@ -79,7 +80,7 @@ class Drafter(nn.Module):
         return jnp.concatenate([self.embedding_norm(embeddings), self.hidden_norm(hidden)], -1)
 
     def keys_values(self, embeddings: jax.Array, hidden: jax.Array, positions: jax.Array) -> KeyValues:
-        """Keys and values `[B, G, W, K, E]` of tokens `[B, W, K, D]`; all that a prefix needs."""
+        """Keys and values of tokens `[B, W, K, D]`, by window; all that a prefix needs."""
         return self.attention.keys_values(self._inputs(embeddings, hidden), positions)
 
     def __call__(
@@ -97,7 +98,7 @@ class Drafter(nn.Module):
         in the prefix already.
         """
         x = self._inputs(embeddings_BxWx1xD, hidden_BxWx1xD)
-        mask = None if own is None else jnp.ones((1, own.keys.shape[3]), bool)
+        mask = None if own is None else jnp.ones((1, own.values.shape[3]), bool)
         attended = self.attention(x, positions_BxWx1, prefix, visible_BxWxS, own, mask)
         hidden = hidden_BxWx1xD + attended
         return hidden + self.mlp(self.mlp_norm(hidden))
@@ -110,7 +111,7 @@ class Drafter(nn.Module):
         """Touches every parameter, for `init`; taps `[B, 1, T, C]`."""
         hidden = self.features(taps)
         own = self.keys_values(hidden, hidden, positions)
-        prefix = KeyValues(own.keys[:, :, 0], own.values[:, :, 0])
+        (prefix,) = as_prefix([own])
         visible = jnp.ones((1, 1, taps.shape[2]), bool)
         return self.logits(self(hidden[:, :, :1], hidden[:, :, :1], positions, prefix, visible, own))
 

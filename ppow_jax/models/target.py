@@ -49,7 +49,7 @@ class TargetOutput(NamedTuple):
     Attributes:
       hidden: `[B, W, K, D]`, after the final norm; `Target.logits` turns it into logits.
       taps: `[B, W, K, C]`, the tapped layer inputs, concatenated low to high.
-      new: for each layer the keys and values of the given tokens, `[B, G, W, K, E]`.
+      new: for each layer the keys and values of the given tokens, by window.
     """
 
     hidden: jax.Array
