@@ -8,6 +8,7 @@ import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))  # for configs/
 
+import runs
 import small
 
 
@@ -30,3 +31,30 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def compiled_once(tmp_path_factory) -> dict[str, str]:
+    """Keeps what is compiled from here on, so that runs of the same shapes compile once.
+
+    The result makes a subprocess use the same store, as part of its environment.
+    """
+    directory = str(tmp_path_factory.mktemp("compiled"))
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    return {
+        "JAX_COMPILATION_CACHE_DIR": directory,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, compiled_once) -> runs.Finished:
+    """A workdir in which supervise, cst, evaluate and export have run. Read it, never write there."""
+    workdir = tmp_path_factory.mktemp("finished") / "workdir"
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)  # as `quick_compilation`
+    chosen = runs.run(workdir)
+    jax.config.update("jax_disable_most_optimizations", before)
+    return runs.Finished(workdir, chosen)

@@ -6,15 +6,22 @@ The prompts are a few letters long; text is greedy, so that real decoding with a
 import hashlib
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from ppow_jax import experiment, settings
 from ppow_jax.settings import Settings
 
+STAGES = ("respond", "supervise", "cst", "evaluate", "export")
 LETTERS = "abcdefghijklmnopqrstuvwx"
-STEPS = 4  # of supervise; cst and ppow take 2
+
+
+class Finished(NamedTuple):
+    """A run that has ended, and its settings."""
+
+    workdir: pathlib.Path
+    settings: Settings
 
 
 def config(directory: pathlib.Path, **changes: Any) -> ConfigDict:
@@ -28,6 +35,7 @@ def config(directory: pathlib.Path, **changes: Any) -> ConfigDict:
         write_jsonl(maths, [{"id": f"m{i}", "turns": [x + x]} for i, x in enumerate("wxy")])
     c = base.get_config()
     small = dict(
+        stages=STAGES,
         target__path="markov:0",
         respond__prompts=f"train={train}",
         respond__max_new_tokens=16,
@@ -36,24 +44,27 @@ def config(directory: pathlib.Path, **changes: Any) -> ConfigDict:
         data__holdout=4,
         drafter__vocab_size=20,
         drafter__mlp_hidden=16,
-        supervise__steps=STEPS,
+        supervise__steps=30,
         supervise__batch_size=4,
         supervise__anchors=4,
         supervise__window=2,
+        supervise__optimizer__learning_rate=1e-2,
+        supervise__optimizer__warmup_steps=5,
         cst__anchors=4,
-        ppow__steps=2,
+        ppow__steps=10,
         ppow__batch_size=4,
         ppow__anchors=2,
         ppow__group=2,
         ppow__window=3,
+        export__drafter="cst",
         evaluate__prompts=f"maths={maths},chat={chat}",
         evaluate__max_new_tokens=16,
         evaluate__batch_size=4,
         evaluate__window=3,
         evaluate__decode_window=2,
         evaluate__decode_prompts=2,
-        log__holdout_every_steps=2,
-        log__checkpoint_every_steps=2,
+        log__holdout_every_steps=10,
+        log__checkpoint_every_steps=10,
     )
     for key, value in (small | changes).items():
         *path, last = key.split("__")

@@ -61,7 +61,9 @@ def test_unknown_key_at_any_depth():
     assert message.startswith("config.supervise.stepz: unknown key; expected one of steps, batch_size,")
     assert refusal(changed(colour="red")).startswith("config.colour: unknown key; expected one of seed,")
     deep = refusal(changed(ppow__adaw__warmup=3))
-    assert deep == "config.ppow.adaw.warmup: unknown key; expected one of enabled, warmup_steps, rescore_every"
+    assert (
+        deep == "config.ppow.adaw.warmup: unknown key; expected one of enabled, warmup_steps, rescore_every"
+    )
 
 
 def test_missing_key_at_any_depth():

@@ -63,14 +63,22 @@ def import_responses(path: str, tokenizer: Tokenizer, vocab_size: int) -> list[C
     whether that token followed. Turns beyond the responses are dropped.
 
     Raises:
-      UserError: missing or malformed fields, ids outside the vocabulary, or ids of another tokenizer.
+      UserError: no rows, malformed fields, ids outside the vocabulary, or ids of another tokenizer.
     """
     key = "respond.responses"
     conversations = []
     for number, row in enumerate(read_jsonl(path, key), 1):
-        responses = row.get("response_ids")
-        if not isinstance(responses, list) or not responses or not isinstance(row.get("turns"), list):
+        turns, responses = row.get("turns"), row.get("response_ids")
+        lists = isinstance(turns, list) and isinstance(responses, list) and responses
+        if not lists or not all(isinstance(t, str) for t in turns):
             raise UserError(f"{path}: object {number} lacks 'turns' or 'response_ids'")
+        finished = row.get("finished", [True] * len(responses))
+        paired = isinstance(finished, list) and len(finished) == len(responses)
+        if not paired or not all(isinstance(r, list) for r in responses):
+            raise UserError(
+                f"{path}: object {number}: expected one list of ids a turn in 'response_ids' and, if "
+                "there, one true or false for each in 'finished'"
+            )
         ids = list(itertools.chain.from_iterable(responses))
         wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i < vocab_size]
         if wrong:
@@ -78,13 +86,14 @@ def import_responses(path: str, tokenizer: Tokenizer, vocab_size: int) -> list[C
                 f"{path}: object {number} has the token id {wrong[0]!r}, expected ids below "
                 f"{vocab_size}; was it written by another model?"
             )
-        finished = row.get("finished", [True] * len(responses))
-        prompt = Prompt(str(row.get("id", number)), str(row.get("category", "")), tuple(row["turns"]))
+        prompt = Prompt(str(row.get("id", number)), str(row.get("category", "")), tuple(turns))
         conversation = Conversation(prompt)
         for turn, response in enumerate(responses[: len(prompt.turns)]):
             conversation.ask(tokenizer, turn)
             conversation.answer(response + [tokenizer.stop_ids[0]] * bool(finished[turn]))
         conversations.append(conversation)
+    if not conversations:
+        raise UserError(f"{key}: {path!r} holds no responses; expected at least one")
     _check_tokenizer(path, conversations, tokenizer)
     return conversations
 
@@ -94,7 +103,7 @@ def _check_tokenizer(path: str, conversations: list[Conversation], tokenizer: To
     sample = conversations[:: max(1, len(conversations) // _SAMPLE)]
     same = 0
     for conversation in sample:
-        start, end = spans(np.asarray(conversation.assistant))[0]
+        start, end = next(iter(spans(np.asarray(conversation.assistant))), (0, 0))  # none: all empty
         ids = [i for i in conversation.tokens[start:end] if i not in tokenizer.stop_ids]
         same += tokenizer.encode(tokenizer.decode(ids)) == ids
     if same < _ROUND_TRIPS * len(sample):

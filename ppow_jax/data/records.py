@@ -63,5 +63,14 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The value of a JSON file, or None where there is no file."""
-    return json.loads(path.read_text()) if path.exists() else None
+    """The value of a JSON file, or None where there is no file.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path}: damaged ({e}); restore it, or delete it and run its stage again") from e
