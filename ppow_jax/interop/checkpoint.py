@@ -6,9 +6,11 @@ writes into a temporary name and renames, so a kill leaves the step before it in
 """
 
 import pathlib
+import shutil
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from ppow_jax.console import log
@@ -55,14 +57,29 @@ class Checkpoints:
             try:
                 found = self._checkpointer.load_checkpointables(step, items)
             except Exception as e:  # a damaged step surfaces as many kinds of error
-                reason = str(e).strip().split("\n")[0][:200]
-                log.error("%s: step %d cannot be read (%s)", self._directory, step, reason)
+                log.error("%s: step %d cannot be read (%s)", self._directory, step, _reason(e))
                 continue
+            self._set_aside([s for s in steps if s > step])
             return step, found["state"], found["about"]
         raise UserError(
             f"{self._directory}: none of the checkpoints {steps} can be read; they may be damaged, or "
             "of another model. Delete the directory to start the stage again"
         )
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Renames steps that cannot be read: they would be in the way of saving those steps again."""
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            for step in steps:
+                aside = self._directory / f"damaged-{step}"
+                if aside.exists():
+                    shutil.rmtree(aside)
+                (self._directory / str(step)).rename(aside)
+                log.error("%s: what is left of step %d is now in %s", self._directory, step, aside.name)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        self._checkpointer.reload()
 
     def restore_part(self, state: Any) -> tuple[int, Any, dict[str, Any]]:
         """Like `restore`, for some of the state's entries; the others are not read.
@@ -77,14 +94,25 @@ class Checkpoints:
             try:
                 found = self._checkpointer.load_checkpointables(step, {"state": state, "about": None})
             except Exception as e:  # a damaged step surfaces as many kinds of error
-                reason = str(e).strip().split("\n")[0][:200]
-                raise UserError(f"{self._directory}: step {step} cannot be read ({reason})") from e
+                raise self._unreadable(step, e) from e
         return step, found["state"], found["about"]
 
     def about(self) -> dict[str, Any]:
-        """The JSON item of the newest step alone."""
-        found = self._checkpointer.load_checkpointables(None, {"about": None})
-        return found["about"]
+        """The JSON item of the newest step alone.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        try:
+            return self._checkpointer.load_checkpointables(None, {"about": None})["about"]
+        except Exception as e:  # a damaged step surfaces as many kinds of error
+            raise self._unreadable(self.latest, e) from e
+
+    def _unreadable(self, step: int | None, error: Exception) -> UserError:
+        return UserError(
+            f"{self._directory}: step {step} cannot be read ({_reason(error)}); restore it from a copy, or "
+            "train again in a new workdir"
+        )
 
     def wait(self) -> None:
         """Returns when every save is on disk."""
@@ -93,6 +121,11 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, then releases resources."""
         self._checkpointer.close()
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, not too long."""
+    return str(error).strip("\"' \n").split("\n")[0].split("\\n")[0][:200]
 
 
 def abstract(tree: Any) -> Any:
@@ -118,5 +151,4 @@ def load_params(directory: pathlib.Path, like: dict) -> dict:
     try:
         return ocp.load_pytree(directory.absolute(), like)
     except Exception as e:  # a damaged checkpoint surfaces as many kinds of error
-        reason = str(e).strip().split("\n")[0][:200]
-        raise UserError(f"{directory}: the parameters cannot be read ({reason})") from e
+        raise UserError(f"{directory}: the parameters cannot be read ({_reason(e)})") from e

