@@ -15,7 +15,10 @@ def get_config():
     c = base.get_config()
     c.data.length = 288
     c.data.holdout = 64
-    c.supervise.steps = 2400
+    c.supervise.steps = 2000
+    c.supervise.anchors = 24
+    c.cst.anchors = 24
+    c.ppow.anchors = 8
     c.ppow.steps = 200
     c.ppow.gamma = "measured"
     return c

@@ -12,7 +12,9 @@ from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.settings import MeshSettings
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")
+# fsdp first: with data first, XLA's partitioner (jax 0.10.2) gets values and gradients wrong, in silence,
+# where all three axes are longer than 1.
+BATCH = ("fsdp", "data")
 
 # Parameter path -> layout, for target, drafter and (their paths end alike) optimiser moments.
 # The first match wins; a leaf that nothing matches is an error.
@@ -78,6 +80,11 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def shard(tree: Any, mesh: Mesh) -> Any:
     """Puts a tree of (host or device) arrays on the mesh by the table."""
     return jax.device_put(tree, shardings(tree, mesh))
+
+
+def hold(tree: Any, mesh: Mesh | None) -> Any:
+    """Inside jit: keeps a tree laid out by the table, whatever the compiler would like; no mesh, no change."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
 
 
 def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:

@@ -33,12 +33,15 @@ class DecodeConfig:
       window: K, drafted tokens a round; 0 decodes autoregressively.
       temperature: 0 is greedy; above 0 samples, and needs window 0.
       stop_ids: ids that end a text.
+      growth: in how many steps the cache grows to its full length. A large batch is bound by reading its
+        cache, so it should not read slots that nothing has been written to; each step is compiled.
     """
 
     max_new_tokens: int
     window: int
     temperature: float
     stop_ids: tuple[int, ...]
+    growth: int = 1
 
     def __post_init__(self) -> None:
         if self.window and self.temperature:
@@ -110,16 +113,12 @@ def _prefill(
     hidden_Bx1xD = jnp.take_along_axis(out.hidden[:, 0], end_Bx1[..., None], 1)
     logits = target.apply({"params": params}, hidden_Bx1xD, method=Target.logits)
     first_B = _pick(logits, keys_B, length_B, config.temperature)[:, 0]
-    c = target.config
-    cache = kv_cache.empty(c.layers, B, c.kv_heads, P + L + J, c.head_size, jnp.dtype(c.dtype))
-    cache = kv_cache.write(cache, kv_cache.as_prefix(out.new), jnp.zeros(B, jnp.int32))
+    cache = kv_cache.as_prefix(out.new)
     prefix = start = None
     if drafter is not None:
         next_BxP = _put(jnp.roll(prompt_BxP, -1, 1), first_B[:, None], length_B - 1)
         read = prefix_pass(drafter, weights, out.taps[:, 0], next_BxP, positions_BxP)
-        d = drafter.config
-        room = kv_cache.empty(1, B, d.kv_heads, P + L + J, d.head_size, jnp.dtype(d.dtype))
-        (prefix,) = kv_cache.write(room, (read.keys_values,), jnp.zeros(B, jnp.int32))
+        prefix = read.keys_values
         start = _anchor(read, jnp.zeros_like(length_B), length_B - 1, first_B)
     stop = jnp.isin(first_B, jnp.asarray(config.stop_ids))
     return State(
@@ -188,6 +187,11 @@ def _round(
     )
 
 
+def _grow(state: State, slots: int) -> State:
+    prefix = None if state.prefix is None else kv_cache.grow((state.prefix,), slots)[0]
+    return state._replace(cache=kv_cache.grow(state.cache, slots), prefix=prefix)
+
+
 @functools.partial(jax.jit, static_argnames=("target", "drafter", "config"))
 def decode(
     target: Target,
@@ -216,8 +220,12 @@ def decode(
     """
     body = functools.partial(_round, target, params, drafter, weights, config=config)
     state = _prefill(target, params, drafter, weights, prompt_BxP, length_B, keys_B, config)
-    state = jax.lax.while_loop(lambda s: ~s.done.all(), body, state)
-    L = config.max_new_tokens
+    P, L = prompt_BxP.shape[1], config.max_new_tokens
+    for step in range(1, config.growth + 1):
+        limit = -(-L * step // config.growth)  # tokens emitted by then
+        state = _grow(state, P + limit + config.window + 1)
+        more = lambda s, limit=limit: (~s.done & (s.count < limit)).any()  # noqa: E731
+        state = jax.lax.while_loop(more, body, state)
     tokens = jnp.where(jnp.arange(L) < state.count[:, None], state.tokens[:, :L], 0)
     end = jnp.take_along_axis(tokens, state.count[:, None] - 1, 1)[:, 0]
     finished = jnp.isin(end, jnp.asarray(config.stop_ids))

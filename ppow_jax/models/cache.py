@@ -44,6 +44,13 @@ def append(old: KeyValues | None, new: KeyValues) -> KeyValues:
     return KeyValues(jnp.concatenate([old.keys, new.keys], -1), jnp.concatenate([old.values, new.values], -2))
 
 
+def grow(cache: Cache, slots: int) -> Cache:
+    """The cache with `slots` slots, at least as many as it has."""
+    more = slots - cache[0].values.shape[2]
+    keys, values = ((0, 0), (0, 0), (0, 0), (0, more)), ((0, 0), (0, 0), (0, more), (0, 0))
+    return tuple(KeyValues(jnp.pad(kv.keys, keys), jnp.pad(kv.values, values)) for kv in cache)
+
+
 def as_prefix(new: Sequence[KeyValues]) -> Cache:
     """Keys and values of one window a row (a whole text, say) as a cache."""
     return tuple(KeyValues(kv.keys[:, :, 0], kv.values[:, :, 0]) for kv in new)

@@ -10,6 +10,7 @@ and, causally, their own window. Prefill is W = 1 with an empty prefix, a decodi
 the verification of many drafted windows is the general case.
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -83,21 +84,19 @@ def attend(
     B, W, K, H, E = queries_BxWxKxHxE.shape
     G = (prefix or own).keys.shape[1]
     q = (queries_BxWxKxHxE * E**-0.5).reshape(B, W, K, G, H // G, E).transpose(0, 3, 1, 4, 2, 5)
-    f32 = {"preferred_element_type": jnp.float32}
-    scores = []
+    parts = []  # (scores, values' product): the two softmaxes are merged without concatenating them
     if prefix is not None:
-        s = jnp.einsum("bgwrke,bges->bgwrks", q, prefix.keys, **f32)
-        scores.append(jnp.where(visible_BxWxS[:, None, :, None, None], s, -jnp.inf))
+        s = jnp.einsum("bgwrke,bges->bgwrks", q, prefix.keys, preferred_element_type=jnp.float32)
+        s = jnp.where(visible_BxWxS[:, None, :, None, None], s, -jnp.inf)
+        parts.append((s, lambda p: jnp.einsum("bgwrks,bgse->bgwrke", p, prefix.values)))
     if own is not None:
-        s = jnp.einsum("bgwrke,bgwej->bgwrkj", q, own.keys, **f32)
-        scores.append(jnp.where(own_mask_KxJ, s, -jnp.inf))
-    probs = jax.nn.softmax(jnp.concatenate(scores, -1), axis=-1).astype(q.dtype)
-    split = prefix.values.shape[2] if prefix is not None else 0
-    out = 0.0
-    if prefix is not None:
-        out += jnp.einsum("bgwrks,bgse->bgwrke", probs[..., :split], prefix.values)
-    if own is not None:
-        out += jnp.einsum("bgwrkj,bgwje->bgwrke", probs[..., split:], own.values)
+        s = jnp.einsum("bgwrke,bgwej->bgwrkj", q, own.keys, preferred_element_type=jnp.float32)
+        s = jnp.where(own_mask_KxJ, s, -jnp.inf)
+        parts.append((s, lambda p: jnp.einsum("bgwrkj,bgwje->bgwrke", p, own.values)))
+    largest = functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for s, _ in parts))
+    weights = [jnp.exp(s - jax.lax.stop_gradient(largest)) for s, _ in parts]
+    total = sum(w.sum(-1, keepdims=True) for w in weights)
+    out = sum(product((w / total).astype(q.dtype)) for w, (_, product) in zip(weights, parts, strict=True))
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, W, K, H * E)
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from ppow_jax import adaw, advantages, objective, partition, teacher, windows
 from ppow_jax.console import log
@@ -81,7 +82,7 @@ def stepper(experiment: Experiment, optimizer: optax.GradientTransformation, gam
     pick = make_pick(target, drafter, settings)
     roll = make_rollout(target, drafter, settings)
     verify = make_verify(target, settings, gamma, experiment.tokenizer.stop_ids)
-    update = make_update(target, drafter, optimizer, settings)
+    update = make_update(target, drafter, optimizer, settings, experiment.mesh)
     key = experiment.key("ppow")
     target_params = experiment.target_params
 
@@ -172,8 +173,12 @@ def make_update(
     drafter: Drafter,
     optimizer: optax.GradientTransformation,
     settings: PPOWSettings,
+    mesh: Mesh | None = None,
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-    """(learner, vocab, target parameters, batch, rollout, verdict) -> (learner, metrics)."""
+    """(learner, vocab, target parameters, batch, rollout, verdict) -> (learner, metrics); learner donated.
+
+    With a mesh the learner keeps the layout of `partition.TABLE`.
+    """
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(
@@ -202,7 +207,7 @@ def make_update(
         # Before the first update the recomputed log-probabilities are the rollout's, but for rounding.
         metrics["log_prob_gap"] = stacked["log_prob_gap"][0]
         metrics |= reward_metrics(rollout, verdict)
-        return {"params": params, "opt_state": opt_state}, metrics
+        return partition.hold({"params": params, "opt_state": opt_state}, mesh), metrics
 
     return update
 

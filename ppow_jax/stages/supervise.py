@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from ppow_jax import adaw, objective, partition, teacher, windows
 from ppow_jax.console import log
@@ -61,6 +62,7 @@ def stepper(
         anchors,
         settings.window,
         settings.decay,
+        experiment.mesh,
     )
 
     def step(number: int, state: State, batch: Batch) -> tuple[State, Mapping[str, Any]]:
@@ -79,8 +81,12 @@ def make_update(
     anchors: int,
     window: int,
     decay: float,
+    mesh: Mesh | None = None,
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-    """(learner, vocab, target parameters, batch, key) -> (learner, metrics); learner donated."""
+    """(learner, vocab, target parameters, batch, key) -> (learner, metrics); learner donated.
+
+    With a mesh the learner keeps the layout of `partition.TABLE`.
+    """
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(learner: State, vocab: jax.Array, target_params: dict, batch: Batch, key: jax.Array):
@@ -99,7 +105,7 @@ def make_update(
         updates, opt_state = optimizer.update(grads, learner["opt_state"], learner["params"])
         params = optax.apply_updates(learner["params"], updates)
         metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
-        return {"params": params, "opt_state": opt_state}, metrics
+        return partition.hold({"params": params, "opt_state": opt_state}, mesh), metrics
 
     return update
 
