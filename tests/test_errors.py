@@ -58,11 +58,11 @@ def test_help():
     [
         (
             ["--config.supervise.stepz=3"],
-            "config.supervise.stepz: unknown key 'stepz' (did you mean 'steps'?); configs/base.py lists the keys",
+            "config.supervise.stepz: unknown key 'stepz' (did you mean 'steps'?); configs/base.py lists",
         ),
         (
             ["--config.colours.red=3"],
-            "config.colours.red: unknown key 'colours'; configs/base.py lists the keys",
+            "config.colours.red: unknown key 'colours'; configs/base.py lists",
         ),
         (["--config.supervise.steps=many"], "flag --config.supervise.steps=many: invalid literal for int()"),
         (["--config.ppow.group=1"], "config.ppow.group: found 1, expected at least 2"),
@@ -90,7 +90,7 @@ def test_a_missing_config_file(tmp_path, form):
         ("import none_such\n", "mine.py: cannot be loaded (ModuleNotFoundError: No module named 'none_such'"),
         (BASE + "  c.sead = 1\n  return c\n", "config.sead: unknown key; expected one of seed,"),
         (BASE + "  c.seed = 'x'\n  return c\n", "mine.py: TypeError: Could not override field 'seed'"),
-        (BASE + "  c.lgo.every_steps = 1\n", "mine.py: unknown key 'lgo' (did you mean 'log'?)"),
+        (BASE + "  c.suprevise.steps = 1\n", "mine.py: unknown key 'suprevise' (did you mean 'supervise'?)"),
     ],
 )
 def test_a_broken_config_file(tmp_path, body, message):
