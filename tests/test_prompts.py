@@ -59,7 +59,8 @@ def test_jsonl_rows_become_prompts(tmp_path):
     path = tmp_path / "some.jsonl"
     path.write_text(
         '{"id": 7, "category": "c", "turns": ["one", "two"], "answer": 3}\n\n'
-        '{"turns": ["né\\u2028e"]}\r\n'  # a line separator inside a string ends no line
+        '{"turns": ["né\u2028e"]}\r\n',  # a line separator inside a string ends no line
+        encoding="utf-8",
     )
     assert prompts.load(f"a={path}", KEY) == {
         "a": [Prompt("7", "c", ("one", "two")), Prompt("some/2", "", ("né\u2028e",))]
