@@ -1,0 +1,151 @@
+"""Run by test_partition on simulated devices: one step of each kind on several meshes, kept in a .npz.
+
+The states that the steps start from come from a few steps on one device: with a fresh Adam, a gradient that
+is rounding noise moves its parameter as far as any other.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import types
+
+import jax
+import numpy as np
+
+sys.path.append(str(pathlib.Path(__file__).parents[1]))  # for configs/
+
+import small
+from jax.sharding import Mesh
+
+from configs import base
+from ppow_jax import partition, settings
+from ppow_jax.decode.loop import DecodeConfig
+from ppow_jax.experiment import Experiment
+from ppow_jax.stages import ppow, supervise, training
+
+AXES = {"data": (8, 1, 1), "all": (2, 2, 2)}
+MESHES = {"supervise": ("data", "all"), "greedy": ("data", "all"), "sampled": ("all",)}
+B, T, PROMPT = 8, 32, 4
+CALM = 6  # steps before the one that is compared
+
+
+def main(path: str) -> None:
+    """Writes parameters, metrics and layouts after one step of each kind on each mesh."""
+    jax.config.update("jax_disable_most_optimizations", True)  # compiles in half the time
+    params = small.tiny_pair().params
+    one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), partition.AXES)
+    batch = texts()
+    found = {}
+    trained: dict = {}
+    for kind in MESHES:
+        alone = experiment(one, params)
+        state = trained or training.fresh_state(alone, optimizer(), small.DRAFT_VOCAB)
+        state = host(walk(alone, kind, state, batch, range(1, 1 + CALM))[0])
+        trained |= {} if trained else {k: state[k] for k in ("params", "opt_state", "vocab")}
+        found |= record(f"one/{kind}", alone, kind, state, batch)
+        for name in MESHES[kind]:
+            chosen = settings.MeshSettings(*AXES[name])
+            many = experiment(partition.make_mesh(chosen), params)
+            found |= record(f"{name}/{kind}", many, kind, state, batch)
+    np.savez(path, **found)
+
+
+def optimizer():
+    """The stages' own."""
+    return training.make_optimizer(settings.OptimizerSettings(1e-2, 0, 0.01, 1.0), 40)
+
+
+def texts() -> dict[str, np.ndarray]:
+    """Greedy texts of the tiny target; one is short and two are padded."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(small.TINY.vocab_size, size=(B, PROMPT))
+    decoding = DecodeConfig(T - PROMPT, 0, 0.0, (-1,))
+    out = small.generate(small.tiny_pair(), prompts.tolist(), decoding, padded=PROMPT)
+    tokens = np.concatenate([prompts, out.tokens], 1).astype(np.int32)
+    lengths = np.full(B, T)
+    lengths[:3] = PROMPT + 3, 20, 27
+    inside = np.arange(T) < lengths[:, None]
+    assistant = inside & (np.arange(T) >= PROMPT)
+    return {
+        "index": np.arange(B, dtype=np.int32)[::-1].copy(),
+        "tokens": np.where(inside, tokens, 0),
+        "assistant": assistant,
+    }
+
+
+def experiment(mesh: Mesh, params: dict) -> Experiment:
+    """A run of the tiny target on the mesh."""
+    c = base.get_config()
+    c.drafter.vocab_size, c.drafter.mlp_hidden = len(small.DRAFT_VOCAB), 40
+    c.supervise.window, c.supervise.anchors = 2, 12
+    c.ppow.anchors, c.ppow.window, c.ppow.adaw.warmup_steps = 6, 3, 0
+    tokenizer = types.SimpleNamespace(stop_ids=(1,))
+    target = small.tiny_pair().target
+    return Experiment(
+        settings.from_config(c),
+        pathlib.Path("unused"),
+        mesh,
+        target,
+        partition.shard(params, mesh),
+        tokenizer,
+        "tiny",
+    )
+
+
+def walk(run: Experiment, kind: str, state: dict, batch: dict, numbers) -> tuple[dict, dict]:
+    """Some steps of a kind; the state and the last metrics."""
+    if kind == "supervise":
+        step = supervise.stepper(run, kind, optimizer(), run.settings.supervise.anchors)
+    else:
+        step = ppow.stepper(with_temperature(run, float(kind == "sampled")), optimizer(), 0.12)
+    state = dict(state)
+    if kind != "supervise" and "scores" not in state:
+        state["scores"] = np.zeros((B, T), np.float32)
+        state["scored_at"] = np.full(B, -(2**30), np.int32)
+    state = lay_out(run, state)
+    batch = partition.shard_batch(batch, run.mesh)
+    for number in numbers:
+        state, metrics = step(number, state, batch)
+    return state, metrics
+
+
+def with_temperature(run: Experiment, temperature: float) -> Experiment:
+    """The run with PPOW's verification at a temperature."""
+    changed = dataclasses.replace(run.settings.ppow, temperature=temperature)
+    return dataclasses.replace(run, settings=dataclasses.replace(run.settings, ppow=changed))
+
+
+def lay_out(run: Experiment, state: dict) -> dict:
+    """Parameters and optimiser by the table, the rest on every device."""
+    table = ("params", "opt_state")
+    rest = {k: v for k, v in state.items() if k not in table}
+    placed = {k: partition.shard(state[k], run.mesh) for k in table}
+    return placed | jax.device_put(rest, partition.replicated(run.mesh))
+
+
+def host(state: dict) -> dict:
+    """A state as NumPy arrays."""
+    return jax.tree.map(np.asarray, state)
+
+
+def record(prefix: str, run: Experiment, kind: str, state: dict, batch: dict) -> dict[str, np.ndarray]:
+    """One more step from a state: what comes of it, and which leaves do not lie as the table says."""
+    after, metrics = walk(run, kind, state, batch, [1 + CALM])
+    found = {f"{prefix}/metrics/{k}": np.asarray(v) for k, v in metrics.items()}
+    strays, split = [], 0
+    for part in ("params", "opt_state"):
+        want = partition.shardings(after[part], run.mesh)
+        old = dict(jax.tree_util.tree_leaves_with_path(state[part]))
+        leaves = jax.tree_util.tree_leaves_with_path(after[part])
+        for (path, leaf), sharding in zip(leaves, jax.tree.leaves(want), strict=True):
+            name = f"{prefix}/{part}/{partition.path_name(path)}"
+            if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+                strays.append(f"{name} {leaf.sharding}")
+            split += leaf.addressable_shards[0].data.size < leaf.size
+            found[name] = np.asarray(leaf)
+            found[f"{name}#before"] = old[path]
+    return found | {f"{prefix}/strays": np.array(strays), f"{prefix}/split": np.array(split)}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

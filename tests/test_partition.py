@@ -1,0 +1,149 @@
+"""The table of layouts, and steps on eight simulated devices against the same steps on one."""
+
+import dataclasses
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import small
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from ppow_jax import partition, settings
+from ppow_jax.errors import ConfigError, UserError
+from ppow_jax.models import drafter, target
+from ppow_jax.stages import training
+
+MESH = AbstractMesh((2, 2, 2), partition.AXES)
+TIED = dataclasses.replace(small.TINY, layers=6, tied_head=True)
+SHARDED = pathlib.Path(__file__).with_name("sharded.py")
+
+
+def specs(tree) -> dict[str, PartitionSpec]:
+    leaves = jax.tree_util.tree_leaves_with_path(partition.shardings(tree, MESH))
+    return {partition.path_name(path): sharding.spec for path, sharding in leaves}
+
+
+def drafter_shapes() -> dict:
+    return drafter.abstract_params(drafter.drafter_config(small.TINY, 24, 40, "float32"))
+
+
+@pytest.mark.parametrize("tree", ["target", "tied target", "drafter"])
+def test_every_matrix_is_split_along_both_axes_and_every_scale_is_whole(tree):
+    shapes = {
+        "target": lambda: target.abstract_params(small.TINY),
+        "tied target": lambda: target.abstract_params(TIED),
+        "drafter": drafter_shapes,
+    }[tree]()
+    found = specs(shapes)
+    assert len(found) == len(jax.tree.leaves(shapes))
+    for path, shape in jax.tree_util.tree_leaves_with_path(shapes):
+        layout = found[partition.path_name(path)]
+        if shape.ndim == 1:
+            assert layout == PartitionSpec(None) or layout == PartitionSpec(), path
+        else:
+            assert sorted(layout) == ["fsdp", "tensor"], path
+
+
+def test_matrices_that_widen_are_split_by_output_and_those_that_narrow_by_input():
+    """So that between the two a device keeps its share and only one sum over `tensor` is needed."""
+    found = specs(target.abstract_params(small.TINY)) | specs(drafter_shapes())
+    wide, narrow = PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", "fsdp")
+    for prefix in ("layers_1/", ""):  # a layer of the target; the drafter's only one
+        for name in ("attention/query", "attention/key", "attention/value", "mlp/gate", "mlp/up"):
+            assert found[f"{prefix}{name}/kernel"] == wide, prefix + name
+        for name in ("attention/out", "mlp/down"):
+            assert found[f"{prefix}{name}/kernel"] == narrow, prefix + name
+    assert found["head/kernel"] == found["fuse/kernel"] == wide
+    assert found["embedding/embedding"] == narrow  # whole rows would be gathered by every device
+
+
+def test_moments_of_the_optimiser_lie_like_their_parameters():
+    params = drafter_shapes()
+    optimizer = training.make_optimizer(settings.OptimizerSettings(1e-3, 2, 0.0, 1.0), 10)
+    found, layouts = specs(jax.eval_shape(optimizer.init, params)), specs(params)
+    moments = {name: layout for name, layout in found.items() if "/mu/" in name or "/nu/" in name}
+    assert len(moments) == 2 * len(layouts)
+    for name, layout in moments.items():
+        assert layout == next(v for k, v in layouts.items() if name.endswith("/" + k)), name
+    assert {v for k, v in found.items() if k not in moments} == {PartitionSpec()}  # counters
+
+
+def test_an_axis_that_does_not_divide_is_left_out_with_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        odd = partition.spec("head/kernel", (32, 25), MESH)
+    assert odd == PartitionSpec("fsdp", None)
+    assert "head/kernel" in caplog.text
+    assert "25" in caplog.text
+
+
+def test_a_parameter_that_the_table_does_not_know_is_an_error():
+    with pytest.raises(UserError, match="new_layer/bias"):
+        partition.spec("new_layer/bias", (4,), MESH)
+
+
+def test_rows_are_split_over_data_and_fsdp_if_they_divide():
+    assert set(partition.batch_sharding(MESH, 8).spec[0]) == {"data", "fsdp"}
+    assert partition.batch_sharding(MESH, 6).spec == PartitionSpec()
+
+
+def test_the_mesh_takes_what_is_left_and_refuses_what_does_not_fit():
+    devices = jax.device_count()
+    assert dict(partition.make_mesh(settings.MeshSettings(1, -1, 1)).shape) == {
+        "data": 1,
+        "fsdp": devices,
+        "tensor": 1,
+    }
+    for wrong in ((devices + 1, 1, 1), (-1, -1, 1), (-1, devices + 1, 1)):
+        with pytest.raises(ConfigError, match=rf"config\.mesh.*product of {devices}"):
+            partition.make_mesh(settings.MeshSettings(*wrong))
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory) -> dict[str, np.ndarray]:
+    """What `sharded` found on simulated devices."""
+    path = tmp_path_factory.mktemp("sharded") / "steps.npz"
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(SHARDED), str(path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(np.load(path))
+
+
+CASES = [
+    ("data", "supervise"),
+    ("all", "supervise"),
+    ("data", "greedy"),
+    ("all", "greedy"),
+    ("all", "sampled"),
+]
+
+
+@pytest.mark.parametrize(("mesh", "kind"), CASES)
+def test_a_step_on_eight_devices_is_the_step_on_one(steps, mesh, kind):
+    """Parameters, optimiser, loss, rewards, accepted counts; `all` is data 2 x fsdp 2 x tensor 2."""
+    here, one = f"{mesh}/{kind}", f"one/{kind}"
+    names = [k.removeprefix(here) for k in steps if k.startswith((here + "/params", here + "/opt_state"))]
+    names = [n for n in names if not n.endswith("#before")]
+    assert len(names) > 3 * 10
+    for name in names:
+        np.testing.assert_allclose(steps[here + name], steps[one + name], atol=1e-5, rtol=0, err_msg=name)
+    moved = [n for n in names if n.startswith("/params")]
+    assert all(np.abs(steps[here + n] - steps[here + n + "#before"]).max() > 1e-4 for n in moved)
+    metrics = [k.removeprefix(here) for k in steps if k.startswith(here + "/metrics")]
+    for name in metrics:
+        if "/share_" not in name or name.endswith(("refused", "without_spread")):  # the others are times
+            np.testing.assert_allclose(steps[here + name], steps[one + name], atol=1e-5, err_msg=name)
+    if kind != "supervise":
+        assert 0.1 < steps[here + "/metrics/accepted"] < 2.5  # something is accepted, something refused
+
+
+@pytest.mark.parametrize(("mesh", "kind"), CASES)
+def test_a_step_keeps_the_layout_of_the_table(steps, mesh, kind):
+    assert steps[f"{mesh}/{kind}/strays"].tolist() == []
+    matrices = 9  # of the drafter; with their moments, three times
+    assert steps[f"{mesh}/{kind}/split"] == (3 * matrices if mesh == "all" else 0)
