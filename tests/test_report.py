@@ -61,8 +61,8 @@ def test_speed_and_identity_by_prompt():
         decoded("b", [7, 8], [1], 1.0),
     ]
     drafted = [
-        decoded("a", [1, 2, 3, 4], [2, 1], 1.0),
-        decoded("a", [5, 9], [1], 0.5),  # one turn differs: prompt a does
+        decoded("a", [1, 2, 3, 9], [2, 1], 1.0),  # one turn differs: prompt a does
+        decoded("a", [5, 6], [1], 0.5),
         decoded("b", [7, 8], [1], 0.5),
     ]
     expected = [np.array([2, 1]), np.array([1]), np.array([1, 1])]
