@@ -126,5 +126,5 @@ def _tensorboard(directory: pathlib.Path) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as e:
-        raise UserError("log.tensorboard needs tensorboardX: `pip install tensorboardX`") from e
+        raise UserError("log.tensorboard needs tensorboardX: `pip install -e .[tensorboard]`") from e
     return SummaryWriter(str(directory))

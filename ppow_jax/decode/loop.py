@@ -167,20 +167,22 @@ def _round(
     count_B, stopped_B = emitted(preferred_BxJ, accepted_B, room_B, config.stop_ids)
     kept_B = jnp.where(state.done, 0, count_B)
     last_B = jnp.take_along_axis(preferred_BxJ, accepted_B[:, None], 1)[:, 0]
+    done_B = state.done | stopped_B
+    going_on = ~done_B.all()
     prefix = start = None
     if drafter is not None:
         read = prefix_pass(drafter, weights, out.taps[:, 0], preferred_BxJ, positions_BxJ)
-        (prefix,) = kv_cache.write((state.prefix,), (read.keys_values,), offset_B)
+        (prefix,) = kv_cache.write((state.prefix,), (read.keys_values,), offset_B, going_on)
         start = _anchor(read, offset_B, accepted_B, last_B)
     return State(
         tokens=_put(state.tokens, jnp.where(state.done[:, None], 0, preferred_BxJ), state.count),
         count=state.count + kept_B,
         known=state.known + kept_B,
         last=last_B,
-        done=state.done | stopped_B,
+        done=done_B,
         round=state.round + 1,
         emitted_by_round=state.emitted_by_round.at[:, state.round].set(kept_B),
-        cache=kv_cache.write(state.cache, kv_cache.as_prefix(out.new), offset_B),
+        cache=kv_cache.write(state.cache, kv_cache.as_prefix(out.new), offset_B, going_on),
         prefix=prefix,
         start=start,
         keys=state.keys,

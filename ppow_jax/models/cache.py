@@ -21,12 +21,24 @@ def empty(layers: int, batch: int, kv_heads: int, slots: int, head_size: int, dt
     return tuple(KeyValues(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for _ in range(layers))
 
 
-def write(cache: Cache, new: Cache, start_B: jax.Array) -> Cache:
+def write(cache: Cache, new: Cache, start_B: jax.Array, when: jax.Array | bool = True) -> Cache:
     """Writes a cache of K slots, the new tokens, to the slots `start .. start + K` of each row.
 
-    A start for which the block would not fit is moved back by XLA's clamping; callers allocate enough
-    slots (`slots >= start + K`).
+    Args:
+      cache: what is updated.
+      new: keys and values of K slots.
+      start_B: int32. A start for which the block would not fit is moved back by XLA's clamping; callers
+        allocate enough slots (`slots >= start + K`).
+      when: False: nobody will read what is written, and writing may be left out. In a decoding loop, whether
+        any text goes on; see `_write_rows` for what this is good for.
     """
+    return jax.lax.platform_dependent(
+        cache, new, start_B, jnp.asarray(when), cpu=_write_rows, default=_scatter
+    )
+
+
+def _scatter(cache: Cache, new: Cache, start_B: jax.Array, _: jax.Array) -> Cache:
+    """All rows at once; splits over a mesh by rows."""
 
     def put(old: KeyValues, block: KeyValues, start: jax.Array) -> KeyValues:
         return KeyValues(
@@ -35,6 +47,30 @@ def write(cache: Cache, new: Cache, start_B: jax.Array) -> Cache:
         )
 
     return tuple(jax.vmap(put)(old, block, start_B) for old, block in zip(cache, new, strict=True))
+
+
+def _write_rows(cache: Cache, new: Cache, start_B: jax.Array, when: jax.Array) -> Cache:
+    """Row by row: as one scatter, XLA's CPU backend copies the whole cache twice.
+
+    To write in place the compiler must also see that all reads of the old cache come first. `when` tells
+    it so: it follows from the last layer's output, and the loop cannot begin before it is known.
+    """
+
+    def into(old: jax.Array, block: jax.Array, row: jax.Array, at: tuple) -> jax.Array:
+        block = jax.lax.dynamic_slice_in_dim(block, row, 1).astype(old.dtype)
+        return jax.lax.dynamic_update_slice(old, block, (row, *at))
+
+    def put(row: jax.Array, cache: Cache) -> Cache:
+        start = start_B[row]
+        return tuple(
+            KeyValues(
+                into(old.keys, block.keys, row, (0, 0, start)),
+                into(old.values, block.values, row, (0, start, 0)),
+            )
+            for old, block in zip(cache, new, strict=True)
+        )
+
+    return jax.lax.fori_loop(0, jnp.where(when, start_B.shape[0], 0), put, cache)
 
 
 def append(old: KeyValues | None, new: KeyValues) -> KeyValues:

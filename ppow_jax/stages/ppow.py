@@ -39,11 +39,7 @@ def run(experiment: Experiment) -> None:
     optimizer = training.make_optimizer(settings.optimizer, settings.steps * settings.updates)
     start, _ = training.load_drafter(experiment, "supervise")
     state = training.place(experiment, start, optimizer)
-    table = {
-        "scores": np.zeros((corpus.records, experiment.settings.data.length), np.float32),
-        "scored_at": np.full(corpus.records, -(2**30), np.int32),
-    }
-    state |= jax.device_put(table, partition.replicated(experiment.mesh))
+    state |= blank_scores(experiment, corpus.records)
     training.train(
         experiment,
         "ppow",
@@ -55,6 +51,15 @@ def run(experiment: Experiment) -> None:
         stepper(experiment, optimizer, gamma_of(experiment)),
         holdout(experiment, corpus),
     )
+
+
+def blank_scores(experiment: Experiment, texts: int) -> State:
+    """ADAW's table before anything is scored: float32 `[texts, T]` scores, int32 `[texts]` steps."""
+    table = {
+        "scores": np.zeros((texts, experiment.settings.data.length), np.float32),
+        "scored_at": np.full(texts, -(2**30), np.int32),
+    }
+    return jax.device_put(table, partition.replicated(experiment.mesh))
 
 
 def gamma_of(experiment: Experiment) -> float:

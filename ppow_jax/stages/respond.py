@@ -119,7 +119,8 @@ def converse(
     key: jax.Array,
 ) -> list[Conversation]:
     """Holds the conversations turn by turn; one whose context is full ends early."""
-    config = DecodeConfig(max_new_tokens, 0, temperature, experiment.tokenizer.stop_ids)
+    stops = experiment.tokenizer.stop_ids
+    config = DecodeConfig(max_new_tokens, 0, temperature, stops, growth(max_new_tokens))
     conversations = [Conversation(p) for p in prompts]
     for turn in range(max(len(p.turns) for p in prompts)):
         active = [c for c in conversations if turn < len(c.prompt.turns)]
@@ -145,6 +146,11 @@ def converse(
         for row, conversation in enumerate(active):
             conversation.answer(tokens_BxL[row, : count_B[row]].tolist())
     return conversations
+
+
+def growth(max_new_tokens: int) -> int:
+    """Steps in which the cache grows (see `DecodeConfig`): one for every 32 tokens, at most 8."""
+    return min(8, max(1, max_new_tokens // 32))
 
 
 def pad(rows: list[list[int]], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
