@@ -212,10 +212,12 @@ def test_imported_responses_are_taken_and_their_prompts_not_answered(tmp_path):
     assert t5["tokens"].tolist() == [USER, *ids("a"), ASSISTANT, 12, 13, 14]  # cut: no end of turn
     assert t5["assistant"].tolist() == [0, 0, 0, 1, 1, 1]
     assert new["tokens"].tolist()[-2:] == [15, END]
-    before = runs.digest(tmp_path / "w" / "responses")
+    files = sorted((tmp_path / "w" / "responses").iterdir())
+    before = [file.stat() for file in files]
     (tmp_path / "w" / "stages.json").unlink()  # as after a kill
     sampled(tmp_path / "w", respond__responses=str(path))
-    assert runs.digest(tmp_path / "w" / "responses") == before
+    assert sorted((tmp_path / "w" / "responses").iterdir()) == files
+    assert [file.stat() for file in files] == before  # not written again
 
 
 def test_imported_responses_alone(tmp_path):
