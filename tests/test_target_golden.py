@@ -116,6 +116,20 @@ def test_token_ids_equal_the_reference(loaded):
     assert [text.first_turn(case["text"]) for case in CASES] == PROMPTS
 
 
+@pytest.mark.parametrize("case", GOLDEN["conversations"], ids=lambda c: repr(c["texts"][-1][:24]))
+def test_ids_of_conversations_equal_the_reference(loaded, case):
+    """Odd characters and several turns, built turn by turn as the stages do and rendered as a whole."""
+    text = tokenizer.from_gguf(loaded.metadata)
+    first, *later = case["texts"]
+    ids = text.first_turn(first)
+    for answer, user in zip(later[::2], later[1::2], strict=True):
+        ids = ids + text.encode(answer) + text.next_turn(user)
+    assert ids == case["ids"]
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": t} for i, t in enumerate(case["texts"])]
+    assert text.encode(text.render(messages)) == case["ids"]
+
+
 def test_logits_equal_the_reference(loaded, whole):
     rows, positions, values = golden_positions()
     logits = np.asarray(head(loaded.target, loaded.params, whole.hidden[rows, 0, positions]))

@@ -1,4 +1,4 @@
-"""Writes tests/golden/smollm2.json: what transformers + torch say about six short prompts.
+"""Writes tests/golden/smollm2.json: what transformers + torch say about short prompts of our own.
 
     pip install torch==2.13.0 transformers gguf
     python make_golden.py --gguf MODEL.gguf --report report.json --out ../golden/smollm2.json
@@ -14,7 +14,8 @@ import sys
 from typing import Any
 
 import numpy as np
-from transformers_parity import TAPS, Reference
+from parity_prompts import EDGE_TEXTS, Prompt, conversations
+from torch_reference import TAPS, Reference
 
 TEXTS = (
     "What is the capital of Japan?",
@@ -23,6 +24,11 @@ TEXTS = (
     "Traduis en français : « Où est la bibliothèque ? » 🙂",
     "List:\n  1. red\n  2. green\n\t3. blue\n\n4 is missing. Add it.",
     "Tell me a very short story about a clock that runs backwards.",
+)
+FOLLOW_UPS = (  # conversations of several turns, whose ids are compared and nothing else
+    ("Name a river.", "Is it longer than 1,000 km?", "And in miles?\n\n- 1 line only"),
+    ("Write `sum_to(n)` in Python.", "Now without a loop:\n\n    def sum_to(n):\n        ..."),
+    EDGE_TEXTS,
 )
 TOKENS = 32
 DIMENSIONS = (0, 100, 191, 314, 383, 575)  # of each tap
@@ -44,7 +50,7 @@ def position_values(position: int, logits_V: np.ndarray, taps_3xD: np.ndarray) -
 
 def case(model: Reference, text: str) -> dict[str, Any]:
     """Golden values of one prompt and its greedy continuation."""
-    prompt = model.ids(text)
+    prompt = model.ids(Prompt("golden", (text,)))
     continuation = model.greedy(prompt, TOKENS)
     logits, taps = model.forward(prompt + continuation)
     last = len(prompt) - 1
@@ -55,6 +61,12 @@ def case(model: Reference, text: str) -> dict[str, Any]:
         "continuation": continuation,
         "positions": [position_values(p, logits[p], taps[p]) for p in positions],
     }
+
+
+def conversation(model: Reference, turns: tuple[str, ...], number: int) -> dict[str, Any]:
+    """Ids of a conversation of several turns."""
+    prompt = conversations("golden", turns, number)[-1]
+    return {"texts": prompt.texts, "ids": model.ids(prompt)}
 
 
 def main() -> int:
@@ -73,6 +85,10 @@ def main() -> int:
         "comparison": json.loads(args.report.read_text(encoding="utf-8")),
         "tap_layers": TAPS,
         "tap_dimensions": DIMENSIONS,
+        "conversations": [
+            *(conversation(model, (text,), 0) for text in EDGE_TEXTS),
+            *(conversation(model, turns, i) for i, turns in enumerate(FOLLOW_UPS)),
+        ],
         "cases": [case(model, text) for text in TEXTS],
     }
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
