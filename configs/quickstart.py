@@ -7,12 +7,12 @@ The README shows the table that it ends with.
 
 from configs import base
 
+KINDS = ("maths", "code", "chat")
+
 
 def get_config():
     c = base.get_config()
-    c.respond.prompts = (
-        "maths=builtin:maths/train[:128],code=builtin:code/train[:128],chat=builtin:chat/train[:128]"
-    )
+    c.respond.prompts = ",".join(f"{kind}=builtin:{kind}/train[:128]" for kind in KINDS)
     c.respond.max_new_tokens = 96
     c.data.length = 192
     c.data.holdout = 24
@@ -22,9 +22,7 @@ def get_config():
     c.ppow.steps = 30
     c.ppow.anchors = 8
     c.ppow.adaw.warmup_steps = 10
-    c.evaluate.prompts = (
-        "maths=builtin:maths/eval[:16],code=builtin:code/eval[:16],chat=builtin:chat/eval[:16]"
-    )
+    c.evaluate.prompts = ",".join(f"{kind}=builtin:{kind}/eval[:16]" for kind in KINDS)
     c.evaluate.max_new_tokens = 64
     c.evaluate.decode_prompts = 6
     c.log.holdout_every_steps = 100

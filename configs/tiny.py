@@ -13,11 +13,11 @@ from configs import base
 def get_config():
     c = base.get_config()
     c.target.path = "markov:0"
-    c.respond.prompts = "maths=builtin:maths/train[:96],code=builtin:code/train[:96]"
+    c.respond.prompts = "chat=builtin:chat/train[:192]"
     c.respond.max_new_tokens = 48
     c.respond.temperature = 1.0
     c.respond.batch_size = 48
-    c.data.length = 320
+    c.data.length = 128
     c.data.holdout = 16
     c.drafter.vocab_size = 24
     c.drafter.mlp_hidden = 128
@@ -28,15 +28,17 @@ def get_config():
     c.supervise.optimizer.warmup_steps = 5
     c.cst.anchors = 16
     c.cst.optimizer.warmup_steps = 5
-    c.ppow.steps = 150
+    c.ppow.steps = 250
     c.ppow.batch_size = 8
     c.ppow.window = 4
     c.ppow.temperature = 1.0
     c.ppow.adaw.warmup_steps = 10
     c.ppow.adaw.rescore_every = 20
-    c.ppow.optimizer.learning_rate = 3e-3
+    # The policy gradient's noise keeps the law off the target's; a strong anchor brings it there.
+    c.ppow.kl_weight = 10.0
+    c.ppow.optimizer.learning_rate = 1e-2
     c.ppow.optimizer.warmup_steps = 5
-    c.evaluate.prompts = "maths=builtin:maths/eval[:8],code=builtin:code/eval[:8]"
+    c.evaluate.prompts = "chat=builtin:chat/eval[:8],maths=builtin:maths/eval[:8]"
     c.evaluate.max_new_tokens = 48
     c.evaluate.batch_size = 16
     c.evaluate.window = 4

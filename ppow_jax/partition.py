@@ -83,7 +83,7 @@ def shard(tree: Any, mesh: Mesh) -> Any:
 
 
 def hold(tree: Any, mesh: Mesh | None) -> Any:
-    """Inside jit: keeps a tree laid out by the table, whatever the compiler would like; no mesh, no change."""
+    """Inside jit: keeps a tree laid out by the table, whatever the compiler likes. No mesh, no change."""
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
 
 

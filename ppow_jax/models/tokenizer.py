@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from ppow_jax.errors import UserError
 
-_TURN = "\ufffeTURN\ufffe"  # stands for a response while the text after it is rendered
+_TURN = "\ufffe0\ufffe"  # stands for a response while the text after it is rendered; no letters, which a template may fold
 
 
 @dataclasses.dataclass(frozen=True)
