@@ -14,7 +14,8 @@ Two environments will do, one of them may serve as both:
 `reference` writes token ids of every prompt and, for a few of them, greedy continuations with the
 logits and hidden states of each position (about 1 GB for 20 of them). `compare` recomputes all of
 it with ppow_jax, prints a table and ends with status 1 if anything is out of bounds. `time` sets
-autoregressive decoding of both side by side (see `timing`) and ends with status 1 if ours is slower.
+autoregressive decoding of both side by side (see `timing`) and ends with status 1 if ours is slower,
+2 if the machine is too busy to tell.
 `make_golden.py` makes the small file for `tests/test_target_golden.py` in the same way.
 """
 
