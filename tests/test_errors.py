@@ -17,7 +17,10 @@ from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.interop import gguf
 from ppow_jax.interop.checkpoint import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "compiled_once")
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation", "compiled_once"),
+    pytest.mark.filterwarnings("ignore:coroutine"),  # orbax drops its loaders where a file is damaged
+]
 ROOT = pathlib.Path(__file__).parents[1]
 BASE = "from configs import base\ndef get_config():\n  c = base.get_config()\n"
 HELD = (0, 6, 12, 18)  # of 24 texts, the 4 held out
