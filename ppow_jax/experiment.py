@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from ppow_jax import partition
 from ppow_jax.console import log
-from ppow_jax.data import records
+from ppow_jax.data import prompts, records
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.interop import gguf
 from ppow_jax.models import markov, tokenizer
@@ -76,6 +76,8 @@ def run(settings: Settings, workdir: pathlib.Path) -> None:
     if not todo:
         log.info("every stage is finished; nothing to do in %s", workdir)
         return
+    if "evaluate" in todo:
+        prompts.load(settings.evaluate.prompts, "evaluate.prompts")  # a missing file shows before training
     records.write_json(workdir / "config.json", dataclasses.asdict(settings))
     experiment = build(settings, workdir)
     for stage in todo:
@@ -129,9 +131,12 @@ def _plan(settings: Settings, workdir: pathlib.Path) -> list[str]:
     todo = []
     for stage in settings.stages:
         record = begun.get(stage)
-        changed = _difference(record["settings"], _relevant(settings, stage)) if record else None
-        if changed and stage not in _REPEATABLE:
-            key, old, new = changed
+        changed = _differences(record["settings"], _relevant(settings, stage)) if record else []
+        fatal = [] if stage in _REPEATABLE else changed
+        if record and not record["finished"]:  # a run whose loss was lost may go on more carefully
+            fatal = [c for c in fatal if not c[0].startswith(f"{stage}.optimizer.")]
+        if fatal:
+            key, old, new = fatal[0]
             raise ConfigError(
                 f"config.{key}: found {new!r}, but stage {stage!r} was begun in {workdir} with "
                 f"{old!r}; use that, or a new workdir"
@@ -148,15 +153,12 @@ def _relevant(settings: Settings, stage: str) -> dict[str, Any]:
     return json.loads(json.dumps({k: values[k] for k in _DEPENDS[stage]}))
 
 
-def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """(key, old, new) of the first value that differs."""
+def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, old, new) of every value that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            found = _difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
-            if found:
-                return found
-        return None
-    return None if old == new else (path, old, new)
+        keys = sorted(old.keys() | new.keys())
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))]
+    return [] if old == new else [(path, old, new)]
 
 
 def _mark(settings: Settings, workdir: pathlib.Path, stage: str, finished: bool) -> None:

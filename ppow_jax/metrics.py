@@ -79,11 +79,12 @@ class Writer:
                     self._board.add_scalar(key, value, step)
         if step % self._every == 0 or step == self._steps:
             log.info("%s", self._line(step, seconds, values))
-        if not np.isfinite(values.get("loss", 0.0)):
-            raise UserError(
-                f"{self._stage}: the loss at step {step} is {values['loss']}; the last good "
-                "checkpoint is kept. Lower the learning rate, or raise the clip on gradients less"
-            )
+        for key, name in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
+            if not np.isfinite(values.get(key, 0.0)):
+                raise UserError(
+                    f"{self._stage}: the {name} at step {step} is {values[key]}; the last good checkpoint is "
+                    f"kept: go on from it with a lower {self._stage}.optimizer.learning_rate or clip_norm"
+                )
 
     def _line(self, step: int, seconds: float, values: Mapping[str, Any]) -> str:
         done = max(1, step - self._first)

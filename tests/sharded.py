@@ -24,7 +24,7 @@ from ppow_jax.experiment import Experiment
 from ppow_jax.stages import ppow, supervise, training
 
 AXES = {"data": (8, 1, 1), "all": (2, 2, 2)}
-MESHES = {"supervise": ("data", "all"), "greedy": ("data", "all"), "sampled": ("all",)}
+MESHES = {"supervise": ("data", "all"), "greedy": ("all",), "sampled": ("all",)}
 B, T, PROMPT = 8, 32, 4
 CALM = 6  # steps before the one that is compared
 
@@ -40,13 +40,14 @@ def main(path: str) -> None:
     for kind in MESHES:
         alone = experiment(one, params)
         state = trained or training.fresh_state(alone, optimizer(), small.DRAFT_VOCAB)
-        state = host(walk(alone, kind, state, batch, range(1, 1 + CALM))[0])
+        step = stepper(alone, kind)
+        state = host(walk(alone, step, state, batch, range(1, 1 + CALM))[0])
         trained |= {} if trained else {k: state[k] for k in ("params", "opt_state", "vocab")}
-        found |= record(f"one/{kind}", alone, kind, state, batch)
+        found |= record(f"one/{kind}", alone, step, state, batch)
         for name in MESHES[kind]:
             chosen = settings.MeshSettings(*AXES[name])
             many = experiment(partition.make_mesh(chosen), params)
-            found |= record(f"{name}/{kind}", many, kind, state, batch)
+            found |= record(f"{name}/{kind}", many, stepper(many, kind), state, batch)
     np.savez(path, **found)
 
 
@@ -92,17 +93,17 @@ def experiment(mesh: Mesh, params: dict) -> Experiment:
     )
 
 
-def walk(run: Experiment, kind: str, state: dict, batch: dict, numbers) -> tuple[dict, dict]:
-    """Some steps of a kind; the state and the last metrics."""
+def stepper(run: Experiment, kind: str) -> training.Step:
+    """The real step of a kind."""
     if kind == "supervise":
-        step = supervise.stepper(run, kind, optimizer(), run.settings.supervise.anchors)
-    else:
-        step = ppow.stepper(with_temperature(run, float(kind == "sampled")), optimizer(), 0.12)
-    state = dict(state)
-    if kind != "supervise" and "scores" not in state:
-        state["scores"] = np.zeros((B, T), np.float32)
-        state["scored_at"] = np.full(B, -(2**30), np.int32)
-    state = lay_out(run, state)
+        return supervise.stepper(run, kind, optimizer(), run.settings.supervise.anchors)
+    return ppow.stepper(with_temperature(run, float(kind == "sampled")), optimizer(), 0.12)
+
+
+def walk(run: Experiment, step: training.Step, state: dict, batch: dict, numbers) -> tuple[dict, dict]:
+    """Some steps from a state on the host; the state after them and the last metrics."""
+    blank = {"scores": np.zeros((B, T), np.float32), "scored_at": np.full(B, -(2**30), np.int32)}
+    state = lay_out(run, blank | state)
     batch = partition.shard_batch(batch, run.mesh)
     for number in numbers:
         state, metrics = step(number, state, batch)
@@ -128,9 +129,11 @@ def host(state: dict) -> dict:
     return jax.tree.map(np.asarray, state)
 
 
-def record(prefix: str, run: Experiment, kind: str, state: dict, batch: dict) -> dict[str, np.ndarray]:
+def record(
+    prefix: str, run: Experiment, step: training.Step, state: dict, batch: dict
+) -> dict[str, np.ndarray]:
     """One more step from a state: what comes of it, and which leaves do not lie as the table says."""
-    after, metrics = walk(run, kind, state, batch, [1 + CALM])
+    after, metrics = walk(run, step, state, batch, [1 + CALM])
     found = {f"{prefix}/metrics/{k}": np.asarray(v) for k, v in metrics.items()}
     strays, split = [], 0
     for part in ("params", "opt_state"):

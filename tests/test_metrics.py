@@ -77,6 +77,13 @@ def test_a_loss_that_is_not_finite_is_refused(tmp_path, bad):
     writer.flush()  # and is not raised again
 
 
+def test_a_gradient_that_is_not_finite_is_refused_before_it_is_saved(tmp_path):
+    writer = Writer(tmp_path, "cst", 10)
+    writer.write(1, {"loss": 1.0, "grad_norm": float("nan")})
+    with pytest.raises(UserError, match=r"norm of the gradient at step 1 is nan; .*cst\.optimizer"):
+        writer.flush()
+
+
 def test_the_terminal_gets_a_line_now_and_then(tmp_path, monkeypatch):
     clock, shown = [0.0], []
     monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])

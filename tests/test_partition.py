@@ -117,7 +117,6 @@ def steps(tmp_path_factory) -> dict[str, np.ndarray]:
 CASES = [
     ("data", "supervise"),
     ("all", "supervise"),
-    ("data", "greedy"),
     ("all", "greedy"),
     ("all", "sampled"),
 ]

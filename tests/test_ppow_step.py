@@ -41,14 +41,22 @@ def batch_of(tokens: np.ndarray, lengths: list[int]) -> dict[str, np.ndarray]:
     return {"index": index, "tokens": np.where(inside, tokens, 0).astype(np.int32), "assistant": assistant}
 
 
-def run(pair, drafter, weights, settings, batch, key=KEY, stops=NEVER):
-    """(anchors' rollout, its verdict) of a step."""
+@functools.cache
+def phases(target, drafter, settings, stops=NEVER):
+    """The jitted pick, roll and verify."""
+    return (
+        ppow.make_pick(target, drafter, settings),
+        make_rollout(target, drafter, settings),
+        verification.make_verify(target, settings, GAMMA, stops),
+    )
+
+
+def run(pair, drafter, params, vocab, settings, batch, key=KEY, stops=NEVER):
+    """(rollout, verdict) of a step."""
+    pick, roll, verify = phases(pair.target, drafter, settings, stops)
     keys = jax.random.split(key, 3)
-    state = {"params": weights.params, "vocab": weights.vocab}
-    picked = ppow.make_pick(pair.target, drafter, settings)(state, pair.params, batch, 1, keys[0])
-    roll = make_rollout(pair.target, drafter, settings)
-    rollout = roll(weights.params, weights.vocab, pair.params, batch, *picked[1:], keys[1])
-    verify = verification.make_verify(pair.target, settings, GAMMA, stops)
+    _, *picked = pick({"params": params, "vocab": vocab}, pair.params, batch, 1, keys[0])
+    rollout = roll(params, vocab, pair.params, batch, *picked, keys[1])
     return rollout, verify(pair.params, batch, rollout, keys[2])
 
 
@@ -77,7 +85,7 @@ SETTINGS = small.ppow_settings(
 
 @pytest.fixture(scope="module")
 def step(tiny, text):
-    return run(tiny, tiny.drafter, tiny.weights, SETTINGS, text)
+    return run(tiny, tiny.drafter, tiny.weights.params, tiny.weights.vocab, SETTINGS, text)
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +283,7 @@ def test_greedy_acceptance_is_that_of_a_loop_over_texts(chain):
     batch = greedy_text(chain, 3)
     drafter, weights = chain.drafter(chain.law[:, LETTERS], LETTERS)
     settings = small.ppow_settings(group=16, anchors=14, window=4, proximity_weight=0.0)
-    rollout, verdict = run(chain, drafter, weights, settings, batch)
+    rollout, verdict = run(chain, drafter, weights.params, weights.vocab, settings, batch)
     assert (~np.asarray(rollout.real)).any()
     want = np.zeros(verdict.accepted.shape, int)
     for b, a, g in np.ndindex(want.shape):
@@ -306,7 +314,7 @@ def test_sampled_acceptance_is_that_of_enumerating_every_window(
         group=group, temperature=temperature, rollout_temperature=rollout_temperature
     )
     batch = greedy_text(chain, 4)
-    rollout, verdict = run(chain, drafter, weights, settings, batch, stops=stops)
+    rollout, verdict = run(chain, drafter, weights.params, weights.vocab, settings, batch, stops=stops)
     q = law ** (1 / rollout_temperature)
     q /= q.sum(-1, keepdims=True)
     p = chain.law ** (1 / temperature)
@@ -337,7 +345,7 @@ def test_a_group_without_spread_gives_no_policy_gradient(chain):
     norms, shares = [], []
     for law in (sure, chain.law[:, LETTERS]):
         drafter, weights = chain.drafter(law, LETTERS)
-        rollout, verdict = run(chain, drafter, weights, settings, batch)
+        rollout, verdict = run(chain, drafter, weights.params, weights.vocab, settings, batch)
         _, grads = gradient(chain, drafter, weights, settings, batch, rollout, verdict)
         norms.append(norm(grads))
         shares.append(float(ppow.reward_metrics(rollout, verdict)["share_without_spread"]))
@@ -354,7 +362,7 @@ def test_the_kl_of_a_drafter_that_is_the_target_is_zero_and_flat(chain):
     found = []
     for law in (chain.law[:, LETTERS], flat):
         drafter, weights = chain.drafter(law, LETTERS)
-        rollout, verdict = run(chain, drafter, weights, settings, batch)
+        rollout, verdict = run(chain, drafter, weights.params, weights.vocab, settings, batch)
         quiet = verdict._replace(advantage=jnp.zeros_like(verdict.advantage))
         (_, metrics), grads = gradient(chain, drafter, weights, settings, batch, rollout, quiet)
         found.append((float(metrics["kl"]), norm(grads["head"])))
@@ -378,18 +386,10 @@ def test_reinforcement_alone_finds_what_the_target_accepts(chain, temperature):
     optimizer = optax.chain(optax.adam(0.05), optax.masked(optax.set_to_zero(), others))  # a table of laws
     learner = {"params": jax.tree.map(jnp.copy, weights.params), "opt_state": optimizer.init(weights.params)}
     update = ppow.make_update(chain.target, drafter, optimizer, settings)
-    pick = ppow.make_pick(chain.target, drafter, settings)
-    roll = make_rollout(chain.target, drafter, settings)
-    verify = verification.make_verify(chain.target, settings, GAMMA, NEVER)
     accepted = []
     for number in range(25):
-        keys = jax.random.split(jax.random.fold_in(KEY, number), 3)
-        params = learner["params"]
-        _, anchors, real = pick(
-            {"params": params, "vocab": weights.vocab}, chain.params, batch, number, keys[0]
-        )
-        rollout = roll(params, weights.vocab, chain.params, batch, anchors, real, keys[1])
-        verdict = verify(chain.params, batch, rollout, keys[2])
+        key = jax.random.fold_in(KEY, number)
+        rollout, verdict = run(chain, drafter, learner["params"], weights.vocab, settings, batch, key)
         learner, metrics = update(learner, weights.vocab, chain.params, batch, rollout, verdict)
         accepted.append(float(metrics["accepted"]))
     assert accepted[0] < 0.35

@@ -11,7 +11,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from ppow_jax.errors import UserError
 
-_TURN = "\ufffe0\ufffe"  # stands for a response while the text after it is rendered; no letters, which a template may fold
+# Stands for a response while the text after it is rendered; no letters, which a template may fold.
+_TURN = "\ufffe0\ufffe"
 
 
 @dataclasses.dataclass(frozen=True)
