@@ -255,8 +255,11 @@ def ppow_loss(
     reached = jnp.arange(settings.window) <= verdict.accepted[..., None]
     credited = verdict.valid
     if settings.credit == "accepted":
-        judged = verdict.accepted[..., None] == 0  # by proximity: on the whole window
-        credited &= reached | (judged & (settings.proximity_weight > 0))
+        # Beyond the first refusal a token matters through proximity alone, and only where that tells the
+        # windows of a group apart; elsewhere it would be blamed or praised for nothing.
+        near = (verdict.proximity > 0).any(-1, keepdims=True)
+        judged = (verdict.accepted == 0) & near
+        credited &= reached | judged[..., None]
     advantage = verdict.advantage[..., None]
     loss = objective.clipped_policy_loss(log_prob, rollout.log_prob, advantage, settings.clip)
     clipped = objective.clip_fraction(log_prob, rollout.log_prob, advantage, settings.clip)
