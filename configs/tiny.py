@@ -28,15 +28,15 @@ def get_config():
     c.supervise.optimizer.warmup_steps = 5
     c.cst.anchors = 16
     c.cst.optimizer.warmup_steps = 5
-    c.ppow.steps = 250
+    c.ppow.steps = 400
     c.ppow.batch_size = 8
     c.ppow.window = 4
     c.ppow.temperature = 1.0
     c.ppow.adaw.warmup_steps = 10
     c.ppow.adaw.rescore_every = 20
     # The policy gradient's noise keeps the law off the target's; a strong anchor brings it there.
-    c.ppow.kl_weight = 10.0
-    c.ppow.optimizer.learning_rate = 1e-2
+    c.ppow.kl_weight = 30.0
+    c.ppow.optimizer.learning_rate = 3e-2
     c.ppow.optimizer.warmup_steps = 5
     c.evaluate.prompts = "chat=builtin:chat/eval[:8],maths=builtin:maths/eval[:8]"
     c.evaluate.max_new_tokens = 48
