@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct on the builtin prompts: the whole idea in about 15 minutes on 2 cores.
+"""SmolLM2-135M-Instruct on the builtin prompts: the whole idea on a real model.
 
   python -m ppow_jax.main --config=configs/quickstart.py --workdir=/tmp/ppow-quickstart
 

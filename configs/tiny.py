@@ -1,4 +1,4 @@
-"""A generated target whose best drafter is known: all stages in under two minutes on 2 cores.
+"""A generated target whose best drafter is known: all stages within minutes on 2 cores.
 
   python -m ppow_jax.main --config=configs/tiny.py --workdir=/tmp/ppow-tiny
 

@@ -71,7 +71,10 @@ def run(settings: Settings, workdir: pathlib.Path) -> None:
     Raises:
       UserError: anything that the user can mend.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--workdir: {str(workdir)!r} cannot be made ({e.strerror})") from e
     todo = _plan(settings, workdir)
     if not todo:
         log.info("every stage is finished; nothing to do in %s", workdir)

@@ -32,14 +32,9 @@ def main(argv: list[str]) -> None:
     if _CONFIG.value is None or not _WORKDIR.value:
         raise ConfigError("expected --config=configs/NAME.py and --workdir=DIR; see --help")
     chosen = settings.from_config(_CONFIG.value)
-    workdir = pathlib.Path(_WORKDIR.value)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--workdir: {str(workdir)!r} cannot be made ({e.strerror})") from e
     if chosen.distributed:
         jax.distributed.initialize()
-    experiment.run(chosen, workdir)
+    experiment.run(chosen, pathlib.Path(_WORKDIR.value))
 
 
 def _parse(argv: list[str]) -> list[str]:
