@@ -68,35 +68,53 @@ def acceptance_by_position(report: Mapping[str, Any], path: pathlib.Path) -> Non
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-    """Held-out tau of all stages, supervised loss, PPOW's reward and mean accepted length."""
-    figure, panels = plt.subplots(1, 4, figsize=(14, 3), layout="constrained")
-    curves = (
-        ("holdout_tau", "held-out tau (greedy)", ("supervise", "cst", "ppow")),
-        ("loss", "supervised loss", ("supervise", "cst")),
-        ("reward", "reward of rollouts", ("ppow",)),
-        ("accepted", "accepted length of rollouts (sampled)", ("ppow",)),
-    )
+    """Greedy and sampled acceptance on held-out texts (solid) and training texts (dotted), supervised
+    loss, PPOW's reward."""
+    figure, panels = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
+    stages = ("supervise", "cst", "ppow")
     # cst and ppow both start where supervise ends
-    offset = max((r["step"] for r in rows if r["stage"] == "supervise"), default=0)
-    for panel, (key, title, stages) in zip(panels, curves, strict=True):
+    end = max((r["step"] for r in rows if r["stage"] == "supervise"), default=0)
+    offset = {"supervise": 0, "cst": end, "ppow": end}
+    for panel, key, title in (
+        (panels[0], "tau", "acceptance length (greedy)"),
+        (panels[1], "sampled", "accepted length of sampled windows"),
+    ):
         for stage in stages:
-            points = [(r["step"], r[key]) for r in rows if r["stage"] == stage and key in r]
-            if not points:
-                continue
-            steps, values = np.array(points, float).T
-            joined = steps + (0 if stage == "supervise" or len(stages) == 1 else offset)
-            faint = len(values) > 40
-            panel.plot(
-                joined, values, color=_COLOURS[stage], alpha=0.3 if faint else 1, linewidth=1,
-                marker=None if faint else "o", markersize=3, label=None if faint else stage,
-            )  # fmt: skip
-            if faint:
-                span = len(values) // 20
-                smooth = np.convolve(values, np.ones(span) / span, "valid")
-                panel.plot(joined[span - 1 :], smooth, color=_COLOURS[stage], label=stage)
-        panel.set_title(title, fontsize=10)
+            _curve(panel, rows, stage, f"holdout_{key}", offset[stage], stage)
+            _curve(panel, rows, stage, f"train_{key}", offset[stage], None, linestyle=":")
+        panel.set_title(f"{title}\nheld-out, dotted: training texts", fontsize=9)
+    for stage in ("supervise", "cst"):
+        _curve(panels[2], rows, stage, "loss", offset[stage], stage)
+    panels[2].set_title("supervised loss", fontsize=9)
+    _curve(panels[3], rows, "ppow", "reward", 0, "ppow")
+    panels[3].set_title("reward of rollouts", fontsize=9)
+    for panel in panels:
         panel.set_xlabel("step")
-        if panel.has_data():
+        if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _curve(
+    panel: Any,
+    rows: Sequence[Mapping[str, Any]],
+    stage: str,
+    key: str,
+    offset: int,
+    label: str | None,
+    **style: Any,
+) -> None:
+    """A stage's metric against its steps; a long one faint, with its running mean on top."""
+    points = [(r["step"] + offset, r[key]) for r in rows if r["stage"] == stage and key in r]
+    if not points:
+        return
+    steps, values = np.array(points, float).T
+    look = dict(color=_COLOURS[stage], linewidth=1) | style
+    if len(values) <= 40:
+        panel.plot(steps, values, marker="o", markersize=3, label=label, **look)
+        return
+    span = len(values) // 20
+    panel.plot(steps, values, alpha=0.3, **look)
+    smooth = np.convolve(values, np.ones(span) / span, "valid")
+    panel.plot(steps[span - 1 :], smooth, label=label, **look)

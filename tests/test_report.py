@@ -143,15 +143,16 @@ def test_the_plots_show_what_the_report_says(tmp_path, monkeypatch):
     plots.acceptance_length(hand_made(), tmp_path / "a.png")
     plots.acceptance_by_position(hand_made(), tmp_path / "b.png")
     rows = [{"stage": "supervise", "step": s, "loss": 1 / s, "holdout_tau": 1.5} for s in (1, 2)]
-    rows += [{"stage": "ppow", "step": 1, "reward": 0.5, "holdout_tau": 2.0}]
+    rows += [{"stage": "ppow", "step": 1, "reward": 0.5, "holdout_tau": 2.0, "train_sampled": 0.7}]
     plots.training_curves(rows, tmp_path / "c.png")
     lengths, positions, curves = figures
     assert [bar.get_height() for bar in lengths.axes[0].patches] == [2.25, 3.25, 2.25, 3.25]
     assert positions.axes[1].get_title() == "maths"
     assert positions.axes[0].lines[0].get_xydata().tolist() == [[1, 0.75], [2, 0.5]]
-    tau, loss, reward, _ = curves.axes
+    tau, sampled, loss, reward = curves.axes
     # ppow's step 1 is drawn after supervise's last
     assert [x.get_xydata().tolist() for x in tau.lines] == [[[1, 1.5], [2, 1.5]], [[3, 2.0]]]
+    assert [(x.get_xydata().tolist(), x.get_linestyle()) for x in sampled.lines] == [([[3, 0.7]], ":")]
     assert loss.lines[0].get_xydata().tolist() == [[1, 1.0], [2, 0.5]]
     assert reward.lines[0].get_xydata().tolist() == [[1, 0.5]]
 

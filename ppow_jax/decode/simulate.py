@@ -78,3 +78,39 @@ def simulate(
     carry = (jnp.int32(0), start_B - 1, Rounds(zeros, zeros - 1, zeros))
     alive = lambda c: jnp.any(c[1] + 2 < end_B)  # noqa: E731
     return jax.lax.while_loop(alive, walk, carry)[2]
+
+
+@functools.partial(jax.jit, static_argnames=("drafter", "window"))
+def expected_accepted(
+    drafter: Drafter,
+    weights: DrafterWeights,
+    taps_BxTxC: jax.Array,
+    tokens_BxT: jax.Array,
+    end_B: jax.Array,
+    anchors_BxA: jax.Array,
+    window: int,
+) -> jax.Array:
+    """Expected accepted length of windows *sampled* from the drafter at temperature 1, float32 `[B, A]`.
+
+    The text is the target's greedy one, so a window is accepted as far as it repeats the text:
+    E[k] = sum over j of the product over i <= j of Q(x_i | x_<i), which one teacher-forced pass gives.
+
+    Args:
+      drafter, weights, taps_BxTxC, tokens_BxT, end_B, window: as in `simulate`.
+      anchors_BxA: int32; text beyond `end` counts as refused.
+    """
+    prefix = text_prefix(drafter, weights, taps_BxTxC, tokens_BxT)
+    start = text_starts(prefix, tokens_BxT, anchors_BxA)
+    T, N = tokens_BxT.shape[1], weights.vocab.shape[0]
+
+    def choose(step: int, logits_BxAx1xN: jax.Array):
+        position_BxA = anchors_BxA + 2 + step
+        token_BxA = jnp.take_along_axis(tokens_BxT, jnp.minimum(position_BxA, T - 1), 1)
+        draft_BxA = jnp.minimum(jnp.searchsorted(weights.vocab, token_BxA), N - 1)
+        possible_BxA = (weights.vocab[draft_BxA] == token_BxA) & (position_BxA < end_B[:, None])
+        logp = jax.nn.log_softmax(logits_BxAx1xN[:, :, 0])
+        logp_BxA = jnp.take_along_axis(logp, draft_BxA[..., None], -1)[..., 0]
+        return token_BxA[..., None], jnp.where(possible_BxA, jnp.exp(logp_BxA), 0.0)[..., None]
+
+    repeated = window_pass(drafter, weights, prefix.keys_values, start, choose, window)[:, :, 0]
+    return jnp.cumprod(repeated, -1).sum(-1)

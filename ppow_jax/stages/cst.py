@@ -5,7 +5,7 @@ supervised objective.
 """
 
 from ppow_jax.experiment import Experiment
-from ppow_jax.stages import supervise, training
+from ppow_jax.stages import curves, supervise, training
 
 
 def run(experiment: Experiment) -> None:
@@ -23,5 +23,5 @@ def run(experiment: Experiment) -> None:
         ppow.batch_size,
         "continue",
         supervise.stepper(experiment, "cst", optimizer, settings.anchors),
-        supervise.holdout(experiment, corpus),
+        curves.acceptance(experiment, corpus),
     )

@@ -26,8 +26,7 @@ from ppow_jax.models.drafter import Drafter, weights_of
 from ppow_jax.models.target import Target, head_matrix
 from ppow_jax.rollout import Rollout, make_rollout
 from ppow_jax.settings import PPOWSettings
-from ppow_jax.stages import training
-from ppow_jax.stages.supervise import holdout
+from ppow_jax.stages import curves, training
 from ppow_jax.stages.training import Batch, State
 from ppow_jax.verification import Verdict, make_verify
 
@@ -49,7 +48,7 @@ def run(experiment: Experiment) -> None:
         settings.batch_size,
         "continue",
         stepper(experiment, optimizer, gamma_of(experiment)),
-        holdout(experiment, corpus),
+        curves.acceptance(experiment, corpus),
     )
 
 

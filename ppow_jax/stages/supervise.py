@@ -10,18 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from ppow_jax import adaw, objective, partition, teacher, windows
 from ppow_jax.console import log
 from ppow_jax.data import texts
-from ppow_jax.decode.simulate import simulate
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.drafter import Drafter, DrafterWeights, weights_of
 from ppow_jax.models.target import Target, head_matrix
-from ppow_jax.stages import training
+from ppow_jax.stages import curves, training
 from ppow_jax.stages.training import Batch, State
 
 
@@ -42,7 +40,7 @@ def run(experiment: Experiment) -> None:
         settings.batch_size,
         "supervise",
         stepper(experiment, "supervise", optimizer, settings.anchors),
-        holdout(experiment, corpus),
+        curves.acceptance(experiment, corpus),
     )
 
 
@@ -149,27 +147,3 @@ def supervised_loss(
     accuracy_K = mean(hit, valid)
     total = jnp.sum(mean(loss, valid) * decay ** jnp.arange(window))
     return total, {f"accuracy_{j}": accuracy_K[j] for j in range(window)}
-
-
-def holdout(experiment: Experiment, corpus: training.Corpus) -> training.Measure:
-    """Measures the greedy chain on the held-out texts: tau by simulation with ppow's window."""
-    if not len(corpus.held) or experiment.settings.respond.temperature > 0:
-        return lambda state: {}
-    items = [corpus.held[i] for i in range(len(corpus.held))]
-    batch = partition.shard_batch(
-        {k: np.stack([item[k] for item in items]) for k in items[0]}, experiment.mesh
-    )
-    drafter = training.drafter_of(experiment)
-    lesson = jax.jit(teacher.lesson_of, static_argnums=0)
-    taps = lesson(experiment.target, experiment.target_params, batch).taps
-    first = [texts.first_span(item["assistant"]) for item in items]
-    start_B, end_B = (np.asarray(x, np.int32) for x in zip(*first, strict=True))
-
-    def measure(state: State) -> dict[str, float]:
-        weights = weights_of(state["params"], experiment.target_params, state["vocab"])
-        window = experiment.settings.ppow.window
-        rounds = simulate(drafter, weights, taps, batch["tokens"], start_B, end_B, window)
-        emitted = np.asarray(rounds.emitted)
-        return {"tau": float(emitted.sum() / max(1, (emitted > 0).sum()))}
-
-    return measure

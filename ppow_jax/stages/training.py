@@ -162,7 +162,7 @@ def train(
       batch_size: texts a step.
       order: names the random order of the texts; stages with the same name see the same texts.
       step: step number (1-based), state, batch -> state, metrics.
-      measure: metrics on the held-out texts.
+      measure: acceptance metrics (see `curves`), every `log.holdout_every_steps` and at the end.
 
     Raises:
       UserError: a loss that is not finite; the newest checkpoint is then from before it.
@@ -191,7 +191,7 @@ def train(
             metrics = dict(metrics) | {"seconds_waiting_for_data": round(waited, 4)}
             last = number == steps
             if number % every.holdout_every_steps == 0 or last:
-                metrics |= {f"holdout_{k}": v for k, v in measure(state).items()}
+                metrics |= measure(state)
             writer.write(number, metrics)
             if number % every.checkpoint_every_steps == 0 or last:
                 writer.flush()  # refuses a loss that is not finite before it is saved

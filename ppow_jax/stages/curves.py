@@ -1,0 +1,78 @@
+"""Acceptance while training goes on: greedy and sampled, on held-out texts and on as many training texts.
+
+Rewards of rollouts rise on the anchors and texts that training chose; whether decoding gains is read here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ppow_jax import partition, teacher
+from ppow_jax.data import texts
+from ppow_jax.decode.simulate import expected_accepted, simulate
+from ppow_jax.experiment import Experiment
+from ppow_jax.models.drafter import weights_of
+from ppow_jax.stages import training
+from ppow_jax.stages.training import Batch, State
+
+_ANCHORS = 16  # a text, evenly spread
+
+
+class _Sample(NamedTuple):
+    """Texts to measure on: taps `[B, T, C]`, tokens `[B, T]`, the first response's span [start, end) of
+    each, and anchors `[B, A]` with `real` where they are not padding."""
+
+    taps: jax.Array
+    tokens: jax.Array
+    start: np.ndarray
+    end: np.ndarray
+    anchors: np.ndarray
+    real: np.ndarray
+
+
+def acceptance(experiment: Experiment, corpus: training.Corpus) -> training.Measure:
+    """Measures a drafter; the window is ppow's.
+
+    Returns:
+      A function of the state: for `holdout` and `train`, `_tau` (greedy chain, by exact simulation) and
+      `_sampled` (mean accepted length of windows sampled at temperature 1, in expectation). It measures
+      nothing if there are no held-out texts, or if they were not written at temperature 0.
+    """
+    if not len(corpus.held) or experiment.settings.respond.temperature > 0:
+        return lambda state: {}
+    count = min(len(corpus.held), len(corpus.train))
+    spread = range(0, count * (len(corpus.train) // count), len(corpus.train) // count)
+    samples = {
+        "holdout": _sample(experiment, [corpus.held[i] for i in range(len(corpus.held))]),
+        "train": _sample(experiment, [corpus.train[i] for i in spread]),
+    }
+    drafter, K = training.drafter_of(experiment), experiment.settings.ppow.window
+
+    def measure(state: State) -> dict[str, float]:
+        weights = weights_of(state["params"], experiment.target_params, state["vocab"])
+        metrics = {}
+        for name, s in samples.items():
+            emitted = np.asarray(simulate(drafter, weights, s.taps, s.tokens, s.start, s.end, K).emitted)
+            metrics[f"{name}_tau"] = float(emitted.sum() / max(1, (emitted > 0).sum()))
+            length = np.asarray(expected_accepted(drafter, weights, s.taps, s.tokens, s.end, s.anchors, K))
+            metrics[f"{name}_sampled"] = float(length[s.real].mean())
+        return metrics
+
+    return measure
+
+
+def _sample(experiment: Experiment, items: Sequence[Mapping[str, Any]]) -> _Sample:
+    batch: Batch = partition.shard_batch(
+        {k: np.stack([item[k] for item in items]) for k in items[0]}, experiment.mesh
+    )
+    lesson = jax.jit(teacher.lesson_of, static_argnums=0)
+    taps = lesson(experiment.target, experiment.target_params, batch).taps
+    spans = [texts.first_span(item["assistant"]) for item in items]
+    start, end = (np.asarray(x, np.int32) for x in zip(*spans, strict=True))
+    # the first anchor is the one whose first drafted token is the response's second
+    steps = (np.arange(_ANCHORS) * np.maximum(end - start - 1, 1)[:, None]) // _ANCHORS
+    anchors = (start - 1)[:, None] + steps
+    real = (np.diff(anchors, prepend=-1, axis=1) > 0) & (anchors + 2 < end[:, None])
+    return _Sample(taps, batch["tokens"], start, end, anchors.astype(np.int32), real)
