@@ -102,7 +102,7 @@ def get_config():
 
     c.log = ConfigDict()
     c.log.every_steps = 20
-    c.log.holdout_every_steps = 200
+    c.log.curve_points = 6  # times that a stage measures acceptance, evenly spread; the last is its end
     c.log.checkpoint_every_steps = 100
     c.log.keep_checkpoints = 2
     c.log.tensorboard = False

@@ -25,5 +25,5 @@ def get_config():
     c.evaluate.prompts = ",".join(f"{kind}=builtin:{kind}/eval[:16]" for kind in KINDS)
     c.evaluate.max_new_tokens = 64
     c.evaluate.decode_prompts = 6
-    c.log.holdout_every_steps = 100
+    c.log.curve_points = 3
     return c

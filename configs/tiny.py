@@ -43,6 +43,5 @@ def get_config():
     c.evaluate.batch_size = 16
     c.evaluate.window = 4
     c.evaluate.decode_prompts = 4
-    c.log.holdout_every_steps = 50
     c.log.checkpoint_every_steps = 25
     return c

@@ -145,10 +145,10 @@ class ExportSettings:
 
 @dataclasses.dataclass(frozen=True)
 class LogSettings:
-    """How often to log, measure the held-out texts and save, in steps; how many saves to keep."""
+    """How often to log and save, in steps; how often a stage measures acceptance; how many saves to keep."""
 
     every_steps: int
-    holdout_every_steps: int
+    curve_points: int
     checkpoint_every_steps: int
     keep_checkpoints: int
     tensorboard: bool
@@ -269,7 +269,7 @@ def _check(s: Settings) -> None:
 
 _POSITIVE = {
     "steps", "batch_size", "anchors", "window", "length", "vocab_size", "max_new_tokens",
-    "updates", "rescore_every", "every_steps", "holdout_every_steps", "checkpoint_every_steps",
+    "updates", "rescore_every", "every_steps", "curve_points", "checkpoint_every_steps",
     "keep_checkpoints", "decode_window", "decode_prompts",
 }  # fmt: skip
 

@@ -63,7 +63,7 @@ def config(directory: pathlib.Path, **changes: Any) -> ConfigDict:
         evaluate__window=3,
         evaluate__decode_window=2,
         evaluate__decode_prompts=2,
-        log__holdout_every_steps=10,
+        log__curve_points=3,
         log__checkpoint_every_steps=10,
     )
     for key, value in (small | changes).items():

@@ -66,7 +66,7 @@ def test_curves_are_measured_on_held_out_and_on_training_texts(tmp_path):
     runs.run(workdir, stages=("respond", "supervise"), supervise__steps=20)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     measured = [r for r in rows if "holdout_tau" in r]
-    assert [r["step"] for r in measured] == [10, 20]
+    assert [r["step"] for r in measured] == [7, 14, 20]
     run = runs.build(workdir, stages=("respond", "supervise"), supervise__steps=20)
     corpus = training.corpus(run)
     state, _ = training.load_drafter(run, "supervise")

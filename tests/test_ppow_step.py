@@ -1,27 +1,20 @@
-"""One PPOW step, phase by phase, against laws that are known and sums done another way."""
+"""One PPOW step, phase by phase, on the random target: against sums done another way."""
 
 import dataclasses
-import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import reference
 import small
+from phases import GAMMA, KEY, NEVER, batch_of, gradient, norm, run
 
 from ppow_jax import teacher, verification
-from ppow_jax.models.target import head_matrix
-from ppow_jax.rollout import make_rollout
 from ppow_jax.stages import ppow
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-KEY = jax.random.key(0)
-GAMMA = 0.12
-NEVER = (-1,)
 T, SHORT = 20, 6  # positions; the length of the last row
 
 
@@ -32,50 +25,6 @@ def text(tiny) -> dict[str, np.ndarray]:
     decoding = small.DecodeConfig(T - 2, 0, 0.0, NEVER)
     out = small.generate(tiny, prompts.tolist(), decoding, padded=2)
     return batch_of(np.concatenate([prompts, out.tokens], 1), [T, T - 4, SHORT])
-
-
-def batch_of(tokens: np.ndarray, lengths: list[int]) -> dict[str, np.ndarray]:
-    inside = np.arange(tokens.shape[1]) < np.array(lengths)[:, None]
-    assistant = inside & (np.arange(tokens.shape[1]) >= 2)
-    index = np.arange(len(tokens), dtype=np.int32)
-    return {"index": index, "tokens": np.where(inside, tokens, 0).astype(np.int32), "assistant": assistant}
-
-
-@functools.cache
-def phases(target, drafter, settings, stops=NEVER):
-    """The jitted pick, roll and verify."""
-    return (
-        ppow.make_pick(target, drafter, settings),
-        make_rollout(target, drafter, settings),
-        verification.make_verify(target, settings, GAMMA, stops),
-    )
-
-
-def run(pair, drafter, params, vocab, settings, batch, key=KEY, stops=NEVER):
-    """(rollout, verdict) of a step."""
-    pick, roll, verify = phases(pair.target, drafter, settings, stops)
-    keys = jax.random.split(key, 3)
-    _, *picked = pick({"params": params, "vocab": vocab}, pair.params, batch, 1, keys[0])
-    rollout = roll(params, vocab, pair.params, batch, *picked, keys[1])
-    return rollout, verify(pair.params, batch, rollout, keys[2])
-
-
-@functools.partial(jax.jit, static_argnames=("target", "drafter", "settings"))
-def differentiate(target, drafter, settings, target_params, weights, batch, rollout, verdict):
-    lesson = teacher.lesson_of(target, target_params, batch)
-    head = head_matrix(target.config, target_params)[:, weights.vocab]
-    args = (drafter, settings, target_params, weights.vocab, head, lesson, batch)
-    loss = functools.partial(ppow.ppow_loss, *args)
-    return jax.value_and_grad(loss, has_aux=True)(weights.params, rollout, verdict)
-
-
-def gradient(pair, drafter, weights, settings, batch, rollout, verdict):
-    """((loss, metrics), gradient) of the update's objective."""
-    return differentiate(pair.target, drafter, settings, pair.params, weights, batch, rollout, verdict)
-
-
-def norm(tree) -> float:
-    return float(optax.global_norm(tree))
 
 
 SETTINGS = small.ppow_settings(
@@ -260,143 +209,3 @@ def test_padding_anchors_have_no_say(tiny, text, step, temperature):
     )
     for name in first:
         np.testing.assert_allclose(first[name], second[name], atol=1e-6, err_msg=name)
-
-
-# The Markov chain from here on: laws are known.
-
-
-def few_letters(chain) -> np.ndarray:
-    """Five letters, each the likeliest after the one before."""
-    found = [9]
-    while len(found) < 5:
-        found.append(int(chain.law[found[-1]].argmax()))
-    return np.sort(found).astype(np.int32)
-
-
-def greedy_text(chain, rows: int) -> dict[str, np.ndarray]:
-    tokens = np.zeros((rows, T), np.int32)
-    tokens[:, 0] = 4 + np.arange(rows)
-    for at in range(1, T):
-        tokens[:, at] = chain.law.argmax(-1)[tokens[:, at - 1]]
-    return batch_of(tokens, [T] * (rows - 1) + [T - 5])
-
-
-LETTERS = np.arange(4, small.markov.SIZE, dtype=np.int32)
-
-
-def test_greedy_acceptance_is_that_of_a_loop_over_texts(chain):
-    batch = greedy_text(chain, 3)
-    drafter, weights = chain.drafter(chain.law[:, LETTERS], LETTERS)
-    settings = small.ppow_settings(group=16, anchors=14, window=4, proximity_weight=0.0)
-    rollout, verdict = run(chain, drafter, weights.params, weights.vocab, settings, batch)
-    assert (~np.asarray(rollout.real)).any()
-    want = np.zeros(verdict.accepted.shape, int)
-    for b, a, g in np.ndindex(want.shape):
-        t = int(rollout.anchors[b, a]) + 2
-        for j, token in enumerate(np.asarray(rollout.tokens[b, a, g])):
-            end = T - (5 if b == 2 else 0)
-            if not rollout.real[b, a] or t + j >= end or batch["tokens"][b, t + j] != token:
-                break
-            want[b, a, g] += 1
-    assert set(want.ravel()) == {0, 1, 2, 3, 4}
-    assert (np.asarray(verdict.accepted) == want).all()
-
-
-@pytest.mark.parametrize(
-    ("temperature", "rollout_temperature", "stop"), [(1.0, 1.0, False), (0.6, 1.4, True)]
-)
-def test_sampled_acceptance_is_that_of_enumerating_every_window(
-    chain, temperature, rollout_temperature, stop
-):
-    """Five letters, three steps: 125 windows, each with its probability and its chances."""
-    vocab, K, group = few_letters(chain), 3, 256
-    rng = np.random.default_rng(1)
-    near = chain.law[:, vocab] / chain.law[:, vocab].sum(-1, keepdims=True)
-    law = 0.5 * near + 0.5 * rng.dirichlet(np.ones(5), size=small.markov.SIZE)
-    drafter, weights = chain.drafter(law, vocab)
-    stops = (int(vocab[2]),) if stop else NEVER
-    settings = small.ppow_settings(
-        group=group, temperature=temperature, rollout_temperature=rollout_temperature
-    )
-    batch = greedy_text(chain, 4)
-    rollout, verdict = run(chain, drafter, weights.params, weights.vocab, settings, batch, stops=stops)
-    q = law ** (1 / rollout_temperature)
-    q /= q.sum(-1, keepdims=True)
-    p = chain.law ** (1 / temperature)
-    p = (p / p.sum(-1, keepdims=True))[:, vocab]
-    for b, a in np.ndindex(rollout.anchors.shape):
-        want = np.zeros(K + 1)
-        for window in itertools.product(range(5), repeat=K):
-            chance, alive, token = 1.0, True, int(batch["tokens"][b, rollout.anchors[b, a] + 1])
-            going = np.zeros(K)  # P(token j kept | those before kept)
-            for j, i in enumerate(window):
-                chance *= q[token, i]
-                going[j] = min(1, p[token, i] / q[token, i]) if alive else 0.0
-                token = int(vocab[i])
-                alive = alive and token not in stops
-            reach = np.cumprod(np.concatenate([[1.0], going]))
-            want += chance * (reach - np.append(reach[1:], 0.0))
-        assert want.sum() == pytest.approx(1)
-        seen = np.bincount(np.asarray(verdict.accepted[b, a]), minlength=K + 1) / group
-        assert (np.abs(seen - want) <= 5 * np.sqrt(want * (1 - want) / group) + 1e-6).all(), (b, a)
-
-
-def test_a_group_without_spread_gives_no_policy_gradient(chain):
-    """A drafter that is sure draws the same window every time; one that is not learns."""
-    settings = small.ppow_settings(group=8, kl_weight=0.0)
-    batch = greedy_text(chain, 3)
-    sure = np.full((small.markov.SIZE, len(LETTERS)), 1e-9)
-    sure[:, 3] = 1.0
-    norms, shares = [], []
-    for law in (sure, chain.law[:, LETTERS]):
-        drafter, weights = chain.drafter(law, LETTERS)
-        rollout, verdict = run(chain, drafter, weights.params, weights.vocab, settings, batch)
-        _, grads = gradient(chain, drafter, weights, settings, batch, rollout, verdict)
-        norms.append(norm(grads))
-        shares.append(float(ppow.reward_metrics(rollout, verdict)["share_without_spread"]))
-    assert norms[0] == 0
-    assert norms[1] > 0.01
-    assert shares[0] == 1
-    assert shares[1] < 1
-
-
-def test_the_kl_of_a_drafter_that_is_the_target_is_zero_and_flat(chain):
-    settings = small.ppow_settings(kl_weight=1.0, temperature=1.0)
-    batch = greedy_text(chain, 3)
-    flat = np.full((small.markov.SIZE, len(LETTERS)), 1 / len(LETTERS))
-    found = []
-    for law in (chain.law[:, LETTERS], flat):
-        drafter, weights = chain.drafter(law, LETTERS)
-        rollout, verdict = run(chain, drafter, weights.params, weights.vocab, settings, batch)
-        quiet = verdict._replace(advantage=jnp.zeros_like(verdict.advantage))
-        (_, metrics), grads = gradient(chain, drafter, weights, settings, batch, rollout, quiet)
-        found.append((float(metrics["kl"]), norm(grads["head"])))
-    assert found[0][0] < 1e-4
-    assert found[0][1] < 1e-3
-    assert found[1][0] > 0.5
-    assert found[1][1] > 0.1
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_reinforcement_alone_finds_what_the_target_accepts(chain, temperature):
-    """A bandit: the drafter knows nothing, each window is one pull, the reward the only guide."""
-    settings = small.ppow_settings(
-        temperature=temperature, window=1, group=8, anchors=8, kl_weight=0.0, proximity_weight=0.0, updates=2
-    )
-    vocab = few_letters(chain)
-    drafter, weights = chain.drafter(np.full((small.markov.SIZE, 5), 0.2), vocab)
-    batch = greedy_text(chain, 8)
-    batch["assistant"] &= np.isin(batch["tokens"], vocab)  # only where it can be right
-    others = {name: name != "head" for name in weights.params}
-    optimizer = optax.chain(optax.adam(0.05), optax.masked(optax.set_to_zero(), others))  # a table of laws
-    learner = {"params": jax.tree.map(jnp.copy, weights.params), "opt_state": optimizer.init(weights.params)}
-    update = ppow.make_update(chain.target, drafter, optimizer, settings)
-    accepted = []
-    for number in range(25):
-        key = jax.random.fold_in(KEY, number)
-        rollout, verdict = run(chain, drafter, learner["params"], weights.vocab, settings, batch, key)
-        learner, metrics = update(learner, weights.vocab, chain.params, batch, rollout, verdict)
-        accepted.append(float(metrics["accepted"]))
-    assert accepted[0] < 0.35
-    best = 1.0 if temperature == 0 else 0.75  # about what the target's law gives the likeliest letter
-    assert np.mean(accepted[-5:]) > best - 0.1, accepted

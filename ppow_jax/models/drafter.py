@@ -150,10 +150,24 @@ def init_params(
     vocab_N: jax.Array,
     key: jax.Array,
 ) -> dict:
-    """Fresh float32 parameters; the head and its norm start from the target's rows for `vocab`."""
+    """Fresh float32 parameters that begin as a piece of the target.
+
+    The fused feature is the highest tap, the decoder layer is the target's last one (it reads the feature;
+    what it makes of the embedding is random), norm and head are the target's, the head on `vocab`'s rows:
+    see docs/experiments.md for what that wins. The MLP stays random if it is not as wide as the target's.
+    """
     params = _init(config, key)
-    head = head_matrix(target, target_params)[:, vocab_N]
-    params["head"]["kernel"] = head.astype(jnp.float32)
+    last, D = target_params[f"layers_{target.layers - 1}"], config.width
+    kernel = params["fuse"]["kernel"]
+    params["fuse"]["kernel"] = jnp.zeros_like(kernel).at[-D:].set(jnp.eye(D))
+    for name in ("query", "key", "value"):
+        fresh = params["attention"][name]["kernel"]  # [2 D, ...]: embedding first, then feature
+        params["attention"][name]["kernel"] = fresh.at[D:].set(last["attention"][name]["kernel"])
+    params["attention"]["out"] = last["attention"]["out"]
+    params["hidden_norm"] = last["attention_norm"]
+    params["norm"] = target_params["norm"]
+    if config.mlp_hidden == target.mlp_hidden:
+        params["mlp"], params["mlp_norm"] = last["mlp"], last["mlp_norm"]
+    params["head"]["kernel"] = head_matrix(target, target_params)[:, vocab_N]
     # A copy even where the dtype is the same: training donates the drafter's buffers.
-    params["norm"]["scale"] = jnp.array(target_params["norm"]["scale"], jnp.float32)
-    return params
+    return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)

@@ -162,7 +162,7 @@ def train(
       batch_size: texts a step.
       order: names the random order of the texts; stages with the same name see the same texts.
       step: step number (1-based), state, batch -> state, metrics.
-      measure: acceptance metrics (see `curves`), every `log.holdout_every_steps` and at the end.
+      measure: acceptance metrics (see `curves`), `log.curve_points` times.
 
     Raises:
       UserError: a loss that is not finite; the newest checkpoint is then from before it.
@@ -190,7 +190,7 @@ def train(
             state, metrics = step(number, state, batch)
             metrics = dict(metrics) | {"seconds_waiting_for_data": round(waited, 4)}
             last = number == steps
-            if number % every.holdout_every_steps == 0 or last:
+            if number * every.curve_points // steps > (number - 1) * every.curve_points // steps:
                 metrics |= measure(state)
             writer.write(number, metrics)
             if number % every.checkpoint_every_steps == 0 or last:
