@@ -84,6 +84,15 @@ def cli() -> None:
     except UserError as e:
         print(f"ppow_jax: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(_USAGE if isinstance(e, ConfigError) else 1)
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        print(
+            f"ppow_jax: {str(e).splitlines()[0]}; lower the stage's batch_size or data.length, or leave out "
+            "very long prompts; what is finished is kept",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 if __name__ == "__main__":

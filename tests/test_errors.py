@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
@@ -128,6 +130,27 @@ def test_exit_status_by_kind_of_error(monkeypatch, capsys, error, status):
         main.cli()
     assert caught.value.code == status
     assert capsys.readouterr().err == "ppow_jax: several lines, one error\n"
+
+
+def test_out_of_memory_names_the_remedy_and_other_failures_are_not_hidden(monkeypatch, capsys):
+    def fail(*_, **__):
+        jnp.zeros((1 << 45,)).block_until_ready()
+
+    monkeypatch.setattr(main.app, "run", fail)
+    monkeypatch.setattr(sys, "argv", ["ppow_jax"])
+    with pytest.raises(SystemExit) as caught:
+        main.cli()
+    assert caught.value.code == 1
+    line = capsys.readouterr().err
+    assert line.startswith("ppow_jax: RESOURCE_EXHAUSTED") and "lower the stage's batch_size" in line
+    assert line.count("\n") == 1
+
+    def break_(*_, **__):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(main.app, "run", break_)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        main.cli()
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def test_batches_are_cut_by_turns_and_length(experiment):
         Prompt("b", "", ("ab",)),
         Prompt("a", "", ("ba",)),
     ]
-    batches = list(respond._batches(experiment, prompts, 8, 2))
+    batches = respond._batches(prompts, respond._lengths(experiment, prompts, 8), 2)
     assert [[p.id for p in batch] for batch in batches] == [["a", "b"], ["long", "two"]]
 
 
@@ -184,6 +184,16 @@ def test_a_prompt_longer_than_the_context_is_refused_before_any_is_answered(tmp_
     with pytest.raises(UserError, match="prompt 'giant' has 502 tokens; with 16 new ones that is more than"):
         sampled(tmp_path / "w", respond__prompts=f"p={path}", respond__batch_size=1)
     assert not (tmp_path / "w" / "responses").exists()
+
+
+def test_a_prompt_that_leaves_no_room_in_a_training_text_is_left_out(tmp_path, caplog):
+    rows = [{"id": i, "turns": ["b" * n]} for i, n in (("fits", 28), ("long", 29), ("short", 1))]
+    path = runs.write_jsonl(tmp_path / "p.jsonl", rows)
+    with caplog.at_level("INFO", logger="ppow_jax"):
+        sampled(tmp_path / "w", respond__prompts=f"p={path}", data__length=32)
+    written = records.Records(tmp_path / "w" / "responses")
+    assert sorted(written[i]["id"] for i in range(len(written))) == ["fits", "short"]  # 28 + 2 and BOS, EOS
+    assert "1 prompts of more than 30 tokens left out: config.data.length" in caplog.text
 
 
 def test_padding_repeats_the_shortest_prompt():

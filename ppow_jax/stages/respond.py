@@ -6,7 +6,6 @@ the batch in flight and repeats exactly that batch.
 
 import pathlib
 import time
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -53,6 +52,7 @@ def run(experiment: Experiment) -> None:
         settings.max_new_tokens,
         settings.temperature,
         settings.batch_size,
+        longest=experiment.settings.data.length - 2,  # a text without two written tokens teaches nothing
     )
 
 
@@ -64,13 +64,22 @@ def write(
     temperature: float,
     batch_size: int,
     label: str = "respond",
+    longest: int | None = None,
 ) -> None:
     """Answers prompts, one shard a batch; batches that are there already are left alone.
+
+    Prompts of more than `longest` tokens are left out. They would also set the size of a whole batch:
+    reading 64 prompts of 4,400 tokens takes 45 GB of attention scores.
 
     Raises:
       UserError: a prompt that does not fit into the target's context.
     """
-    batches = list(_batches(experiment, prompts, max_new_tokens, batch_size))
+    lengths = _lengths(experiment, prompts, max_new_tokens)
+    fitting = [p for p in prompts if longest is None or lengths[p.id] <= longest]
+    if len(fitting) < len(prompts):
+        log.info("%s: %d prompts of more than %d tokens left out: config.data.length", label,
+                 len(prompts) - len(fitting), longest)  # fmt: skip
+    batches = _batches(fitting, lengths, batch_size)
     done = set(records.shards(directory))
     todo = [(i, batch) for i, batch in enumerate(batches) if f"write-{i:05}" not in done]
     began, tokens = time.monotonic(), 0
@@ -92,22 +101,23 @@ def write(
         )
 
 
-def _batches(
-    experiment: Experiment, prompts: list[Prompt], max_new_tokens: int, batch_size: int
-) -> Iterator[list[Prompt]]:
-    """Prompts in batches of like length (and like number of turns), to pad and to wait little."""
-    lengths = {}
+def _lengths(experiment: Experiment, prompts: list[Prompt], max_new_tokens: int) -> dict[str, int]:
+    """Tokens of every prompt's first turn, by id."""
     context = experiment.target.config.context
-    for prompt in prompts:
-        lengths[prompt.id] = len(experiment.tokenizer.first_turn(prompt.turns[0]))
-        if lengths[prompt.id] + max_new_tokens > context:
+    lengths = {p.id: len(experiment.tokenizer.first_turn(p.turns[0])) for p in prompts}
+    for name, length in lengths.items():
+        if length + max_new_tokens > context:
             raise UserError(
-                f"prompt {prompt.id!r} has {lengths[prompt.id]} tokens; with {max_new_tokens} new "
-                f"ones that is more than the target's context of {context}: shorten or drop it"
+                f"prompt {name!r} has {length} tokens; with {max_new_tokens} new ones that is more "
+                f"than the target's context of {context}: shorten or drop it"
             )
+    return lengths
+
+
+def _batches(prompts: list[Prompt], lengths: dict[str, int], batch_size: int) -> list[list[Prompt]]:
+    """Prompts in batches of like length (and like number of turns), to pad and to wait little."""
     ordered = sorted(prompts, key=lambda p: (len(p.turns), lengths[p.id], p.id))
-    for i in range(0, len(ordered), batch_size):
-        yield ordered[i : i + batch_size]
+    return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
 
 
 def converse(
