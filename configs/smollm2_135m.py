@@ -19,6 +19,6 @@ def get_config():
     c.supervise.anchors = 24
     c.cst.anchors = 24
     c.ppow.anchors = 8
-    c.ppow.steps = 200
+    c.ppow.steps = 120
     c.ppow.gamma = "measured"
     return c
