@@ -76,7 +76,8 @@ def get_config():
     c.ppow.gamma = "0.12"
     c.ppow.speedup_weight = 1.0  # of k / (k gamma + 1)
     # eta, epsilon, beta, the clip range and the learning rate are not published. beta and the learning
-    # rate (of cst too) come from the sweep in docs/experiments.md; at that rate the clip stops nothing.
+    # rate (of cst too) come from the sweep in docs/experiments.md; at that rate a clip of 0.2 stops
+    # nothing. eta and epsilon have not been swept.
     c.ppow.proximity_weight = 0.1  # eta; 0 switches the term off
     c.ppow.proximity_epsilon = 20.0  # nats over the whole window
     c.ppow.kl_weight = 5.0  # beta of the KL to the target
