@@ -50,6 +50,8 @@ def get_config():
     c.drafter = ConfigDict()
     c.drafter.vocab_size = 8192  # draft vocabulary: the most frequent tokens of the responses
     c.drafter.mlp_hidden = 0  # 0: as wide as the target's
+    # 0: as many as the target's; else a multiple of those that divides the target's query heads.
+    c.drafter.kv_heads = 0
     c.drafter.dtype = "float32"  # of the computation; parameters are float32
 
     c.supervise = ConfigDict()

@@ -26,6 +26,7 @@ from configs import smollm2_135m
 from ppow_jax import console, experiment, settings, teacher
 from ppow_jax.data import builtin
 from ppow_jax.decode import cost
+from ppow_jax.decode.batch import decode_batch
 from ppow_jax.decode.loop import DecodeConfig, decode
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
@@ -146,11 +147,11 @@ def batch_writing(run: Experiment, machine: Machine) -> None:
     prompt_BxP, length_B = respond.pad(rows, size)
     keys_B = jax.random.split(jax.random.key(0), size)
     stops = run.tokenizer.stop_ids
-    config = DecodeConfig(tokens, 0, 0.0, stops, respond.growth(tokens))
-    call = functools.partial(decode, run.target, run.target_params, prompt_BxP, length_B, keys_B, config)
-    out = jax.block_until_ready(call())  # compilation
+    config = DecodeConfig(tokens, 0, 0.0, stops)
+    inputs = (run.target, run.target_params, prompt_BxP, length_B, keys_B, config, run.mesh)
+    out = decode_batch(*inputs)  # compilation
     began = time.perf_counter()
-    jax.block_until_ready(call())
+    decode_batch(*inputs)
     seconds = time.perf_counter() - began
     written = int(out.count.sum())
     done = 2.0 * ((int(length_B.sum()) + written) * work.layers + written * work.head)

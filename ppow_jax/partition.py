@@ -87,10 +87,14 @@ def hold(tree: Any, mesh: Mesh | None) -> Any:
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
 
 
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many parts rows are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     """Rows split over data and fsdp if they divide evenly, else replicated."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    return NamedSharding(mesh, PartitionSpec(BATCH) if rows % ways == 0 else PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec(BATCH) if rows % batch_ways(mesh) == 0 else PartitionSpec())
 
 
 def shard_batch(tree: Any, mesh: Mesh) -> Any:

@@ -55,10 +55,11 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DrafterSettings:
-    """Draft vocabulary size, MLP width (0: the target's) and compute dtype."""
+    """Draft vocabulary size, MLP width and key/value heads (0: the target's) and compute dtype."""
 
     vocab_size: int
     mlp_hidden: int
+    kv_heads: int
     dtype: str
 
 

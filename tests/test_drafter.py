@@ -3,18 +3,25 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import small
 
 from ppow_jax import windows
+from ppow_jax.errors import ConfigError
 from ppow_jax.models import drafter as drafters
 from ppow_jax.models.drafter import Drafter, DrafterWeights
 
 VOCAB = jnp.asarray(small.DRAFT_VOCAB)
 
 
-def test_blind_to_the_embedding_a_fresh_drafter_is_the_targets_last_layer(tiny):
-    """Its highest tap is here the last layer's input: from an anchor it says what the target says there."""
-    shape = drafters.drafter_config(small.TINY, len(VOCAB), 0, "float32")
+@pytest.mark.parametrize("kv_heads", [0, 4])
+def test_blind_to_the_embedding_a_fresh_drafter_is_the_targets_last_layer(tiny, kv_heads):
+    """Its highest tap is here the last layer's input: from an anchor it says what the target says there.
+
+    With more key/value heads than the target's two, too: they begin as copies.
+    """
+    shape = drafters.drafter_config(small.TINY, len(VOCAB), 0, "float32", kv_heads)
+    assert (small.TINY.kv_heads, shape.kv_heads) == (2, kv_heads or 2)
     params = drafters.init_params(shape, small.TINY, tiny.params, VOCAB, jax.random.key(0))
     for name in ("query", "key", "value"):
         kernel = params["attention"][name]["kernel"]
@@ -40,3 +47,10 @@ def test_an_mlp_of_another_width_starts_at_random_and_nothing_is_shared_with_the
     donate = jax.jit(lambda p: jax.tree.map(lambda x: x + 1, p), donate_argnums=0)
     donate(params)
     jax.block_until_ready(jax.tree.map(lambda x: x + 0, tiny.params))  # would raise if it had been deleted
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3, 8])
+def test_key_value_heads_that_do_not_fit_the_target_are_refused(kv_heads):
+    expected = f"kv_heads: found {kv_heads}, expected 0 or a multiple of 2 that divides 4"
+    with pytest.raises(ConfigError, match=expected):
+        drafters.drafter_config(small.TINY, len(VOCAB), 0, "float32", kv_heads)

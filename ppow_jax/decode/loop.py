@@ -33,15 +33,12 @@ class DecodeConfig:
       window: K, drafted tokens a round; 0 decodes autoregressively.
       temperature: 0 is greedy; above 0 samples, and needs window 0.
       stop_ids: ids that end a text.
-      growth: in how many steps the cache grows to its full length. A large batch is bound by reading its
-        cache, so it should not read slots that nothing has been written to; each step is compiled.
     """
 
     max_new_tokens: int
     window: int
     temperature: float
     stop_ids: tuple[int, ...]
-    growth: int = 1
 
     def __post_init__(self) -> None:
         if self.window and self.temperature:
@@ -94,7 +91,7 @@ def _put(rows_BxL: jax.Array, values_BxJ: jax.Array, at_B: jax.Array) -> jax.Arr
     return jax.vmap(lambda r, v, i: jax.lax.dynamic_update_slice(r, v, (i,)))(rows_BxL, values_BxJ, at_B)
 
 
-def _prefill(
+def prefill(
     target: Target,
     params: dict,
     drafter: Drafter | None,
@@ -142,7 +139,7 @@ def _anchor(read: Prefix, offset_B: jax.Array, index_B: jax.Array, token_B: jax.
     return Start(hidden, token_B[:, None], (offset_B + index_B)[:, None])
 
 
-def _round(
+def next_round(
     target: Target,
     params: dict,
     drafter: Drafter | None,
@@ -189,7 +186,8 @@ def _round(
     )
 
 
-def _grow(state: State, slots: int) -> State:
+def grow(state: State, slots: int) -> State:
+    """The state with caches of `slots` slots."""
     prefix = None if state.prefix is None else kv_cache.grow((state.prefix,), slots)[0]
     return state._replace(cache=kv_cache.grow(state.cache, slots), prefix=prefix)
 
@@ -220,14 +218,11 @@ def decode(
     Returns:
       `Decoded`. At temperature 0 the texts do not depend on the drafter.
     """
-    body = functools.partial(_round, target, params, drafter, weights, config=config)
-    state = _prefill(target, params, drafter, weights, prompt_BxP, length_B, keys_B, config)
-    P, L = prompt_BxP.shape[1], config.max_new_tokens
-    for step in range(1, config.growth + 1):
-        limit = -(-L * step // config.growth)  # tokens emitted by then
-        state = _grow(state, P + limit + config.window + 1)
-        more = lambda s, limit=limit: (~s.done & (s.count < limit)).any()  # noqa: E731
-        state = jax.lax.while_loop(more, body, state)
+    body = functools.partial(next_round, target, params, drafter, weights, config=config)
+    state = prefill(target, params, drafter, weights, prompt_BxP, length_B, keys_B, config)
+    L = config.max_new_tokens
+    state = grow(state, prompt_BxP.shape[1] + L + config.window + 1)
+    state = jax.lax.while_loop(lambda s: ~s.done.all(), body, state)
     tokens = jnp.where(jnp.arange(L) < state.count[:, None], state.tokens[:, :L], 0)
     end = jnp.take_along_axis(tokens, state.count[:, None] - 1, 1)[:, 0]
     finished = jnp.isin(end, jnp.asarray(config.stop_ids))

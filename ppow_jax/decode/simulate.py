@@ -1,7 +1,8 @@
 """Decoding simulated on text that the target wrote greedily: exact, and without the target.
 
-Walk the text: draft from the anchor, compare with the text, jump. The rounds are those of
-`decode.loop` with the same drafter.
+Walk the text: draft from the anchor, compare with the text, jump. A window is accepted as far as it repeats
+the text, so it need not be drafted beyond its first mistake, and no row waits for another: one drafter step
+for every token. The rounds are those of `decode.loop` with the same drafter.
 """
 
 import functools
@@ -10,9 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppow_jax.decode.verify import accepted_prefix
+from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.drafter import Drafter, DrafterWeights
-from ppow_jax.windows import greedy, text_prefix, text_starts, window_pass
+from ppow_jax.models.layers import KeyValues
+from ppow_jax.windows import text_prefix, text_starts, window_pass
 
 
 class Rounds(NamedTuple):
@@ -27,6 +29,17 @@ class Rounds(NamedTuple):
     emitted: jax.Array
     accepted: jax.Array
     offered: jax.Array
+
+
+class _Walk(NamedTuple):
+    """Where each row stands in its text."""
+
+    anchor: jax.Array  # [B]
+    step: jax.Array  # [B], of the window
+    round: jax.Array  # [B]
+    hidden: jax.Array  # [B, D], the drafter's own, from the step before
+    context: KeyValues  # of T + window slots
+    rounds: Rounds
 
 
 @functools.partial(jax.jit, static_argnames=("drafter", "window"))
@@ -51,33 +64,47 @@ def simulate(
       window: K.
     """
     B, T = tokens_BxT.shape
+    rows = jnp.arange(B)
     prefix = text_prefix(drafter, weights, taps_BxTxC, tokens_BxT)
-    padded = jnp.pad(tokens_BxT, ((0, 0), (0, window + 2)), constant_values=-1)
-    ahead = jnp.arange(2, window + 2)
+    apply = lambda *args, **kw: drafter.apply({"params": weights.params}, *args, **kw)  # noqa: E731
+    # Behind the text: the keys of the window's own tokens, step j's in slot T + j.
+    slots = jnp.arange(T + window)
+    (context,) = kv_cache.grow((prefix.keys_values,), T + window)
 
-    def walk(carry: tuple) -> tuple:
-        round_, anchor_B, rounds = carry
-        alive_B = anchor_B + 2 < end_B
-        at = jnp.minimum(anchor_B, T - 2)[:, None]
-        begin = text_starts(prefix, tokens_BxT, at)
-        choose = greedy(weights.vocab)
-        drafted = window_pass(drafter, weights, prefix.keys_values, begin, choose, window)[:, 0, 0]
-        position_BxK = anchor_B[:, None] + ahead
-        text_BxK = jnp.take_along_axis(padded, jnp.minimum(position_BxK, T + window + 1), 1)
-        inside_BxK = position_BxK < end_B[:, None]
-        accepted_B = accepted_prefix(inside_BxK & (drafted == text_BxK))
-        emitted_B = jnp.minimum(accepted_B + 1, end_B - anchor_B - 2)
-        rounds = Rounds(
-            rounds.emitted.at[:, round_].set(jnp.where(alive_B, emitted_B, 0)),
-            rounds.accepted.at[:, round_].set(jnp.where(alive_B, accepted_B, -1)),
-            rounds.offered.at[:, round_].set(jnp.where(alive_B, inside_BxK.sum(1), 0)),
+    def walk(w: _Walk) -> _Walk:
+        position_B = w.anchor + w.step
+        reads_B, says_B = position_B + 1, position_B + 2  # positions of the token fed in, of the one drafted
+        text = lambda at_B: tokens_BxT[rows, jnp.minimum(at_B, T - 1)]  # noqa: E731
+        hidden_BxD = jnp.where((w.step == 0)[:, None], prefix.hidden[rows, w.anchor], w.hidden)
+        one = (weights.embedding[text(reads_B)][:, None, None], hidden_BxD[:, None, None])
+        position_Bx1x1 = position_B[:, None, None]
+        new = apply(*one, position_Bx1x1, method=Drafter.keys_values)
+        (context,) = kv_cache.write((w.context,), kv_cache.as_prefix([new]), T + w.step)
+        own_BxS = (slots > T) & (slots <= T + w.step[:, None])  # the anchor's key is the text's
+        visible_BxS = (slots <= w.anchor[:, None]) | own_BxS
+        hidden = apply(*one, position_Bx1x1, context, visible_BxS[:, None], None)
+        drafted_B = weights.vocab[jnp.argmax(apply(hidden, method=Drafter.logits), -1)][:, 0, 0]
+
+        alive_B, left_B = says_B < end_B, end_B - w.anchor - 2
+        agrees_B = drafted_B == text(says_B)
+        over_B = ~agrees_B | (w.step + 1 == window) | (says_B + 1 == end_B)
+        accepted_B = w.step + agrees_B
+        emitted_B = jnp.minimum(accepted_B + 1, left_B)
+        found = Rounds(emitted_B, accepted_B, jnp.minimum(window, left_B))
+        at_B = jnp.where(alive_B & over_B, w.round, T)  # T: outside, dropped
+        return _Walk(
+            anchor=w.anchor + jnp.where(alive_B & over_B, emitted_B, 0),
+            step=jnp.where(over_B, 0, w.step + 1),
+            round=w.round + (alive_B & over_B),
+            hidden=hidden[:, 0, 0],
+            context=context,
+            rounds=jax.tree.map(lambda all_, new: all_.at[rows, at_B].set(new, mode="drop"), w.rounds, found),
         )
-        return round_ + 1, jnp.where(alive_B, anchor_B + emitted_B, anchor_B), rounds
 
-    zeros = jnp.zeros((B, T), jnp.int32)
-    carry = (jnp.int32(0), start_B - 1, Rounds(zeros, zeros - 1, zeros))
-    alive = lambda c: jnp.any(c[1] + 2 < end_B)  # noqa: E731
-    return jax.lax.while_loop(alive, walk, carry)[2]
+    zeros, zero_B = jnp.zeros((B, T), jnp.int32), jnp.zeros(B, jnp.int32)
+    blank = Rounds(zeros, zeros - 1, zeros)
+    start = _Walk(start_B - 1, zero_B, zero_B, prefix.hidden[:, 0], context, blank)
+    return jax.lax.while_loop(lambda w: jnp.any(w.anchor + 2 < end_B), walk, start).rounds
 
 
 @functools.partial(jax.jit, static_argnames=("drafter", "window"))

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ppow_jax.errors import ConfigError
 from ppow_jax.models.cache import as_prefix
 from ppow_jax.models.layers import Attention, GatedMLP, KeyValues, RMSNorm
 from ppow_jax.models.target import TargetConfig, head_matrix
@@ -116,14 +117,29 @@ class Drafter(nn.Module):
         return self.logits(self(hidden[:, :, :1], hidden[:, :, :1], positions, prefix, visible, own))
 
 
-def drafter_config(target: TargetConfig, vocab_size: int, mlp_hidden: int, dtype: str) -> DrafterConfig:
-    """The drafter's shape for a target; attention is shaped like the target's."""
+def drafter_config(
+    target: TargetConfig, vocab_size: int, mlp_hidden: int, dtype: str, kv_heads: int = 0
+) -> DrafterConfig:
+    """The drafter's shape for a target; what is 0 is as in the target's layers.
+
+    More key/value heads than the target's widen the one way by which a token's embedding enters a hidden
+    state, the values of attention.
+
+    Raises:
+      ConfigError: `kv_heads` does not fit between the target's key/value and query heads.
+    """
+    kv_heads = kv_heads or target.kv_heads
+    if kv_heads % target.kv_heads or target.heads % kv_heads:
+        raise ConfigError(
+            f"config.drafter.kv_heads: found {kv_heads}, expected 0 or a multiple of {target.kv_heads} "
+            f"that divides {target.heads} (the target's key/value and query heads)"
+        )
     return DrafterConfig(
         vocab_size=vocab_size,
         width=target.width,
         taps_width=target.width * len(target.taps),
         heads=target.heads,
-        kv_heads=target.kv_heads,
+        kv_heads=kv_heads,
         head_size=target.head_size,
         mlp_hidden=mlp_hidden or target.mlp_hidden,
         rope_theta=target.rope_theta,
@@ -162,7 +178,10 @@ def init_params(
     params["fuse"]["kernel"] = jnp.zeros_like(kernel).at[-D:].set(jnp.eye(D))
     for name in ("query", "key", "value"):
         fresh = params["attention"][name]["kernel"]  # [2 D, ...]: embedding first, then feature
-        params["attention"][name]["kernel"] = fresh.at[D:].set(last["attention"][name]["kernel"])
+        kernel = last["attention"][name]["kernel"]
+        if name != "query":
+            kernel = _repeat_heads(kernel, target.kv_heads, config.kv_heads)
+        params["attention"][name]["kernel"] = fresh.at[D:].set(kernel)
     params["attention"]["out"] = last["attention"]["out"]
     params["hidden_norm"] = last["attention_norm"]
     params["norm"] = target_params["norm"]
@@ -171,3 +190,9 @@ def init_params(
     params["head"]["kernel"] = head_matrix(target, target_params)[:, vocab_N]
     # A copy even where the dtype is the same: training donates the drafter's buffers.
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+
+
+def _repeat_heads(kernel_DxGE: jax.Array, heads: int, wanted: int) -> jax.Array:
+    """Key or value projection with each of its heads repeated: the same attention with more heads."""
+    by_head = kernel_DxGE.reshape(len(kernel_DxGE), heads, -1)
+    return jnp.repeat(by_head, wanted // heads, axis=1).reshape(len(kernel_DxGE), -1)

@@ -16,7 +16,8 @@ from ppow_jax.data import records
 from ppow_jax.data.builtin import Prompt
 from ppow_jax.data.conversations import Conversation, import_responses
 from ppow_jax.data.prompts import load
-from ppow_jax.decode.loop import DecodeConfig, decode
+from ppow_jax.decode.batch import decode_batch, rows_for
+from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.metrics import duration
@@ -130,7 +131,7 @@ def converse(
 ) -> list[Conversation]:
     """Holds the conversations turn by turn; one whose context is full ends early."""
     stops = experiment.tokenizer.stop_ids
-    config = DecodeConfig(max_new_tokens, 0, temperature, stops, growth(max_new_tokens))
+    config = DecodeConfig(max_new_tokens, 0, temperature, stops)
     conversations = [Conversation(p) for p in prompts]
     for turn in range(max(len(p.turns) for p in prompts)):
         active = [c for c in conversations if turn < len(c.prompt.turns)]
@@ -141,26 +142,22 @@ def converse(
         active = [c for c in active if c not in full]
         if not active:
             break
-        prompt_BxP, length_B = pad([c.tokens for c in active], batch_size)
-        keys_B = jax.random.split(jax.random.fold_in(key, turn), batch_size)
+        rows = rows_for(len(active), batch_size, experiment.mesh)
+        prompt_BxP, length_B = pad([c.tokens for c in active], rows)
+        keys_B = jax.random.split(jax.random.fold_in(key, turn), batch_size)[:rows]
         put = lambda x: partition.shard_batch(x, experiment.mesh)  # noqa: E731
-        out = decode(
+        out = decode_batch(
             experiment.target,
             experiment.target_params,
             put(prompt_BxP),
             put(length_B),
             put(keys_B),
             config,
+            experiment.mesh,
         )
-        tokens_BxL, count_B = np.asarray(out.tokens), np.asarray(out.count)
         for row, conversation in enumerate(active):
-            conversation.answer(tokens_BxL[row, : count_B[row]].tolist())
+            conversation.answer(out.tokens[row, : out.count[row]].tolist())
     return conversations
-
-
-def growth(max_new_tokens: int) -> int:
-    """Steps in which the cache grows (see `DecodeConfig`): one for every 32 tokens, at most 8."""
-    return min(8, max(1, max_new_tokens // 32))
 
 
 def pad(rows: list[list[int]], batch_size: int) -> tuple[np.ndarray, np.ndarray]:

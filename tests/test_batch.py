@@ -1,0 +1,94 @@
+"""Decoding in large batches: the texts of `decode`, with rows that leave and a cache that grows."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import small
+from jax.sharding import Mesh
+
+from ppow_jax import partition
+from ppow_jax.decode import batch
+from ppow_jax.decode.loop import DecodeConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+L, STOP = 40, 6
+PROMPTS = [[5, 6], [9], [4, 4, 30], [17], [7, 7, 2, 8, 1, 30], [11, 12], [25], [14, 9, 30]] * 2
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), partition.AXES)
+
+
+def both(monkeypatch, mesh, pair, config, drafter=None, weights=None):
+    """(`decode`, `decode_batch`, rows and slots of every stretch), with few slots a stretch."""
+    monkeypatch.setattr(batch, "_SLOTS", 8)
+    seen = []
+    stretch = batch._stretch
+
+    def watched(state, **rest):
+        seen.append((len(state.done), state.cache[0].values.shape[2]))
+        return stretch(state=state, **rest)
+
+    monkeypatch.setattr(batch, "_stretch", watched)
+    keys = jax.random.split(jax.random.key(3), len(PROMPTS))
+    whole = small.generate(pair, PROMPTS, config, drafter, weights, keys)
+    tokens = np.full((len(PROMPTS), 8), 5, np.int32)
+    for row, prompt in zip(tokens, PROMPTS, strict=True):
+        row[: len(prompt)] = prompt
+    lengths = np.array([len(p) for p in PROMPTS], np.int32)
+    inputs = (pair.target, pair.params, tokens, lengths, keys, config, mesh, drafter, weights)
+    return whole, batch.decode_batch(*inputs), seen
+
+
+def same(one, other) -> None:
+    for field in one._fields:
+        assert np.asarray(getattr(one, field)).tolist() == np.asarray(getattr(other, field)).tolist(), field
+
+
+def test_sampled_texts_that_end_at_different_times_are_those_of_the_plain_loop(monkeypatch, mesh, chain):
+    config = DecodeConfig(L, 0, 1.0, (1, STOP))
+    whole, found, seen = both(monkeypatch, mesh, chain, config)
+    same(whole, found)
+    assert found.finished.any() and not found.finished.all()
+    assert len(set(found.count.tolist())) > 5
+    assert seen == stretches([len(p) for p in PROMPTS], found.count.tolist())
+    assert seen[0][0] > 2 * seen[-1][0]
+
+
+def stretches(lengths: list[int], counts: list[int]) -> list[tuple[int, int]]:
+    """(rows, slots) by hand: pairs of rows (an eighth of 16), 8 more slots each time, 49 at the most."""
+    found, rounds, slots = [], 0, 8
+    going = lambda: [n for n, c in zip(lengths, counts, strict=True) if c > 1 + rounds]  # noqa: E731
+    while left := going():
+        slots = min(slots + 8, 8 + L + 1)
+        found.append((len(left) + len(left) % 2, slots))
+        while (left := going()) and max(left) + 1 + rounds <= slots:
+            rounds += 1
+    return found
+
+
+def test_with_a_drafter_too(monkeypatch, mesh, tiny):
+    config = DecodeConfig(L, 3, 0.0, (STOP,))
+    whole, found, seen = both(monkeypatch, mesh, tiny, config, tiny.drafter, tiny.weights)
+    same(whole, found)
+    assert len(seen) > 2
+
+
+def test_texts_that_all_end_with_their_first_token_need_no_stretch(monkeypatch, mesh, chain):
+    config = DecodeConfig(1, 0, 0.0, (1,))
+    whole, found, seen = both(monkeypatch, mesh, chain, config)
+    same(whole, found)
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    ("texts", "of", "ways", "rows"),
+    [(1, 128, 1, 16), (16, 128, 1, 16), (17, 128, 1, 32), (128, 128, 1, 128), (3, 4, 1, 3), (1, 16, 4, 4),
+     (9, 16, 4, 12), (5, 6, 4, 6)],
+)  # fmt: skip
+def test_rows_are_few_sizes_that_the_mesh_can_split(texts, of, ways, rows):
+    fake = dataclasses.make_dataclass("Fake", ["shape"])({"data": ways, "fsdp": 1})
+    assert batch.rows_for(texts, of, fake) == rows
