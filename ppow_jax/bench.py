@@ -149,7 +149,7 @@ def batch_writing(run: Experiment, machine: Machine) -> None:
     stops = run.tokenizer.stop_ids
     config = DecodeConfig(tokens, 0, 0.0, stops)
     inputs = (run.target, run.target_params, prompt_BxP, length_B, keys_B, config, run.mesh)
-    out = decode_batch(*inputs)  # compilation
+    out, _ = decode_batch(*inputs)  # compilation
     began = time.perf_counter()
     decode_batch(*inputs)
     seconds = time.perf_counter() - began

@@ -39,14 +39,18 @@ def read(target: Target, params: dict, tokens_BxT: jax.Array) -> tuple[Lesson, C
     def law(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """One text at a time: `[B, T, V]` would not fit."""
         hidden_TxD, next_T = row
-        logits = target.apply({"params": params}, hidden_TxD, method=Target.logits)
-        logp_TxV = jax.nn.log_softmax(logits)
-        entropy_T = -jnp.sum(jnp.exp(logp_TxV) * logp_TxV, -1)
-        return jnp.take_along_axis(logp_TxV, next_T[:, None], 1)[:, 0], entropy_T
+        return law_of(target.apply({"params": params}, hidden_TxD, method=Target.logits), next_T)
 
     log_prob_BxT, entropy_BxT = jax.lax.map(law, (hidden_BxTxD, jnp.roll(tokens_BxT, -1, 1)))
     log_prob_BxT = log_prob_BxT.at[:, -1].set(0.0)
     return Lesson(out.taps[:, 0], hidden_BxTxD, log_prob_BxT, entropy_BxT), as_prefix(out.new)
+
+
+def law_of(logits_xV: jax.Array, next_x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(log-probability of the next token, entropy in nats) of the law that logits stand for."""
+    logp_xV = jax.nn.log_softmax(logits_xV)
+    log_prob_x = jnp.take_along_axis(logp_xV, next_x[..., None], -1)[..., 0]
+    return log_prob_x, -jnp.sum(jnp.exp(logp_xV) * logp_xV, -1)
 
 
 def lesson_of(target: Target, params: dict, batch: Mapping[str, jax.Array]) -> Lesson:

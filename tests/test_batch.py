@@ -8,7 +8,7 @@ import pytest
 import small
 from jax.sharding import Mesh
 
-from ppow_jax import partition
+from ppow_jax import partition, teacher
 from ppow_jax.decode import batch
 from ppow_jax.decode.loop import DecodeConfig
 
@@ -22,8 +22,8 @@ def mesh() -> Mesh:
     return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), partition.AXES)
 
 
-def both(monkeypatch, mesh, pair, config, drafter=None, weights=None):
-    """(`decode`, `decode_batch`, rows and slots of every stretch), with few slots a stretch."""
+def both(monkeypatch, mesh, pair, config, dtype=""):
+    """(`decode`, `decode_batch`, its lesson, rows and slots of every stretch), with few slots a stretch."""
     monkeypatch.setattr(batch, "_SLOTS", 8)
     seen = []
     stretch = batch._stretch
@@ -34,13 +34,13 @@ def both(monkeypatch, mesh, pair, config, drafter=None, weights=None):
 
     monkeypatch.setattr(batch, "_stretch", watched)
     keys = jax.random.split(jax.random.key(3), len(PROMPTS))
-    whole = small.generate(pair, PROMPTS, config, drafter, weights, keys)
+    whole = small.generate(pair, PROMPTS, config, keys=keys)
     tokens = np.full((len(PROMPTS), 8), 5, np.int32)
     for row, prompt in zip(tokens, PROMPTS, strict=True):
         row[: len(prompt)] = prompt
     lengths = np.array([len(p) for p in PROMPTS], np.int32)
-    inputs = (pair.target, pair.params, tokens, lengths, keys, config, mesh, drafter, weights)
-    return whole, batch.decode_batch(*inputs), seen
+    found, lesson = batch.decode_batch(pair.target, pair.params, tokens, lengths, keys, config, mesh, dtype)
+    return whole, found, lesson, seen
 
 
 def same(one, other) -> None:
@@ -50,8 +50,9 @@ def same(one, other) -> None:
 
 def test_sampled_texts_that_end_at_different_times_are_those_of_the_plain_loop(monkeypatch, mesh, chain):
     config = DecodeConfig(L, 0, 1.0, (1, STOP))
-    whole, found, seen = both(monkeypatch, mesh, chain, config)
+    whole, found, lesson, seen = both(monkeypatch, mesh, chain, config)
     same(whole, found)
+    assert lesson is None
     assert found.finished.any() and not found.finished.all()
     assert len(set(found.count.tolist())) > 5
     assert seen == stretches([len(p) for p in PROMPTS], found.count.tolist())
@@ -70,18 +71,35 @@ def stretches(lengths: list[int], counts: list[int]) -> list[tuple[int, int]]:
     return found
 
 
-def test_with_a_drafter_too(monkeypatch, mesh, tiny):
-    config = DecodeConfig(L, 3, 0.0, (STOP,))
-    whole, found, seen = both(monkeypatch, mesh, tiny, config, tiny.drafter, tiny.weights)
-    same(whole, found)
-    assert len(seen) > 2
+def test_the_lesson_kept_while_writing_is_that_of_reading_the_text(monkeypatch, mesh, tiny):
+    config = DecodeConfig(L, 0, 1.0, (STOP, 12))
+    _, found, lesson, seen = both(monkeypatch, mesh, tiny, config, "float32")
+    assert len(seen) > 3 and len(set(found.count.tolist())) > 3
+    read = jax.jit(teacher.read, static_argnums=0)
+    for row, prompt in enumerate(PROMPTS):
+        text = prompt + found.tokens[row, : found.count[row]].tolist()
+        last = len(text) - 1  # the token that the target has not read
+        padded = np.zeros((1, 8 + L), np.int32)
+        padded[0, : len(text)] = text
+        want, _ = read(tiny.target, tiny.params, padded)
+        for name in ("taps", "hidden"):
+            kept, known = (np.asarray(getattr(x, name)) for x in (lesson, want))
+            np.testing.assert_allclose(kept[row, :last], known[0, :last], rtol=1e-4, atol=1e-4)
+        written = slice(len(prompt) - 1, last)  # positions whose next token the target wrote
+        for name in ("log_prob", "entropy"):
+            kept, known = (np.asarray(getattr(x, name)) for x in (lesson, want))
+            np.testing.assert_allclose(kept[row, written], known[0, written], atol=1e-5)
+            assert not kept[row, : len(prompt) - 1].any()
+        assert not any(np.asarray(x)[row, last:].any() for x in lesson)
 
 
 def test_texts_that_all_end_with_their_first_token_need_no_stretch(monkeypatch, mesh, chain):
     config = DecodeConfig(1, 0, 0.0, (1,))
-    whole, found, seen = both(monkeypatch, mesh, chain, config)
+    whole, found, lesson, seen = both(monkeypatch, mesh, chain, config, "float16")
     same(whole, found)
     assert not seen
+    assert lesson.taps.dtype == np.float16 and lesson.taps.shape[:2] == (16, 9)
+    assert lesson.taps[4, :6].any(-1).all() and not lesson.taps[4, 6:].any()
 
 
 @pytest.mark.parametrize(

@@ -114,23 +114,25 @@ def test_a_killed_run_repeats_only_the_batch_in_flight(tmp_path, monkeypatch):
     assert len(answered) == 4  # a finished stage is not run again
 
 
-def test_a_kill_while_a_shard_is_written_leaves_no_half_shard(tmp_path, monkeypatch):
+@pytest.mark.parametrize("row", [20, 28])  # of 8 lessons, 8 texts, again 8 and 8
+def test_a_kill_while_a_shard_is_written_leaves_no_half_shard(tmp_path, monkeypatch, row):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     sampled(whole)
     restored = records.serialization.msgpack_serialize
     count = itertools.count(1)
 
-    def serialize(row):
-        if next(count) == 12:  # in the middle of the second shard
+    def serialize(value):
+        if next(count) == row:
             raise KeyboardInterrupt
-        return restored(row)
+        return restored(value)
 
     monkeypatch.setattr(records.serialization, "msgpack_serialize", serialize)
     with pytest.raises(KeyboardInterrupt):
         sampled(killed)
     assert records.shards(killed / "responses") == ["write-00000"]
     sampled(killed)
-    assert runs.digest(killed / "responses") == runs.digest(whole / "responses")
+    for directory in ("responses", "features"):
+        assert runs.digest(killed / directory) == runs.digest(whole / directory)
 
 
 def test_a_lost_shard_is_written_again_as_it_was(tmp_path):
@@ -155,6 +157,25 @@ def test_dialogues_go_on_turn_by_turn(experiment):
     assert two.tokens == [USER, *ids("a"), ASSISTANT, *answer, *turn, *answer]
     assert two.assistant == [False] * 3 + [True] * 4 + [False] * 5 + [True] * 4
     assert spans(np.array(two.assistant)) == [(3, 7), (12, 16)]
+
+
+def test_lessons_are_kept_turn_by_turn_and_belong_to_their_texts(experiment):
+    """The chain's are known: tap and hidden are the token, one-hot; the law is its row of the matrix."""
+    prompts = [Prompt("1", "", ("ab",)), Prompt("2", "", ("a", "bc"))]
+    held = respond.converse(experiment, prompts, 4, 4, 0.0, jax.random.key(0), "float32")
+    law = np.maximum(markov.transition(0), np.exp(-20.0))
+    law /= law.sum(1, keepdims=True)
+    for conversation in held:
+        tokens, count = np.array(conversation.tokens), len(conversation.tokens)
+        lesson = conversation.lesson
+        assert all(len(x) == count for x in lesson.values())
+        np.testing.assert_allclose(lesson["hidden"][:-1], np.eye(32)[tokens[:-1]] * np.sqrt(32), atol=1e-4)
+        assert lesson["taps"].shape == (count, 96) and not lesson["hidden"][-1].any()
+        before = np.flatnonzero(conversation.assistant) - 1  # both turns' answers
+        want = np.log(law[tokens[before], tokens[before + 1]])
+        np.testing.assert_allclose(lesson["log_prob"][before], want, atol=1e-4)
+        entropy = -(law * np.log(law)).sum(1)[tokens[before]]
+        np.testing.assert_allclose(lesson["entropy"][before], entropy, atol=1e-4)
 
 
 def test_an_answer_ends_at_the_stop_id_which_is_not_said_twice(experiment):

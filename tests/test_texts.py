@@ -185,12 +185,31 @@ def test_cache_is_made_once_and_can_be_switched_off(corpora, monkeypatch):
     experiment, _ = corpora
     training.corpus(experiment)
     before = runs.digest(experiment.workdir / "features")
-    monkeypatch.setattr(features, "_write", None)  # would be called to compute
+    monkeypatch.setattr(features, "_compute", None)  # would be called to compute
     training.corpus(experiment)
     assert runs.digest(experiment.workdir / "features") == before
     off = dataclasses.replace(experiment.settings.data, cache_features=False)
     plain = dataclasses.replace(experiment, settings=dataclasses.replace(experiment.settings, data=off))
     assert set(training.corpus(plain).train[0]) == {"index", "tokens", "assistant"}
+
+
+def test_lessons_that_respond_kept_are_not_computed_again_but_in_another_dtype(tmp_path, monkeypatch):
+    runs.run(tmp_path / "w", stages=("respond",))
+    experiment = runs.build(tmp_path / "w")
+    kept = runs.digest(tmp_path / "w" / "features")
+    assert len(kept) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "_compute", None)
+        item = training.corpus(experiment).train[0]
+    assert item["taps"].dtype == np.float16
+    other = runs.build(tmp_path / "w", data__feature_dtype="float32")
+    again = training.corpus(other).train[0]
+    assert again["taps"].dtype == np.float32
+    # the same, but for what nobody needs: the law within the prompt, and the last token's lesson
+    last = int(np.flatnonzero(item["assistant"])[-1])
+    np.testing.assert_allclose(item["hidden"][:last], again["hidden"][:last], atol=1e-2)
+    before = np.flatnonzero(item["assistant"]) - 1
+    np.testing.assert_allclose(item["entropy"][before], again["entropy"][before], atol=1e-4)
 
 
 def test_a_feature_that_does_not_fit_its_dtype_is_refused(corpora):

@@ -1,7 +1,8 @@
-"""The target's lessons on the training texts, computed once and kept beside the responses.
+"""The target's lessons on the training texts, kept beside the responses.
 
 On a small machine the target's forward pass over the texts costs more than the drafter's whole training
-step; the cache pays it once. Record i of `features/` belongs to record i of `responses/`.
+step. `respond` keeps what the target saw while it wrote; texts from elsewhere are read once. Every shard of
+`responses/` has one of the same name, with as many records, in `features/`.
 """
 
 import functools
@@ -9,7 +10,6 @@ import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax import partition, teacher
@@ -20,32 +20,51 @@ from ppow_jax.experiment import Experiment
 from ppow_jax.metrics import duration
 from ppow_jax.models.target import Target
 
-_SHARD = 128  # texts
 _BATCH = 16  # texts a forward pass
 _BUCKET = 32  # texts are padded to a multiple of this
 
 
-def ensure(experiment: Experiment, texts: records.Records) -> records.Records:
-    """The lessons of all texts, computing those that are not on disk yet.
+def directory(experiment: Experiment) -> pathlib.Path:
+    """Where a workdir keeps the lessons."""
+    return experiment.workdir / "features"
+
+
+def ensure(experiment: Experiment) -> records.Records:
+    """The lessons of all responses, computing those that `respond` has not kept.
 
     Raises:
       UserError: a value does not fit into `data.feature_dtype`.
     """
-    directory = experiment.workdir / "features"
-    done = set(records.shards(directory))
-    starts = range(0, len(texts), _SHARD)
-    todo = [s for s in starts if _name(s) not in done]
+    names = records.shards(experiment.workdir / "responses")
+    todo = [name for name in names if not _there(experiment, name)]
     began = time.monotonic()
-    for n, start in enumerate(todo, 1):
-        _write(experiment, texts, start, directory)
+    for n, name in enumerate(todo, 1):
+        _compute(experiment, name)
         seconds = time.monotonic() - began
         left = duration(seconds / n * (len(todo) - n))
-        log.info("features: shard %d/%d | %s left", len(starts) - len(todo) + n, len(starts), left)
-    return records.Records(directory)
+        log.info("features: shard %d/%d | %s left", len(names) - len(todo) + n, len(names), left)
+    return records.Records(directory(experiment), names)
 
 
-def _name(start: int) -> str:
-    return f"texts-{start:08}"
+def write(where: pathlib.Path, name: str, lessons: list[dict[str, np.ndarray]], dtype: str) -> None:
+    """Writes the lessons of a shard of responses.
+
+    Raises:
+      UserError: a value does not fit into the dtype.
+    """
+    if not all(np.isfinite(lesson[k]).all() for lesson in lessons for k in ("taps", "hidden")):
+        raise UserError(
+            f"config.data.feature_dtype: a feature does not fit into {dtype}; use bfloat16 or float32"
+        )
+    records.write_shard(where, name, lessons)
+
+
+def _there(experiment: Experiment, name: str) -> bool:
+    """Whether the lessons of a shard lie on disk, in the dtype that the settings ask for."""
+    where = directory(experiment)
+    if name not in records.shards(where):
+        return False
+    return records.Records(where, [name])[0]["taps"].dtype.name == experiment.settings.data.feature_dtype
 
 
 @functools.partial(jax.jit, static_argnames=("target", "dtype"))
@@ -54,12 +73,12 @@ def _lesson(target: Target, params: dict, tokens_BxT: jax.Array, dtype: str) -> 
     return lesson._replace(taps=lesson.taps.astype(dtype), hidden=lesson.hidden.astype(dtype))
 
 
-def _write(experiment: Experiment, texts: records.Records, start: int, directory: pathlib.Path) -> None:
+def _compute(experiment: Experiment, name: str) -> None:
     """One shard; texts of like length share a forward pass."""
     data = experiment.settings.data
-    indices = range(start, min(start + _SHARD, len(texts)))
-    tokens = {i: texts[i]["tokens"][: data.length] for i in indices}
-    ordered = sorted(indices, key=lambda i: (len(tokens[i]), i))
+    texts = records.Records(experiment.workdir / "responses", [name])
+    tokens = [texts[i]["tokens"][: data.length] for i in range(len(texts))]
+    ordered = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     rows: dict[int, dict[str, np.ndarray]] = {}
     for at in range(0, len(ordered), _BATCH):
         batch = ordered[at : at + _BATCH]
@@ -70,16 +89,10 @@ def _write(experiment: Experiment, texts: records.Records, start: int, directory
             partition.shard_batch(padded, experiment.mesh),
             data.feature_dtype,
         )
-        finite = bool(jnp.isfinite(lesson.taps).all() & jnp.isfinite(lesson.hidden).all())
-        if not finite:
-            raise UserError(
-                f"config.data.feature_dtype: a feature does not fit into {data.feature_dtype}; "
-                "use bfloat16 or float32"
-            )
         arrays = {k: np.asarray(v) for k, v in lesson._asdict().items()}
         for row, i in enumerate(batch):
             rows[i] = {k: v[row, : len(tokens[i])] for k, v in arrays.items()}
-    records.write_shard(directory, _name(start), (rows[i] for i in indices))
+    write(directory(experiment), name, [rows[i] for i in range(len(tokens))], data.feature_dtype)
 
 
 def pad_texts(rows: list[np.ndarray], batch_size: int, length: int = 0) -> np.ndarray:

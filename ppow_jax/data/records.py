@@ -34,13 +34,13 @@ def shards(directory: pathlib.Path) -> list[str]:
 class Records(Sequence):
     """All records of a directory, in the order of shard names."""
 
-    def __init__(self, directory: pathlib.Path) -> None:
-        """Opens the shards.
+    def __init__(self, directory: pathlib.Path, names: Sequence[str] = ()) -> None:
+        """Opens the shards, or only those named.
 
         Raises:
           UserError: there are none.
         """
-        paths = [str(directory / f"{name}{_SUFFIX}") for name in shards(directory)]
+        paths = [str(directory / f"{name}{_SUFFIX}") for name in names or shards(directory)]
         if not paths:
             raise UserError(f"{directory}: no {_SUFFIX} files; run the stage that writes them first")
         self._source = grain.sources.ArrayRecordDataSource(paths)

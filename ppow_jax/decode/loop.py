@@ -77,6 +77,19 @@ class State(NamedTuple):
     keys: jax.Array  # [B] random keys, one a row
 
 
+class Seen(NamedTuple):
+    """What the target made of the tokens that it was fed.
+
+    Attributes:
+      taps: `[B, J, C]`; hidden: `[B, J, D]` (see `models.target.TargetOutput`).
+      logits: `[B, J, V]`; of prefill `[B, 1, V]`, those behind the prompt.
+    """
+
+    taps: jax.Array
+    hidden: jax.Array
+    logits: jax.Array
+
+
 def _pick(logits: jax.Array, keys_B: jax.Array, position_B: jax.Array, temperature: float):
     """Token ids for logits `[B, J, V]`: the likeliest, or a sample that depends on row and position."""
     if temperature == 0:
@@ -100,7 +113,7 @@ def prefill(
     length_B: jax.Array,
     keys_B: jax.Array,
     config: DecodeConfig,
-) -> State:
+) -> tuple[State, Seen]:
     """Reads the prompts (right-padded) and emits the first token of each."""
     B, P = prompt_BxP.shape
     J, L = config.window + 1, config.max_new_tokens
@@ -118,7 +131,7 @@ def prefill(
         prefix = read.keys_values
         start = _anchor(read, jnp.zeros_like(length_B), length_B - 1, first_B)
     stop = jnp.isin(first_B, jnp.asarray(config.stop_ids))
-    return State(
+    state = State(
         tokens=jnp.zeros((B, L + J), jnp.int32).at[:, 0].set(first_B),
         count=jnp.ones(B, jnp.int32),
         known=length_B + 1,
@@ -131,6 +144,7 @@ def prefill(
         start=start,
         keys=keys_B,
     )
+    return state, Seen(out.taps[:, 0], out.hidden[:, 0], logits)
 
 
 def _anchor(read: Prefix, offset_B: jax.Array, index_B: jax.Array, token_B: jax.Array) -> Start:
@@ -146,7 +160,7 @@ def next_round(
     weights: DrafterWeights | None,
     state: State,
     config: DecodeConfig,
-) -> State:
+) -> tuple[State, Seen]:
     """Draft, verify, keep."""
     K = config.window
     window_BxJ = state.last[:, None]
@@ -171,7 +185,7 @@ def next_round(
         read = prefix_pass(drafter, weights, out.taps[:, 0], preferred_BxJ, positions_BxJ)
         (prefix,) = kv_cache.write((state.prefix,), (read.keys_values,), offset_B, going_on)
         start = _anchor(read, offset_B, accepted_B, last_B)
-    return State(
+    state = State(
         tokens=_put(state.tokens, jnp.where(state.done[:, None], 0, preferred_BxJ), state.count),
         count=state.count + kept_B,
         known=state.known + kept_B,
@@ -184,6 +198,7 @@ def next_round(
         start=start,
         keys=state.keys,
     )
+    return state, Seen(out.taps[:, 0], out.hidden[:, 0], logits)
 
 
 def grow(state: State, slots: int) -> State:
@@ -218,8 +233,8 @@ def decode(
     Returns:
       `Decoded`. At temperature 0 the texts do not depend on the drafter.
     """
-    body = functools.partial(next_round, target, params, drafter, weights, config=config)
-    state = prefill(target, params, drafter, weights, prompt_BxP, length_B, keys_B, config)
+    body = lambda s: next_round(target, params, drafter, weights, s, config)[0]  # noqa: E731
+    state, _ = prefill(target, params, drafter, weights, prompt_BxP, length_B, keys_B, config)
     L = config.max_new_tokens
     state = grow(state, prompt_BxP.shape[1] + L + config.window + 1)
     state = jax.lax.while_loop(lambda s: ~s.done.all(), body, state)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ppow_jax import partition
 from ppow_jax.console import log
-from ppow_jax.data import records
+from ppow_jax.data import features, records
 from ppow_jax.data.builtin import Prompt
 from ppow_jax.data.conversations import Conversation, import_responses
 from ppow_jax.data.prompts import load
@@ -22,13 +22,13 @@ from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.metrics import duration
 
-_IMPORT_ROWS = 1024
+_IMPORT_ROWS = 128  # a shard
 _BUCKET = 32  # prompts are padded to a multiple of this, so that few shapes are compiled
 
 
 def run(experiment: Experiment) -> None:
     """Writes `responses/`: imported conversations first, then answers to the prompts."""
-    settings = experiment.settings.respond
+    settings, data = experiment.settings.respond, experiment.settings.data
     directory = experiment.workdir / "responses"
     imported = []
     if settings.responses:
@@ -53,7 +53,8 @@ def run(experiment: Experiment) -> None:
         settings.max_new_tokens,
         settings.temperature,
         settings.batch_size,
-        longest=experiment.settings.data.length - 2,  # a text without two written tokens teaches nothing
+        longest=data.length - 2,  # a text without two written tokens teaches nothing
+        lessons=features.directory(experiment) if data.cache_features else None,
     )
 
 
@@ -66,15 +67,19 @@ def write(
     batch_size: int,
     label: str = "respond",
     longest: int | None = None,
+    lessons: pathlib.Path | None = None,
 ) -> None:
     """Answers prompts, one shard a batch; batches that are there already are left alone.
 
     Prompts of more than `longest` tokens are left out. They would also set the size of a whole batch:
     reading 64 prompts of 4,400 tokens takes 45 GB of attention scores.
 
+    `lessons` is a directory to keep them in, a shard of the same name for each; None keeps none.
+
     Raises:
       UserError: a prompt that does not fit into the target's context.
     """
+    data = experiment.settings.data
     lengths = _lengths(experiment, prompts, max_new_tokens)
     fitting = [p for p in prompts if longest is None or lengths[p.id] <= longest]
     if len(fitting) < len(prompts):
@@ -86,8 +91,11 @@ def write(
     began, tokens = time.monotonic(), 0
     for n, (i, batch) in enumerate(todo, 1):
         seed = jax.random.fold_in(experiment.key("respond"), i)
-        conversations = converse(experiment, batch, batch_size, max_new_tokens, temperature, seed)
+        dtype = data.feature_dtype if lessons else ""
+        conversations = converse(experiment, batch, batch_size, max_new_tokens, temperature, seed, dtype)
         if jax.process_index() == 0:
+            if lessons:
+                features.write(lessons, f"write-{i:05}", [c.lesson for c in conversations], dtype)
             records.write_shard(directory, f"write-{i:05}", (c.record() for c in conversations))
         tokens += sum(sum(c.assistant) for c in conversations)
         seconds = time.monotonic() - began
@@ -128,8 +136,12 @@ def converse(
     max_new_tokens: int,
     temperature: float,
     key: jax.Array,
+    lesson_dtype: str = "",
 ) -> list[Conversation]:
-    """Holds the conversations turn by turn; one whose context is full ends early."""
+    """Holds the conversations turn by turn; one whose context is full ends early.
+
+    With a dtype for it, their lessons are kept.
+    """
     stops = experiment.tokenizer.stop_ids
     config = DecodeConfig(max_new_tokens, 0, temperature, stops)
     conversations = [Conversation(p) for p in prompts]
@@ -146,7 +158,7 @@ def converse(
         prompt_BxP, length_B = pad([c.tokens for c in active], rows)
         keys_B = jax.random.split(jax.random.fold_in(key, turn), batch_size)[:rows]
         put = lambda x: partition.shard_batch(x, experiment.mesh)  # noqa: E731
-        out = decode_batch(
+        out, lesson = decode_batch(
             experiment.target,
             experiment.target_params,
             put(prompt_BxP),
@@ -154,9 +166,13 @@ def converse(
             put(keys_B),
             config,
             experiment.mesh,
+            lesson_dtype,
         )
         for row, conversation in enumerate(active):
             conversation.answer(out.tokens[row, : out.count[row]].tolist())
+            if lesson:
+                known = len(conversation.tokens)
+                conversation.learn({k: v[row, :known].copy() for k, v in lesson._asdict().items()})
     return conversations
 
 

@@ -45,7 +45,7 @@ def corpus(experiment: Experiment) -> Corpus:
     train, held = texts.split(experiment.responses, data.length, data.holdout)
     lessons = None
     if data.cache_features:
-        lessons = features.ensure(experiment, experiment.responses)
+        lessons = features.ensure(experiment)
     make = lambda indices: texts.Texts(experiment.responses, lessons, indices, data.length)  # noqa: E731
     return Corpus(make(train), make(held), train, len(experiment.responses))
 
