@@ -16,11 +16,14 @@ def get_config():
     c.respond.max_new_tokens = 96
     c.data.length = 192
     c.data.holdout = 24
-    c.supervise.steps = 400
+    c.drafter.kv_heads = 9
+    c.supervise.steps = 500
     c.supervise.anchors = 24
     c.cst.anchors = 24
     c.ppow.steps = 30
     c.ppow.anchors = 8
+    c.ppow.window = 6  # a drafter this young is seldom right six times in a row
+    c.ppow.optimizer.learning_rate = 1e-4
     c.ppow.adaw.warmup_steps = 10
     c.evaluate.prompts = ",".join(f"{kind}=builtin:{kind}/eval[:16]" for kind in KINDS)
     c.evaluate.max_new_tokens = 64
