@@ -21,8 +21,9 @@ def get_config():
     c.supervise.anchors = 24
     c.cst.anchors = 24
     c.ppow.steps = 30
-    c.ppow.anchors = 8
+    c.ppow.anchors = 48
     c.ppow.window = 6  # a drafter this young is seldom right six times in a row
+    c.ppow.proximity_weight = 0.0  # the dearest phase of a step; without it groups are drafted as one
     c.ppow.optimizer.learning_rate = 1e-4
     c.ppow.adaw.warmup_steps = 10
     c.evaluate.prompts = ",".join(f"{kind}=builtin:{kind}/eval[:16]" for kind in KINDS)

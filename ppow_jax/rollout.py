@@ -21,7 +21,8 @@ class Rollout(NamedTuple):
     Attributes:
       anchors: int32 `[B, A]`; real: bool `[B, A]`, False for padding.
       ids: int32 `[B, A, G, K]` draft ids; tokens: the same as target ids.
-      log_prob: float32 `[B, A, G, K]`, log Q of each token as it was sampled.
+      log_prob: float32 `[B, A, G, K]`, log Q of each token as it was sampled: given the tokens before it, or,
+        where the group is `drafted_as_one`, the text before it.
     """
 
     anchors: jax.Array
@@ -31,8 +32,20 @@ class Rollout(NamedTuple):
     log_prob: jax.Array
 
 
+def drafted_as_one(settings: PPOWSettings) -> bool:
+    """Whether all windows of a group follow the text, so that one pass over it serves them all.
+
+    At temperature 0 a window is accepted as far as it repeats the text: up to its first refusal, that one
+    included, its tokens are drawn from the laws along the text, and nothing behind it matters unless
+    proximity or the credit looks there. The law of k and of all that is learnt from is the same; the
+    drafter's work is that of one window instead of G.
+    """
+    return settings.temperature == 0 and settings.proximity_weight == 0 and settings.credit == "accepted"
+
+
 def make_rollout(target: Target, drafter: Drafter, settings: PPOWSettings) -> Callable[..., Rollout]:
     """(params, vocab, target parameters, batch, anchors, real, key) -> Rollout, jitted."""
+    as_one = drafted_as_one(settings)
 
     @jax.jit
     def roll(
@@ -55,7 +68,8 @@ def make_rollout(target: Target, drafter: Drafter, settings: PPOWSettings) -> Ca
             logp = jnp.broadcast_to(logp, (B, A, settings.group, N))
             ids = jax.random.categorical(jax.random.fold_in(key, step), logp)
             chosen = jnp.take_along_axis(logp, ids[..., None], -1)[..., 0]
-            return weights.vocab[ids], (ids, weights.vocab[ids], chosen)
+            onward = windows.text_ahead(batch["tokens"], anchors, step) if as_one else weights.vocab[ids]
+            return onward, (ids, weights.vocab[ids], chosen)
 
         sampled = windows.window_pass(drafter, weights, prefix.keys_values, start, choose, settings.window)
         return Rollout(anchors, real, *sampled)

@@ -145,6 +145,12 @@ def window_pass(
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, -1), *collected)
 
 
+def text_ahead(tokens_BxT: jax.Array, anchors_BxA: jax.Array, step: int) -> jax.Array:
+    """int32 `[B, A, 1]`: what the texts themselves hold where step `step` of a window drafts."""
+    at = jnp.minimum(anchors_BxA + 2 + step, tokens_BxT.shape[1] - 1)
+    return jnp.take_along_axis(tokens_BxT, at, axis=1)[..., None]
+
+
 def greedy(vocab_N: jax.Array) -> Choose:
     """Takes the most likely draft token; statistics: its target id."""
 

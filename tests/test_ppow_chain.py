@@ -10,6 +10,7 @@ import pytest
 import small
 from phases import KEY, NEVER, batch_of, gradient, norm, run
 
+from ppow_jax.rollout import drafted_as_one
 from ppow_jax.stages import ppow
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -152,3 +153,30 @@ def test_reinforcement_alone_finds_what_the_target_accepts(chain, temperature):
     assert accepted[0] < 0.35
     best = 1.0 if temperature == 0 else 0.75  # about what the target's law gives the likeliest letter
     assert np.mean(accepted[-5:]) > best - 0.1, accepted
+
+
+def test_a_group_drafted_as_one_accepts_by_the_same_law(chain):
+    """k of each anchor against the drafter's own law along the text; 512 windows."""
+    group, K = 512, 3
+    vocab = few_letters(chain)
+    rng = np.random.default_rng(1)
+    law = rng.dirichlet(np.ones(5), size=small.markov.SIZE)
+    drafter, weights = chain.drafter(law, vocab)
+    settings = small.ppow_settings(group=group, window=K, proximity_weight=0.0)
+    assert drafted_as_one(settings)
+    batch = greedy_text(chain, 4)
+    rollout, verdict = run(chain, drafter, weights.params, weights.vocab, settings, batch)
+    some = 0
+    for b, a in np.argwhere(np.asarray(rollout.real)):
+        t = int(rollout.anchors[b, a])
+        end = T - (5 if b == 3 else 0)
+        reach = [1.0]
+        for j in range(K):
+            before, token = batch["tokens"][b, [t + 1 + j, min(t + 2 + j, T - 1)]]
+            chance = law[before, vocab == token].sum() if t + 2 + j < end else 0.0
+            reach.append(reach[-1] * chance)
+        want = np.array(reach) - np.append(reach[1:], 0.0)
+        seen = np.bincount(np.asarray(verdict.accepted[b, a]), minlength=K + 1) / group
+        assert (np.abs(seen - want) <= 5 * np.sqrt(want * (1 - want) / group) + 1e-6).all(), (b, a)
+        some += want[1:].sum() > 0
+    assert some > 2

@@ -11,6 +11,7 @@ import small
 from phases import GAMMA, KEY, NEVER, batch_of, gradient, norm, run
 
 from ppow_jax import teacher, verification
+from ppow_jax.rollout import drafted_as_one
 from ppow_jax.stages import ppow
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -137,6 +138,28 @@ def test_a_weight_of_zero_switches_a_reward_off(tiny, text, step):
         np.testing.assert_allclose(verdict.advantage, want, atol=1e-4)
         metrics = ppow.reward_metrics(rollout, verdict)
         assert float(metrics["reward"]) == pytest.approx(reward[np.asarray(rollout.real)].mean(), rel=1e-5)
+
+
+def test_a_group_drafted_as_one_teaches_what_its_windows_teach_one_by_one(tiny, text):
+    """The same windows, their log-probabilities recomputed along themselves instead of along the text."""
+    as_one = dataclasses.replace(SETTINGS, proximity_weight=0.0)
+    assert drafted_as_one(as_one) and not drafted_as_one(SETTINGS)
+    of = (tiny, tiny.drafter, tiny.weights.params, tiny.weights.vocab)
+    rollout, verdict = run(*of, as_one, text)
+    k = np.asarray(verdict.accepted)
+    assert (k > 0).any() and (np.ptp(k, axis=-1) > 0).any()
+    known = np.arange(3) <= k[..., None]
+    beyond = jnp.asarray(np.where(known, rollout.log_prob, 0.0))  # of what nobody looks at
+    found = [
+        gradient(tiny, tiny.drafter, tiny.weights, s, text, rollout._replace(log_prob=beyond), verdict)
+        for s in (as_one, SETTINGS)  # weights of the rewards have no say in the loss
+    ]
+    ((loss, metrics), grads), ((loss_, metrics_), grads_) = found
+    assert norm(grads) > 1e-2
+    assert norm(jax.tree.map(jnp.subtract, grads, grads_)) < 1e-4 * norm(grads)
+    assert float(loss) == pytest.approx(float(loss_), abs=1e-5)
+    for name in ("policy_loss", "kl", "clip_fraction", "entropy"):
+        assert float(metrics[name]) == pytest.approx(float(metrics_[name]), abs=1e-5), name
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3])

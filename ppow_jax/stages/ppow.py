@@ -24,7 +24,7 @@ from ppow_jax.decode.cost import measure_gamma
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.drafter import Drafter, weights_of
 from ppow_jax.models.target import Target, head_matrix
-from ppow_jax.rollout import Rollout, make_rollout
+from ppow_jax.rollout import Rollout, drafted_as_one, make_rollout
 from ppow_jax.settings import PPOWSettings
 from ppow_jax.stages import curves, training
 from ppow_jax.stages.training import Batch, State
@@ -238,15 +238,21 @@ def ppow_loss(
     prefix = windows.text_prefix(drafter, weights, lesson.taps, batch["tokens"])
     start = windows.text_starts(prefix, batch["tokens"], rollout.anchors)
 
+    as_one = drafted_as_one(settings)
+
     def choose(step: int, logits: jax.Array):
         ids = rollout.ids[..., step]
         logp = jax.nn.log_softmax(logits / settings.rollout_temperature)
-        logp = jnp.broadcast_to(logp, (*ids.shape, logp.shape[-1]))
-        chosen = jnp.take_along_axis(logp, ids[..., None], -1)[..., 0]
         entropy = -jnp.sum(jnp.exp(logp) * logp, -1)
         divergence = objective.kl(verdict.context[..., step, :] @ head_DxN, logits)
-        divergence = jnp.broadcast_to(divergence, ids.shape)
-        return rollout.tokens[..., step], (chosen, entropy, divergence)
+        chosen = jnp.take_along_axis(
+            jnp.broadcast_to(logp, (*ids.shape, logp.shape[-1])), ids[..., None], -1
+        )[..., 0]
+        onward = rollout.tokens[..., step]
+        if as_one:
+            onward = windows.text_ahead(batch["tokens"], rollout.anchors, step)
+        stats = (chosen, *(jnp.broadcast_to(x, ids.shape) for x in (entropy, divergence)))
+        return onward, stats
 
     log_prob, entropy, divergence = windows.window_pass(
         drafter, weights, prefix.keys_values, start, choose, settings.window

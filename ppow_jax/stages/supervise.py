@@ -135,7 +135,7 @@ def supervised_loss(
         return jnp.take_along_axis(values, positions.reshape(*positions.shape, *[1] * (values.ndim - 2)), 1)
 
     def choose(step: int, logits_BxAx1xN: jax.Array):
-        token = at(tokens_BxT, step + 2)[..., None]
+        token = windows.text_ahead(tokens_BxT, anchors_BxA, step)
         valid = real_BxA & (anchors_BxA + step + 2 < T) & at(batch["assistant"], step + 2)
         target_logits = (at(lesson.hidden, step + 1) @ head_DxN)[:, :, None]
         loss = objective.cross_entropy(target_logits, logits_BxAx1xN)

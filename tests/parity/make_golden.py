@@ -1,6 +1,6 @@
 """Writes tests/golden/smollm2.json: what transformers + torch say about short prompts of our own.
 
-    pip install torch==2.13.0 transformers gguf
+    pip install torch==2.13.0 transformers accelerate gguf
     python make_golden.py --gguf MODEL.gguf --report report.json --out ../golden/smollm2.json
 
 `report.json` is what `transformers_parity.py compare --report` wrote; it is copied into the golden

@@ -2,8 +2,8 @@
 
 Two environments will do, one of them may serve as both:
 
-    pip install torch==2.13.0 transformers gguf     # for `reference`
-    pip install ppow_jax                            # for `compare` and `time`
+    pip install torch==2.13.0 transformers accelerate gguf     # for `reference`
+    pip install ppow_jax                                       # for `compare` and `time`
 
     python transformers_parity.py reference --gguf MODEL.gguf --prompts A.jsonl B.jsonl \\
         --reference ref.npz
