@@ -81,9 +81,9 @@ def get_config():
     c.ppow.speedup_weight = 1.0  # of k / (k gamma + 1)
     # eta, epsilon, beta, the clip range and the learning rate are not published. beta and the learning
     # rate (of cst too) come from the sweep in docs/experiments.md; at that rate a clip of 0.2 stops
-    # nothing. eta and epsilon have not been swept.
-    # eta; 0 switches the term off. Then, at temperature 0, a group costs no more than one window (rollout.py).
-    c.ppow.proximity_weight = 0.1
+    # nothing. eta and epsilon have not been swept. With eta 0, which switches the term off, and temperature 0
+    # a group costs the drafter no more than one window (rollout.py).
+    c.ppow.proximity_weight = 0.1  # eta
     c.ppow.proximity_epsilon = 20.0  # nats over the whole window
     c.ppow.kl_weight = 5.0  # beta of the KL to the target
     c.ppow.clip = 0.2

@@ -125,7 +125,7 @@ def _ppow_phases(run: Experiment, work: Work, state: training.State) -> dict[str
     tokens = jax.random.randint(jax.random.key(0), (s.batch_size, T), 0, 8192)
     batch = {"tokens": tokens, "assistant": jnp.ones(tokens.shape, bool), "index": jnp.arange(s.batch_size)}
     lesson = jax.jit(teacher.lesson_of, static_argnums=0)(run.target, run.target_params, batch)
-    batch |= lesson._asdict()
+    batch |= {"taps": lesson.taps, "hidden": lesson.hidden}
     optimizer = training.make_optimizer(s.optimizer, s.steps)
     state = state | ppow.blank_scores(run, s.batch_size)
     step = ppow.stepper(run, optimizer, 0.12)

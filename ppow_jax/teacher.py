@@ -13,12 +13,23 @@ from ppow_jax.models.cache import Cache, as_prefix
 from ppow_jax.models.target import Target
 
 
-class Lesson(NamedTuple):
-    """The target on a text.
+class Features(NamedTuple):
+    """What a drafter learns from, and all that is kept of a pass of the target.
 
     Attributes:
       taps: `[B, T, C]`, the drafter's features.
       hidden: `[B, T, D]`, final hidden states; times the head they are logits.
+    """
+
+    taps: jax.Array
+    hidden: jax.Array
+
+
+class Lesson(NamedTuple):
+    """The target on a text: features, and its law, which costs nothing under jit where nobody asks for it.
+
+    Attributes:
+      taps, hidden: as in `Features`.
       log_prob: float32 `[B, T]`, log P(token p + 1 | tokens <= p); 0 at the last position.
       entropy: float32 `[B, T]`, nats, of P(. | tokens <= p).
     """
@@ -35,39 +46,31 @@ def read(target: Target, params: dict, tokens_BxT: jax.Array) -> tuple[Lesson, C
     positions = jnp.broadcast_to(jnp.arange(T), (B, 1, T))
     out = target.apply({"params": params}, tokens_BxT[:, None], positions)
     hidden_BxTxD = out.hidden[:, 0]
+    lesson = Lesson(out.taps[:, 0], hidden_BxTxD, *_law(target, params, hidden_BxTxD, tokens_BxT))
+    return lesson, as_prefix(out.new)
 
-    def law(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+
+def _law(
+    target: Target, params: dict, hidden_BxTxD: jax.Array, tokens_BxT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each next token and entropy, `[B, T]` both."""
+
+    def one(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """One text at a time: `[B, T, V]` would not fit."""
         hidden_TxD, next_T = row
-        return law_of(target.apply({"params": params}, hidden_TxD, method=Target.logits), next_T)
+        logits = target.apply({"params": params}, hidden_TxD, method=Target.logits)
+        logp_TxV = jax.nn.log_softmax(logits)
+        entropy_T = -jnp.sum(jnp.exp(logp_TxV) * logp_TxV, -1)
+        return jnp.take_along_axis(logp_TxV, next_T[:, None], 1)[:, 0], entropy_T
 
-    log_prob_BxT, entropy_BxT = jax.lax.map(law, (hidden_BxTxD, jnp.roll(tokens_BxT, -1, 1)))
-    log_prob_BxT = log_prob_BxT.at[:, -1].set(0.0)
-    return Lesson(out.taps[:, 0], hidden_BxTxD, log_prob_BxT, entropy_BxT), as_prefix(out.new)
-
-
-def law_of(logits_xV: jax.Array, next_x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(log-probability of the next token, entropy in nats) of the law that logits stand for."""
-    logp_xV = jax.nn.log_softmax(logits_xV)
-    log_prob_x = jnp.take_along_axis(logp_xV, next_x[..., None], -1)[..., 0]
-    return log_prob_x, -jnp.sum(jnp.exp(logp_xV) * logp_xV, -1)
+    log_prob_BxT, entropy_BxT = jax.lax.map(one, (hidden_BxTxD, jnp.roll(tokens_BxT, -1, 1)))
+    return log_prob_BxT.at[:, -1].set(0.0), entropy_BxT
 
 
 def lesson_of(target: Target, params: dict, batch: Mapping[str, jax.Array]) -> Lesson:
-    """The lesson on a batch (see `data.texts.Texts`): the stored one, or by running the target."""
+    """The lesson on a batch (see `data.texts.Texts`), from its features or by running the target."""
     if "taps" not in batch:
         return read(target, params, batch["tokens"])[0]
-    return Lesson(
-        batch["taps"].astype(jnp.float32),
-        batch["hidden"].astype(jnp.float32),
-        batch["log_prob"],
-        batch["entropy"],
-    )
-
-
-def read_batch(target: Target, params: dict, batch: Mapping[str, jax.Array]) -> tuple[Lesson, Cache]:
-    """`read`, with the stored law where there is one: under jit the head then need not run."""
-    lesson, cache = read(target, params, batch["tokens"])
-    if "taps" in batch:
-        lesson = lesson._replace(log_prob=batch["log_prob"], entropy=batch["entropy"])
-    return lesson, cache
+    hidden = batch["hidden"].astype(jnp.float32)
+    law = _law(target, params, hidden, batch["tokens"])
+    return Lesson(batch["taps"].astype(jnp.float32), hidden, *law)

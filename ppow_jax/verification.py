@@ -153,7 +153,7 @@ def make_verify(
         target_params: dict, batch: Mapping[str, jax.Array], rollout: Rollout, key: jax.Array
     ) -> Verdict:
         if near or not greedy:
-            lesson, cache = teacher.read_batch(target, target_params, batch)
+            lesson, cache = teacher.read(target, target_params, batch["tokens"])
         else:
             lesson, cache = teacher.lesson_of(target, target_params, batch), None
         spans = spans_of(batch, lesson, rollout)

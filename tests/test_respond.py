@@ -114,7 +114,7 @@ def test_a_killed_run_repeats_only_the_batch_in_flight(tmp_path, monkeypatch):
     assert len(answered) == 4  # a finished stage is not run again
 
 
-@pytest.mark.parametrize("row", [20, 28])  # of 8 lessons, 8 texts, again 8 and 8
+@pytest.mark.parametrize("row", [20, 28])  # of the features of 8 texts, the texts, again 8 and 8
 def test_a_kill_while_a_shard_is_written_leaves_no_half_shard(tmp_path, monkeypatch, row):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     sampled(whole)
@@ -159,23 +159,14 @@ def test_dialogues_go_on_turn_by_turn(experiment):
     assert spans(np.array(two.assistant)) == [(3, 7), (12, 16)]
 
 
-def test_lessons_are_kept_turn_by_turn_and_belong_to_their_texts(experiment):
-    """The chain's are known: tap and hidden are the token, one-hot; the law is its row of the matrix."""
+def test_features_are_kept_turn_by_turn_and_belong_to_their_texts(experiment):
+    """The chain's are known: tap and hidden are the token, one-hot times sqrt(width)."""
     prompts = [Prompt("1", "", ("ab",)), Prompt("2", "", ("a", "bc"))]
-    held = respond.converse(experiment, prompts, 4, 4, 0.0, jax.random.key(0), "float32")
-    law = np.maximum(markov.transition(0), np.exp(-20.0))
-    law /= law.sum(1, keepdims=True)
-    for conversation in held:
-        tokens, count = np.array(conversation.tokens), len(conversation.tokens)
-        lesson = conversation.lesson
-        assert all(len(x) == count for x in lesson.values())
-        np.testing.assert_allclose(lesson["hidden"][:-1], np.eye(32)[tokens[:-1]] * np.sqrt(32), atol=1e-4)
-        assert lesson["taps"].shape == (count, 96) and not lesson["hidden"][-1].any()
-        before = np.flatnonzero(conversation.assistant) - 1  # both turns' answers
-        want = np.log(law[tokens[before], tokens[before + 1]])
-        np.testing.assert_allclose(lesson["log_prob"][before], want, atol=1e-4)
-        entropy = -(law * np.log(law)).sum(1)[tokens[before]]
-        np.testing.assert_allclose(lesson["entropy"][before], entropy, atol=1e-4)
+    for held in respond.converse(experiment, prompts, 4, 4, 0.0, jax.random.key(0), "float32"):
+        want = np.eye(32)[held.tokens] * np.sqrt(32)
+        want[-1] = 0.0  # never read
+        np.testing.assert_allclose(held.features["hidden"], want, atol=1e-4)
+        np.testing.assert_allclose(held.features["taps"], np.tile(want, 3), atol=1e-4)
 
 
 def test_an_answer_ends_at_the_stop_id_which_is_not_said_twice(experiment):

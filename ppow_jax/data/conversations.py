@@ -17,15 +17,15 @@ _ROUND_TRIPS = 0.5  # share of them that must come back; text of this tokenizer:
 
 @dataclasses.dataclass
 class Conversation:
-    """A dialogue as it grows: all ids so far, a mask of those that the target wrote, and its lesson.
+    """A dialogue as it grows: all ids so far, a mask of those that the target wrote, and their features.
 
-    The lesson has the fields of `teacher.Lesson`, one row a token; None if it is not kept.
+    `features` has the fields of `teacher.Features`, one row a token; None if they are not kept.
     """
 
     prompt: Prompt
     tokens: list[int] = dataclasses.field(default_factory=list)
     assistant: list[bool] = dataclasses.field(default_factory=list)
-    lesson: dict[str, np.ndarray] | None = None
+    features: dict[str, np.ndarray] | None = None
 
     def ask(self, tokenizer: Tokenizer, turn: int) -> None:
         """Appends the user's message number `turn` and the template around it."""
@@ -43,13 +43,6 @@ class Conversation:
         """Appends what the target wrote, its end-of-turn token included."""
         self.tokens += ids
         self.assistant += [True] * len(ids)
-
-    def learn(self, lesson: dict[str, np.ndarray]) -> None:
-        """Takes the lesson on all tokens so far; the law is known for the newest answer alone."""
-        if self.lesson:
-            for name in ("log_prob", "entropy"):
-                lesson[name][: len(self.lesson[name])] = self.lesson[name]
-        self.lesson = lesson
 
     def record(self) -> dict[str, Any]:
         """The form in which conversations are stored."""

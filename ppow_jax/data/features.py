@@ -1,4 +1,4 @@
-"""The target's lessons on the training texts, kept beside the responses.
+"""The target's features of the training texts, kept beside the responses.
 
 On a small machine the target's forward pass over the texts costs more than the drafter's whole training
 step. `respond` keeps what the target saw while it wrote; texts from elsewhere are read once. Every shard of
@@ -25,12 +25,12 @@ _BUCKET = 32  # texts are padded to a multiple of this
 
 
 def directory(experiment: Experiment) -> pathlib.Path:
-    """Where a workdir keeps the lessons."""
+    """Where a workdir keeps them."""
     return experiment.workdir / "features"
 
 
 def ensure(experiment: Experiment) -> records.Records:
-    """The lessons of all responses, computing those that `respond` has not kept.
+    """The features of all responses, computing those that `respond` has not kept.
 
     Raises:
       UserError: a value does not fit into `data.feature_dtype`.
@@ -46,21 +46,21 @@ def ensure(experiment: Experiment) -> records.Records:
     return records.Records(directory(experiment), names)
 
 
-def write(where: pathlib.Path, name: str, lessons: list[dict[str, np.ndarray]], dtype: str) -> None:
-    """Writes the lessons of a shard of responses.
+def write(where: pathlib.Path, name: str, rows: list[dict[str, np.ndarray]], dtype: str) -> None:
+    """Writes the features of a shard of responses.
 
     Raises:
       UserError: a value does not fit into the dtype.
     """
-    if not all(np.isfinite(lesson[k]).all() for lesson in lessons for k in ("taps", "hidden")):
+    if not all(np.isfinite(values).all() for row in rows for values in row.values()):
         raise UserError(
             f"config.data.feature_dtype: a feature does not fit into {dtype}; use bfloat16 or float32"
         )
-    records.write_shard(where, name, lessons)
+    records.write_shard(where, name, rows)
 
 
 def _there(experiment: Experiment, name: str) -> bool:
-    """Whether the lessons of a shard lie on disk, in the dtype that the settings ask for."""
+    """Whether the features of a shard lie on disk, in the dtype that the settings ask for."""
     where = directory(experiment)
     if name not in records.shards(where):
         return False
@@ -68,9 +68,9 @@ def _there(experiment: Experiment, name: str) -> bool:
 
 
 @functools.partial(jax.jit, static_argnames=("target", "dtype"))
-def _lesson(target: Target, params: dict, tokens_BxT: jax.Array, dtype: str) -> teacher.Lesson:
+def _features(target: Target, params: dict, tokens_BxT: jax.Array, dtype: str) -> teacher.Features:
     lesson, _ = teacher.read(target, params, tokens_BxT)
-    return lesson._replace(taps=lesson.taps.astype(dtype), hidden=lesson.hidden.astype(dtype))
+    return teacher.Features(lesson.taps.astype(dtype), lesson.hidden.astype(dtype))
 
 
 def _compute(experiment: Experiment, name: str) -> None:
@@ -83,13 +83,13 @@ def _compute(experiment: Experiment, name: str) -> None:
     for at in range(0, len(ordered), _BATCH):
         batch = ordered[at : at + _BATCH]
         padded = pad_texts([tokens[i] for i in batch], _BATCH)
-        lesson = _lesson(
+        found = _features(
             experiment.target,
             experiment.target_params,
             partition.shard_batch(padded, experiment.mesh),
             data.feature_dtype,
         )
-        arrays = {k: np.asarray(v) for k, v in lesson._asdict().items()}
+        arrays = {k: np.asarray(v) for k, v in found._asdict().items()}
         for row, i in enumerate(batch):
             rows[i] = {k: v[row, : len(tokens[i])] for k, v in arrays.items()}
     write(directory(experiment), name, [rows[i] for i in range(len(tokens))], data.feature_dtype)

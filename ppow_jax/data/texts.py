@@ -1,4 +1,4 @@
-"""Training texts: responses (and their lessons) as fixed-length batches through Grain."""
+"""Training texts: responses (and their features) as fixed-length batches through Grain."""
 
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
@@ -15,17 +15,17 @@ class Texts(Sequence):
     """Random access to texts of `length` tokens; the source of the Grain pipeline.
 
     An item has `index` (of the record), `tokens` int32 `[T]`, `assistant` bool `[T]` and, with
-    lessons, `taps`, `hidden`, `log_prob`, `entropy` (see `teacher.Lesson`), zero beyond the text.
+    features, `taps` and `hidden` (see `teacher.Features`), zero beyond the text.
     """
 
     def __init__(
         self,
         responses: records.Records,
-        lessons: records.Records | None,
+        features: records.Records | None,
         indices: Sequence[int],
         length: int,
     ) -> None:
-        self._responses, self._lessons = responses, lessons
+        self._responses, self._features = responses, features
         self._indices, self._length = list(indices), length
 
     def __len__(self) -> int:
@@ -39,8 +39,8 @@ class Texts(Sequence):
             "tokens": self._fit(record["tokens"]),
             "assistant": self._fit(record["assistant"]).astype(bool),
         }
-        if self._lessons is not None:
-            item |= {k: self._fit(v) for k, v in self._lessons[index].items()}
+        if self._features is not None:
+            item |= {k: self._fit(v) for k, v in self._features[index].items()}
         return item
 
     def _fit(self, values: np.ndarray) -> np.ndarray:

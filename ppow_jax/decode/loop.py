@@ -21,6 +21,7 @@ from ppow_jax.models.cache import Cache
 from ppow_jax.models.drafter import Drafter, DrafterWeights
 from ppow_jax.models.layers import KeyValues
 from ppow_jax.models.target import Target
+from ppow_jax.teacher import Features
 from ppow_jax.windows import Prefix, Start, greedy, prefix_pass, window_pass
 
 
@@ -77,19 +78,6 @@ class State(NamedTuple):
     keys: jax.Array  # [B] random keys, one a row
 
 
-class Seen(NamedTuple):
-    """What the target made of the tokens that it was fed.
-
-    Attributes:
-      taps: `[B, J, C]`; hidden: `[B, J, D]` (see `models.target.TargetOutput`).
-      logits: `[B, J, V]`; of prefill `[B, 1, V]`, those behind the prompt.
-    """
-
-    taps: jax.Array
-    hidden: jax.Array
-    logits: jax.Array
-
-
 def _pick(logits: jax.Array, keys_B: jax.Array, position_B: jax.Array, temperature: float):
     """Token ids for logits `[B, J, V]`: the likeliest, or a sample that depends on row and position."""
     if temperature == 0:
@@ -113,8 +101,8 @@ def prefill(
     length_B: jax.Array,
     keys_B: jax.Array,
     config: DecodeConfig,
-) -> tuple[State, Seen]:
-    """Reads the prompts (right-padded) and emits the first token of each."""
+) -> tuple[State, Features]:
+    """Reads the prompts (right-padded) and emits the first token of each; with the features `[B, P, ...]`."""
     B, P = prompt_BxP.shape
     J, L = config.window + 1, config.max_new_tokens
     positions_BxP = jnp.broadcast_to(jnp.arange(P), (B, P))
@@ -144,7 +132,7 @@ def prefill(
         start=start,
         keys=keys_B,
     )
-    return state, Seen(out.taps[:, 0], out.hidden[:, 0], logits)
+    return state, Features(out.taps[:, 0], out.hidden[:, 0])
 
 
 def _anchor(read: Prefix, offset_B: jax.Array, index_B: jax.Array, token_B: jax.Array) -> Start:
@@ -160,8 +148,8 @@ def next_round(
     weights: DrafterWeights | None,
     state: State,
     config: DecodeConfig,
-) -> tuple[State, Seen]:
-    """Draft, verify, keep."""
+) -> tuple[State, Features]:
+    """Draft, verify, keep; with the features `[B, J, ...]` of the tokens that the target read."""
     K = config.window
     window_BxJ = state.last[:, None]
     if drafter is not None:
@@ -198,7 +186,7 @@ def next_round(
         start=start,
         keys=state.keys,
     )
-    return state, Seen(out.taps[:, 0], out.hidden[:, 0], logits)
+    return state, Features(out.taps[:, 0], out.hidden[:, 0])
 
 
 def grow(state: State, slots: int) -> State:

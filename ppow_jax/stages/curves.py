@@ -18,7 +18,7 @@ from ppow_jax.stages import training
 from ppow_jax.stages.training import Batch, State
 
 _ANCHORS = 16  # a text, evenly spread
-_lesson = jax.jit(teacher.lesson_of, static_argnums=0)
+_taps = jax.jit(lambda *about: teacher.lesson_of(*about).taps, static_argnums=0)
 
 
 class _Sample(NamedTuple):
@@ -68,7 +68,7 @@ def _sample(experiment: Experiment, items: Sequence[Mapping[str, Any]]) -> _Samp
     batch: Batch = partition.shard_batch(
         {k: np.stack([item[k] for item in items]) for k in items[0]}, experiment.mesh
     )
-    taps = _lesson(experiment.target, experiment.target_params, batch).taps
+    taps = _taps(experiment.target, experiment.target_params, batch)
     spans = [texts.first_span(item["assistant"]) for item in items]
     start, end = (np.asarray(x, np.int32) for x in zip(*spans, strict=True))
     # the first anchor is the one whose first drafted token is the response's second

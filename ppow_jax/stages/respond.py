@@ -54,7 +54,7 @@ def run(experiment: Experiment) -> None:
         settings.temperature,
         settings.batch_size,
         longest=data.length - 2,  # a text without two written tokens teaches nothing
-        lessons=features.directory(experiment) if data.cache_features else None,
+        kept=features.directory(experiment) if data.cache_features else None,
     )
 
 
@@ -67,14 +67,14 @@ def write(
     batch_size: int,
     label: str = "respond",
     longest: int | None = None,
-    lessons: pathlib.Path | None = None,
+    kept: pathlib.Path | None = None,
 ) -> None:
     """Answers prompts, one shard a batch; batches that are there already are left alone.
 
     Prompts of more than `longest` tokens are left out. They would also set the size of a whole batch:
     reading 64 prompts of 4,400 tokens takes 45 GB of attention scores.
 
-    `lessons` is a directory to keep them in, a shard of the same name for each; None keeps none.
+    Features are written to the directory `kept`, a shard of the same name for each; None: they are not kept.
 
     Raises:
       UserError: a prompt that does not fit into the target's context.
@@ -91,11 +91,11 @@ def write(
     began, tokens = time.monotonic(), 0
     for n, (i, batch) in enumerate(todo, 1):
         seed = jax.random.fold_in(experiment.key("respond"), i)
-        dtype = data.feature_dtype if lessons else ""
+        dtype = data.feature_dtype if kept else ""
         conversations = converse(experiment, batch, batch_size, max_new_tokens, temperature, seed, dtype)
         if jax.process_index() == 0:
-            if lessons:
-                features.write(lessons, f"write-{i:05}", [c.lesson for c in conversations], dtype)
+            if kept:
+                features.write(kept, f"write-{i:05}", [c.features for c in conversations], dtype)
             records.write_shard(directory, f"write-{i:05}", (c.record() for c in conversations))
         tokens += sum(sum(c.assistant) for c in conversations)
         seconds = time.monotonic() - began
@@ -136,11 +136,11 @@ def converse(
     max_new_tokens: int,
     temperature: float,
     key: jax.Array,
-    lesson_dtype: str = "",
+    feature_dtype: str = "",
 ) -> list[Conversation]:
     """Holds the conversations turn by turn; one whose context is full ends early.
 
-    With a dtype for it, their lessons are kept.
+    With a dtype for them, features are kept.
     """
     stops = experiment.tokenizer.stop_ids
     config = DecodeConfig(max_new_tokens, 0, temperature, stops)
@@ -158,7 +158,7 @@ def converse(
         prompt_BxP, length_B = pad([c.tokens for c in active], rows)
         keys_B = jax.random.split(jax.random.fold_in(key, turn), batch_size)[:rows]
         put = lambda x: partition.shard_batch(x, experiment.mesh)  # noqa: E731
-        out, lesson = decode_batch(
+        out, seen = decode_batch(
             experiment.target,
             experiment.target_params,
             put(prompt_BxP),
@@ -166,13 +166,13 @@ def converse(
             put(keys_B),
             config,
             experiment.mesh,
-            lesson_dtype,
+            feature_dtype,
         )
         for row, conversation in enumerate(active):
             conversation.answer(out.tokens[row, : out.count[row]].tolist())
-            if lesson:
+            if seen:
                 known = len(conversation.tokens)
-                conversation.learn({k: v[row, :known].copy() for k, v in lesson._asdict().items()})
+                conversation.features = {k: v[row, :known].copy() for k, v in seen._asdict().items()}
     return conversations
 
 

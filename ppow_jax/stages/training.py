@@ -40,13 +40,13 @@ class Corpus:
 
 
 def corpus(experiment: Experiment) -> Corpus:
-    """Opens the responses and, if `data.cache_features`, computes the lessons that are missing."""
+    """Opens the responses and, if `data.cache_features`, computes the features that are missing."""
     data = experiment.settings.data
     train, held = texts.split(experiment.responses, data.length, data.holdout)
-    lessons = None
+    kept = None
     if data.cache_features:
-        lessons = features.ensure(experiment)
-    make = lambda indices: texts.Texts(experiment.responses, lessons, indices, data.length)  # noqa: E731
+        kept = features.ensure(experiment)
+    make = lambda indices: texts.Texts(experiment.responses, kept, indices, data.length)  # noqa: E731
     return Corpus(make(train), make(held), train, len(experiment.responses))
 
 
