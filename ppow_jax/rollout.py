@@ -63,10 +63,9 @@ def make_rollout(target: Target, drafter: Drafter, settings: PPOWSettings) -> Ca
         start = windows.text_starts(prefix, batch["tokens"], anchors)
 
         def choose(step: int, logits: jax.Array):
-            B, A, _, N = logits.shape
             logp = jax.nn.log_softmax(logits / settings.rollout_temperature)
-            logp = jnp.broadcast_to(logp, (B, A, settings.group, N))
-            ids = jax.random.categorical(jax.random.fold_in(key, step), logp)
+            ids = draw(jax.random.fold_in(key, step), logp, settings.group)
+            logp = jnp.broadcast_to(logp, (*ids.shape, logp.shape[-1]))
             chosen = jnp.take_along_axis(logp, ids[..., None], -1)[..., 0]
             onward = windows.text_ahead(batch["tokens"], anchors, step) if as_one else weights.vocab[ids]
             return onward, (ids, weights.vocab[ids], chosen)
@@ -75,3 +74,14 @@ def make_rollout(target: Target, drafter: Drafter, settings: PPOWSettings) -> Ca
         return Rollout(anchors, real, *sampled)
 
     return roll
+
+
+def draw(key: jax.Array, logp_BxAxGxN: jax.Array, group: int) -> jax.Array:
+    """int32 ids `[B, A, group]`, one from each law, or all of a group from the one that it shares (G = 1).
+
+    By inverting the distribution function: a random number a token, where Gumbel's trick takes N.
+    """
+    below = jnp.cumsum(jnp.exp(logp_BxAxGxN), -1)
+    B, A, _, N = below.shape
+    u = jax.random.uniform(key, (B, A, group, 1)) * below[..., -1:]
+    return jnp.minimum((below <= u).sum(-1), N - 1)

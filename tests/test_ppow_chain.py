@@ -10,7 +10,7 @@ import pytest
 import small
 from phases import KEY, NEVER, batch_of, gradient, norm, run
 
-from ppow_jax.rollout import drafted_as_one
+from ppow_jax.rollout import drafted_as_one, draw
 from ppow_jax.stages import ppow
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -180,3 +180,18 @@ def test_a_group_drafted_as_one_accepts_by_the_same_law(chain):
         assert (np.abs(seen - want) <= 5 * np.sqrt(want * (1 - want) / group) + 1e-6).all(), (b, a)
         some += want[1:].sum() > 0
     assert some > 2
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_drawn_tokens_follow_their_laws(shared):
+    """Impossible tokens at either end and in between; each count within 5 sigma."""
+    law = np.array([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    logp = jnp.asarray(np.log(np.maximum(law, 1e-38)), jnp.float32).at[law == 0].set(-jnp.inf)
+    group = 4000
+    rows = jnp.broadcast_to(logp, (2, 3, 1 if shared else group, 6))
+    ids = np.asarray(draw(KEY, rows, group))
+    assert ids.shape == (2, 3, group)
+    for drawn in ids.reshape(-1, group):
+        seen = np.bincount(drawn, minlength=6)
+        assert (np.abs(seen - group * law) <= 5 * np.sqrt(group * law * (1 - law))).all()
+    assert len(np.unique(ids.reshape(-1, group), axis=0)) == 6

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.drafter import Drafter, DrafterWeights
 from ppow_jax.models.layers import KeyValues
-from ppow_jax.windows import text_prefix, text_starts, window_pass
+from ppow_jax.windows import Prefix, text_prefix, text_starts, window_pass
 
 
 class Rounds(NamedTuple):
@@ -38,7 +38,7 @@ class _Walk(NamedTuple):
     step: jax.Array  # [B], of the window
     round: jax.Array  # [B]
     hidden: jax.Array  # [B, D], the drafter's own, from the step before
-    context: KeyValues  # of T + window slots
+    context: KeyValues  # the text's T slots, then the window's own: step j's in slot T + j
     rounds: Rounds
 
 
@@ -66,27 +66,12 @@ def simulate(
     B, T = tokens_BxT.shape
     rows = jnp.arange(B)
     prefix = text_prefix(drafter, weights, taps_BxTxC, tokens_BxT)
-    apply = lambda *args, **kw: drafter.apply({"params": weights.params}, *args, **kw)  # noqa: E731
-    # Behind the text: the keys of the window's own tokens, step j's in slot T + j.
-    slots = jnp.arange(T + window)
-    (context,) = kv_cache.grow((prefix.keys_values,), T + window)
 
     def walk(w: _Walk) -> _Walk:
-        position_B = w.anchor + w.step
-        reads_B, says_B = position_B + 1, position_B + 2  # positions of the token fed in, of the one drafted
-        text = lambda at_B: tokens_BxT[rows, jnp.minimum(at_B, T - 1)]  # noqa: E731
-        hidden_BxD = jnp.where((w.step == 0)[:, None], prefix.hidden[rows, w.anchor], w.hidden)
-        one = (weights.embedding[text(reads_B)][:, None, None], hidden_BxD[:, None, None])
-        position_Bx1x1 = position_B[:, None, None]
-        new = apply(*one, position_Bx1x1, method=Drafter.keys_values)
-        (context,) = kv_cache.write((w.context,), kv_cache.as_prefix([new]), T + w.step)
-        own_BxS = (slots > T) & (slots <= T + w.step[:, None])  # the anchor's key is the text's
-        visible_BxS = (slots <= w.anchor[:, None]) | own_BxS
-        hidden = apply(*one, position_Bx1x1, context, visible_BxS[:, None], None)
-        drafted_B = weights.vocab[jnp.argmax(apply(hidden, method=Drafter.logits), -1)][:, 0, 0]
-
+        hidden_BxD, context, drafted_B = _draft(drafter, weights, prefix, tokens_BxT, w)
+        says_B = w.anchor + w.step + 2  # the position of the token that was drafted
         alive_B, left_B = says_B < end_B, end_B - w.anchor - 2
-        agrees_B = drafted_B == text(says_B)
+        agrees_B = drafted_B == tokens_BxT[rows, jnp.minimum(says_B, T - 1)]
         over_B = ~agrees_B | (w.step + 1 == window) | (says_B + 1 == end_B)
         accepted_B = w.step + agrees_B
         emitted_B = jnp.minimum(accepted_B + 1, left_B)
@@ -96,15 +81,36 @@ def simulate(
             anchor=w.anchor + jnp.where(alive_B & over_B, emitted_B, 0),
             step=jnp.where(over_B, 0, w.step + 1),
             round=w.round + (alive_B & over_B),
-            hidden=hidden[:, 0, 0],
+            hidden=hidden_BxD,
             context=context,
             rounds=jax.tree.map(lambda all_, new: all_.at[rows, at_B].set(new, mode="drop"), w.rounds, found),
         )
 
     zeros, zero_B = jnp.zeros((B, T), jnp.int32), jnp.zeros(B, jnp.int32)
-    blank = Rounds(zeros, zeros - 1, zeros)
-    start = _Walk(start_B - 1, zero_B, zero_B, prefix.hidden[:, 0], context, blank)
+    (context,) = kv_cache.grow((prefix.keys_values,), T + window)
+    start = _Walk(start_B - 1, zero_B, zero_B, prefix.hidden[:, 0], context, Rounds(zeros, zeros - 1, zeros))
     return jax.lax.while_loop(lambda w: jnp.any(w.anchor + 2 < end_B), walk, start).rounds
+
+
+def _draft(
+    drafter: Drafter, weights: DrafterWeights, prefix: Prefix, tokens_BxT: jax.Array, w: _Walk
+) -> tuple[jax.Array, KeyValues, jax.Array]:
+    """One step of each row's window along the text: hidden state `[B, D]`, context, drafted token `[B]`."""
+    B, T = tokens_BxT.shape
+    rows, position_B = jnp.arange(B), w.anchor + w.step
+    apply = lambda *args, **kw: drafter.apply({"params": weights.params}, *args, **kw)  # noqa: E731
+    token_B = tokens_BxT[rows, jnp.minimum(position_B + 1, T - 1)]
+    hidden_BxD = jnp.where((w.step == 0)[:, None], prefix.hidden[rows, w.anchor], w.hidden)
+    inputs = (weights.embedding[token_B], hidden_BxD, position_B)
+    inputs = tuple(x[:, None, None] for x in inputs)
+    new = kv_cache.as_prefix([apply(*inputs, method=Drafter.keys_values)])
+    (context,) = kv_cache.write((w.context,), new, T + w.step)
+    slots = jnp.arange(context.values.shape[2])
+    own_BxS = (slots > T) & (slots <= T + w.step[:, None])  # the anchor's key is the text's
+    visible_BxS = (slots <= w.anchor[:, None]) | own_BxS
+    hidden = apply(*inputs, context, visible_BxS[:, None], None)
+    drafted_B = weights.vocab[jnp.argmax(apply(hidden, method=Drafter.logits), -1)][:, 0, 0]
+    return hidden[:, 0, 0], context, drafted_B
 
 
 @functools.partial(jax.jit, static_argnames=("drafter", "window"))
