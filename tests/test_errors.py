@@ -254,7 +254,7 @@ def test_no_readable_checkpoint_at_all(finished, workdir):
 
 
 def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(finished, tmp_path):
-    """One text's features are poisoned; with the right ones the stage goes on to where it would have ended."""
+    """One text's features are poisoned; once mended, the stage goes on to where it would have ended."""
     workdir = tmp_path / "w"
     runs.experiment.run(runs.make_settings(finished.workdir.parent, stages=("respond",)), workdir)
     shard = records.shards(workdir / "features")[0]
