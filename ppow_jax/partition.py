@@ -20,8 +20,8 @@ BATCH = ("fsdp", "data")
 # The first match wins; a leaf that nothing matches is an error.
 TABLE: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(embedding/embedding)$", PartitionSpec("tensor", "fsdp")),
-    (r"(query|key|value|gate|up|fuse|head)/kernel$", PartitionSpec("fsdp", "tensor")),
-    (r"(out|down)/kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"(query|key|value|gate|up|fuse|head)/weight$", PartitionSpec("tensor", "fsdp")),
+    (r"(out|down)/weight$", PartitionSpec("fsdp", "tensor")),
     (r"norm/scale$", PartitionSpec()),
     (r"(^|/)(count|step|scores|scored_at)$", PartitionSpec()),
 )

@@ -45,7 +45,7 @@ def run(pair, drafter, params, vocab, settings, batch, key=KEY, stops=NEVER):
 @functools.partial(jax.jit, static_argnames=("target", "drafter", "settings"))
 def differentiate(target, drafter, settings, target_params, weights, batch, rollout, verdict):
     lesson = teacher.lesson_of(target, target_params, batch)
-    head = head_matrix(target.config, target_params)[:, weights.vocab]
+    head = head_matrix(target.config, target_params)[weights.vocab]
     args = (drafter, settings, target_params, weights.vocab, head, lesson, batch)
     loss = functools.partial(ppow.ppow_loss, *args)
     return jax.value_and_grad(loss, has_aux=True)(weights.params, rollout, verdict)

@@ -29,23 +29,24 @@ def rotate(x: np.ndarray, position: int, theta: float) -> np.ndarray:
 def attention(layer: dict, query_in: np.ndarray, inputs: list, at: list, shape) -> np.ndarray:
     """Attention of the last of the tokens with the given inputs and positions over all of them."""
     E, theta = shape.head_size, shape.rope_theta
-    queries = rotate((query_in @ layer["query"]["kernel"]).reshape(-1, E), at[-1], theta)
+    queries = rotate((query_in @ layer["query"]["weight"].T).reshape(-1, E), at[-1], theta)
     keys = [
-        rotate((x @ layer["key"]["kernel"]).reshape(-1, E), p, theta) for x, p in zip(inputs, at, strict=True)
+        rotate((x @ layer["key"]["weight"].T).reshape(-1, E), p, theta)
+        for x, p in zip(inputs, at, strict=True)
     ]
-    values = [(x @ layer["value"]["kernel"]).reshape(-1, E) for x in inputs]
+    values = [(x @ layer["value"]["weight"].T).reshape(-1, E) for x in inputs]
     heads = []
     for h, q in enumerate(queries):
         g = h * shape.kv_heads // shape.heads
         scores = np.array([q @ k[g] for k in keys]) / np.sqrt(E)
         weights = np.exp(log_softmax(scores))
         heads.append(sum(w * v[g] for w, v in zip(weights, values, strict=True)))
-    return np.concatenate(heads) @ layer["out"]["kernel"]
+    return np.concatenate(heads) @ layer["out"]["weight"].T
 
 
 def mlp(layer: dict, x: np.ndarray) -> np.ndarray:
-    gate = x @ layer["gate"]["kernel"]
-    return (gate / (1 + np.exp(-gate)) * (x @ layer["up"]["kernel"])) @ layer["down"]["kernel"]
+    gate = x @ layer["gate"]["weight"].T
+    return (gate / (1 + np.exp(-gate)) * (x @ layer["up"]["weight"].T)) @ layer["down"]["weight"].T
 
 
 def float64(tree):
@@ -69,7 +70,7 @@ def target_text(params: dict, shape, tokens: list[int]) -> tuple[np.ndarray, np.
         )
         x = x + mlp(layer["mlp"], rms_norm(x, layer["mlp_norm"]["scale"], shape.norm_epsilon))
     final = rms_norm(x, p["norm"]["scale"], shape.norm_epsilon)
-    head = p["embedding"]["embedding"].T if shape.tied_head else p["head"]["kernel"]
+    head = p["embedding"]["embedding"].T if shape.tied_head else p["head"]["weight"].T
     return final @ head, np.stack(inputs)
 
 
@@ -100,13 +101,13 @@ def drafter_window(
             ]
         )
 
-    features = np.asarray(taps, np.float64) @ p["fuse"]["kernel"]
+    features = np.asarray(taps, np.float64) @ p["fuse"]["weight"].T
     inputs = [pair(tokens[t + 1], features[t]) for t in range(anchor + 1)]
     feature, logits = features[anchor], []
     for step in range(steps):
         at = list(range(anchor + step + 1))
         feature = feature + attention(p["attention"], inputs[-1], inputs, at, shape)
         feature = feature + mlp(p["mlp"], rms_norm(feature, p["mlp_norm"]["scale"], eps))
-        logits.append(rms_norm(feature, p["norm"]["scale"], eps) @ p["head"]["kernel"])
+        logits.append(rms_norm(feature, p["norm"]["scale"], eps) @ p["head"]["weight"].T)
         inputs.append(pair(choose(step, logits[-1]), feature))
     return np.stack(logits)

@@ -57,7 +57,7 @@ def randomise(shapes: dict, seed: int) -> dict:
             value = rng.normal(size=leaf.shape)
         else:
             gain = 3.0 if names[0] == "head" else 1.5
-            value = gain * rng.normal(size=leaf.shape) / np.sqrt(leaf.shape[0])
+            value = gain * rng.normal(size=leaf.shape[::-1]).T / np.sqrt(leaf.shape[1])
         return jnp.asarray(value, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(fill, shapes)
@@ -104,12 +104,12 @@ class Chain(NamedTuple):
         params = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), drafters.abstract_params(shape))
         for name in ("embedding_norm", "hidden_norm", "mlp_norm", "norm"):
             params[name]["scale"] = np.ones(D, np.float32)
-        params["head"]["kernel"] = head
+        params["head"]["weight"] = head.T
         params["attention"] = {
-            "query": {"kernel": constant},
-            "key": {"kernel": constant},
-            "value": {"kernel": value},
-            "out": {"kernel": np.eye(D)},
+            "query": {"weight": constant.T},
+            "key": {"weight": constant.T},
+            "value": {"weight": value.T},
+            "out": {"weight": np.eye(D)},
         }
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
         embedding = jnp.asarray(self.params["embedding"]["embedding"])

@@ -24,9 +24,9 @@ def test_blind_to_the_embedding_a_fresh_drafter_is_the_targets_last_layer(tiny, 
     assert (small.TINY.kv_heads, shape.kv_heads) == (2, kv_heads or 2)
     params = drafters.init_params(shape, small.TINY, tiny.params, VOCAB, jax.random.key(0))
     for name in ("query", "key", "value"):
-        kernel = params["attention"][name]["kernel"]
-        assert np.asarray(kernel[: shape.width]).std() > 0
-        params["attention"][name]["kernel"] = kernel.at[: shape.width].set(0.0)
+        weight = params["attention"][name]["weight"]
+        assert np.asarray(weight[:, : shape.width]).std() > 0
+        params["attention"][name]["weight"] = weight.at[:, : shape.width].set(0.0)
     tokens = np.random.default_rng(0).integers(small.TINY.vocab_size, size=(2, 12)).astype(np.int32)
     out, logits = small.forward(tiny.target, tiny.params, tokens)
     weights = DrafterWeights(params, tiny.weights.embedding, VOCAB)
@@ -43,7 +43,7 @@ def test_blind_to_the_embedding_a_fresh_drafter_is_the_targets_last_layer(tiny, 
 def test_an_mlp_of_another_width_starts_at_random_and_nothing_is_shared_with_the_target(tiny):
     shape = drafters.drafter_config(small.TINY, len(VOCAB), 40, "float32")
     params = drafters.init_params(shape, small.TINY, tiny.params, VOCAB, jax.random.key(0))
-    assert params["mlp"]["up"]["kernel"].shape == (32, 40)
+    assert params["mlp"]["up"]["weight"].shape == (40, 32)
     donate = jax.jit(lambda p: jax.tree.map(lambda x: x + 1, p), donate_argnums=0)
     donate(params)
     jax.block_until_ready(jax.tree.map(lambda x: x + 0, tiny.params))  # would raise if it had been deleted

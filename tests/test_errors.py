@@ -310,6 +310,20 @@ def test_a_truncated_gguf_file(tmp_path):
     assert not (tmp_path / "w" / "responses").exists()
 
 
+@pytest.mark.parametrize("damage", ["cut", "garbled", "empty"])
+def test_a_damaged_shard_is_named(tmp_path, damage):
+    for name in ("a", "b"):
+        records.write_shard(tmp_path, name, [{"x": np.arange(1000)}] * 20)
+    path = tmp_path / "b.arrayrecord"
+    found = bytearray(path.read_bytes())
+    middle = len(found) // 2
+    found[middle] ^= 255
+    path.write_bytes(found if damage == "garbled" else found[: middle if damage == "cut" else 0])
+    with pytest.raises(UserError, match=r"b\.arrayrecord: damaged; delete it"):
+        rows = records.Records(tmp_path)
+        [rows[i] for i in range(len(rows))]
+
+
 def test_responses_with_ids_out_of_range_end_the_command(tmp_path, compiled_once):
     path = runs.write_jsonl(tmp_path / "r.jsonl", [{"turns": ["a"], "response_ids": [[5, 49000]]}])
     done = command(

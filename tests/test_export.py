@@ -73,7 +73,7 @@ def test_no_export_there(tmp_path):
 def test_foreign_parameters_are_refused(copied, manifest):
     """Readable, of the right shape, and not those that the manifest describes."""
     _, params, _ = export.load(copied, manifest["target"]["fingerprint"])
-    params["head"]["kernel"] = params["head"]["kernel"].at[0, 0].add(1e-3)
+    params["head"]["weight"] = params["head"]["weight"].at[0, 0].add(1e-3)
     checkpoint.save_params(copied / "drafter", params)
     with pytest.raises(UserError, match=r"the parameters are not those of the manifest; export again"):
         export.load(copied, manifest["target"]["fingerprint"])

@@ -52,14 +52,14 @@ def test_every_matrix_is_split_along_both_axes_and_every_scale_is_whole(tree):
 def test_matrices_that_widen_are_split_by_output_and_those_that_narrow_by_input():
     """So that between the two a device keeps its share and only one sum over `tensor` is needed."""
     found = specs(target.abstract_params(small.TINY)) | specs(drafter_shapes())
-    wide, narrow = PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", "fsdp")
+    wide, narrow = PartitionSpec("tensor", "fsdp"), PartitionSpec("fsdp", "tensor")
     for prefix in ("layers_1/", ""):  # a layer of the target; the drafter's only one
         for name in ("attention/query", "attention/key", "attention/value", "mlp/gate", "mlp/up"):
-            assert found[f"{prefix}{name}/kernel"] == wide, prefix + name
+            assert found[f"{prefix}{name}/weight"] == wide, prefix + name
         for name in ("attention/out", "mlp/down"):
-            assert found[f"{prefix}{name}/kernel"] == narrow, prefix + name
-    assert found["head/kernel"] == found["fuse/kernel"] == wide
-    assert found["embedding/embedding"] == narrow  # whole rows would be gathered by every device
+            assert found[f"{prefix}{name}/weight"] == narrow, prefix + name
+    assert found["head/weight"] == found["fuse/weight"] == wide
+    assert found["embedding/embedding"] == wide  # whole rows would be gathered by every device
 
 
 def test_moments_of_the_optimiser_lie_like_their_parameters():
@@ -75,9 +75,9 @@ def test_moments_of_the_optimiser_lie_like_their_parameters():
 
 def test_an_axis_that_does_not_divide_is_left_out_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
-        odd = partition.spec("head/kernel", (32, 25), MESH)
-    assert odd == PartitionSpec("fsdp", None)
-    assert "head/kernel" in caplog.text
+        odd = partition.spec("head/weight", (25, 32), MESH)
+    assert odd == PartitionSpec(None, "fsdp")
+    assert "head/weight" in caplog.text
     assert "25" in caplog.text
 
 

@@ -187,6 +187,7 @@ def test_a_full_context_ends_a_dialogue_early(experiment):
     long, short = Prompt("1", "", ("a" * 200, "b" * 200, "c")), Prompt("2", "", ("a", "b", "c"))
     full, other = converse(experiment, [long, short], 100)
     assert spans(np.array(full.assistant)) == [(202, 302)]
+    assert len(full.tokens) == 302  # and no question stays without an answer
     assert len(spans(np.array(other.assistant))) == 3
 
 

@@ -11,6 +11,7 @@ import reference
 import small
 
 from ppow_jax.models import cache as kv_cache
+from ppow_jax.models import layers
 from ppow_jax.models.target import (
     Target,
     abstract_params,
@@ -46,7 +47,7 @@ def test_logits_and_taps_are_those_of_a_llama_decoder_in_numpy(shape):
         for layer, tap in zip(shape.taps, taps, strict=True):
             np.testing.assert_allclose(tap, inputs[layer], atol=1e-4, rtol=0)
         head = np.asarray(head_matrix(shape, params))
-        np.testing.assert_allclose(out.hidden[b, 0] @ head, want, atol=1e-5 * scale, rtol=0)
+        np.testing.assert_allclose(out.hidden[b, 0] @ head.T, want, atol=1e-5 * scale, rtol=0)
 
 
 @pytest.mark.parametrize(("layers", "taps"), [(30, (2, 15, 27)), (32, (2, 16, 29)), (36, (2, 18, 33))])
@@ -123,3 +124,17 @@ def test_the_fingerprint_names_the_weights_and_not_the_dtype(tiny):
     other = small.randomise(abstract_params(small.TINY), 99)
     assert fingerprint(small.TINY, tiny.params | {"norm": other["norm"]}) != name
     assert fingerprint(dataclasses.replace(small.TINY, rope_theta=5e5), tiny.params) != name
+
+
+@pytest.mark.parametrize("rows", [(1,), (3,), (2, 2), (7,), (3, 1, 11), (64,), (65,), (5, 30)])
+def test_a_product_is_the_same_for_any_number_of_rows(rows):
+    """Few rows take another way through XLA's CPU backend, padded to a number that it likes."""
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(*rows, 24)), rng.normal(size=(10, 24))
+    low = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
+    out, pull = jax.vjp(jax.jit(layers.product), low(x), low(weight))
+    np.testing.assert_allclose(out, x @ weight.T, atol=1e-5, rtol=0)
+    by_x, by_weight = pull(out)
+    np.testing.assert_allclose(by_x, x @ weight.T @ weight, atol=1e-4, rtol=0)
+    want = (x @ weight.T).reshape(-1, 10).T @ x.reshape(-1, 24)
+    np.testing.assert_allclose(by_weight, want, atol=1e-3, rtol=1e-5)

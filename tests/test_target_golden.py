@@ -204,8 +204,8 @@ def test_without_unpermute_the_logits_are_wrong(loaded):
     for i in range(c.layers):
         attention = wrong[f"layers_{i}"]["attention"]
         for name, heads in (("query", c.heads), ("key", c.kv_heads)):
-            stored = permute(np.asarray(attention[name]["kernel"]).T, heads)
-            attention[name] = {"kernel": jnp.asarray(stored.T)}
+            stored = permute(np.asarray(attention[name]["weight"]), heads)
+            attention[name] = {"weight": jnp.asarray(stored)}
     rows, positions, values = golden_positions()
     hidden = forward(loaded.target, wrong, pad(TEXTS)).hidden[rows, 0, positions]
     error = logit_error(np.asarray(head(loaded.target, wrong, hidden)), values)

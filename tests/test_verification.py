@@ -130,5 +130,5 @@ def test_the_lesson_of_a_text_is_the_law_of_its_next_tokens(tiny, read):
         np.testing.assert_allclose(lesson.entropy[b], -(np.exp(logp) * logp).sum(-1), atol=1e-4, rtol=0)
         taps = np.concatenate([inputs[i] for i in small.TINY.taps], -1)
         np.testing.assert_allclose(lesson.taps[b], taps, atol=1e-4, rtol=0)
-        head = jnp.asarray(lesson.hidden[b]) @ tiny.params["head"]["kernel"]
+        head = jnp.asarray(lesson.hidden[b]) @ tiny.params["head"]["weight"].T
         np.testing.assert_allclose(head, logits, atol=1e-4, rtol=0)

@@ -27,15 +27,17 @@ class Conversation:
     assistant: list[bool] = dataclasses.field(default_factory=list)
     features: dict[str, np.ndarray] | None = None
 
-    def ask(self, tokenizer: Tokenizer, turn: int) -> None:
-        """Appends the user's message number `turn` and the template around it."""
+    def question(self, tokenizer: Tokenizer, turn: int) -> list[int]:
+        """The ids of the user's message number `turn`, the next one, and of the template around it."""
         message = self.prompt.turns[turn]
         if turn == 0:
-            ids = tokenizer.first_turn(message)
-        else:
-            ids = tokenizer.next_turn(message)
-            if self.tokens[-1] == ids[0]:  # the response ended with the end-of-turn token itself
-                ids = ids[1:]
+            return tokenizer.first_turn(message)
+        ids = tokenizer.next_turn(message)
+        # A response may have ended with the end-of-turn token itself.
+        return ids[1:] if self.tokens[-1] == ids[0] else ids
+
+    def ask(self, ids: list[int]) -> None:
+        """Appends what the user said."""
         self.tokens += ids
         self.assistant += [False] * len(ids)
 
@@ -93,7 +95,7 @@ def import_responses(path: str, tokenizer: Tokenizer, vocab_size: int) -> list[C
         prompt = Prompt(str(row.get("id", number)), str(row.get("category", "")), tuple(turns))
         conversation = Conversation(prompt)
         for turn, response in enumerate(responses[: len(prompt.turns)]):
-            conversation.ask(tokenizer, turn)
+            conversation.ask(conversation.question(tokenizer, turn))
             conversation.answer(response + [tokenizer.stop_ids[0]] * bool(finished[turn]))
         conversations.append(conversation)
     if not conversations:

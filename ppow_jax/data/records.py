@@ -38,12 +38,15 @@ class Records(Sequence):
         """Opens the shards, or only those named.
 
         Raises:
-          UserError: there are none.
+          UserError: there are none, or one is damaged.
         """
-        paths = [str(directory / f"{name}{_SUFFIX}") for name in names or shards(directory)]
-        if not paths:
+        self._paths = [str(directory / f"{name}{_SUFFIX}") for name in names or shards(directory)]
+        if not self._paths:
             raise UserError(f"{directory}: no {_SUFFIX} files; run the stage that writes them first")
-        self._source = grain.sources.ArrayRecordDataSource(paths)
+        try:
+            self._source = grain.sources.ArrayRecordDataSource(self._paths)
+        except RuntimeError as e:
+            raise self._damaged(e) from e
 
     def __len__(self) -> int:
         return len(self._source)
@@ -51,7 +54,24 @@ class Records(Sequence):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        return serialization.msgpack_restore(self._source[index])
+        try:
+            return serialization.msgpack_restore(self._source[index])
+        except (RuntimeError, ValueError) as e:
+            raise self._damaged(e) from e
+
+    def _damaged(self, error: Exception) -> UserError:
+        """Names the first shard that cannot be read."""
+        for path in self._paths:
+            try:
+                source = grain.sources.ArrayRecordDataSource([path])
+                for index in range(len(source)):
+                    serialization.msgpack_restore(source[index])
+            except (RuntimeError, ValueError):
+                return UserError(
+                    f"{path}: damaged; delete it, and the entry of the stage that wrote it in stages.json, and "
+                    "run again: what is missing is made again"
+                )
+        return UserError(f"{self._paths[0]} and its like cannot be read: {error}")
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

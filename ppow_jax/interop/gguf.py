@@ -126,7 +126,7 @@ def load(path: str, dtype: str) -> tuple[TargetConfig, dict, dict[str, Any]]:
         elif name == "output_norm.weight":
             params["norm"] = {"scale": dense(tensor).astype(np_dtype)}
         elif name == "output.weight":
-            params["head"] = {"kernel": dense(tensor).T.astype(np_dtype)}
+            params["head"] = {"weight": dense(tensor).astype(np_dtype)}
         elif parts[0] == "blk" and parts[2] in _NORMS and parts[3] == "weight":
             module, leaf = _NORMS[parts[2]]
             params[f"layers_{parts[1]}"][module] = {leaf: dense(tensor).astype(np_dtype)}
@@ -136,7 +136,7 @@ def load(path: str, dtype: str) -> tuple[TargetConfig, dict, dict[str, Any]]:
             if leaf in ("query", "key"):
                 rows = unpermute(rows, config.heads if leaf == "query" else config.kv_heads)
             block = params[f"layers_{parts[1]}"].setdefault(module, {})
-            block[leaf] = {"kernel": np.ascontiguousarray(rows.T).astype(np_dtype)}
+            block[leaf] = {"weight": np.ascontiguousarray(rows).astype(np_dtype)}
         else:
             raise UserError(f"{file}: tensor {name!r} has no place in a llama decoder")
     return config, params, metadata

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from ppow_jax.errors import ConfigError
 from ppow_jax.models.cache import as_prefix
-from ppow_jax.models.layers import Attention, GatedMLP, KeyValues, RMSNorm
+from ppow_jax.models.layers import Attention, GatedMLP, KeyValues, Linear, RMSNorm
 from ppow_jax.models.target import TargetConfig, head_matrix
 
 
@@ -63,14 +63,14 @@ class Drafter(nn.Module):
     def setup(self) -> None:
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        self.fuse = nn.Dense(c.width, use_bias=False, dtype=dtype)
+        self.fuse = Linear(c.width, dtype)
         self.embedding_norm = RMSNorm(c.norm_epsilon)
         self.hidden_norm = RMSNorm(c.norm_epsilon)
         self.attention = Attention(c.heads, c.kv_heads, c.head_size, c.width, c.rope_theta, dtype)
         self.mlp_norm = RMSNorm(c.norm_epsilon)
         self.mlp = GatedMLP(c.mlp_hidden, c.width, dtype)
         self.norm = RMSNorm(c.norm_epsilon)
-        self.head = nn.Dense(c.vocab_size, use_bias=False, dtype=dtype)
+        self.head = Linear(c.vocab_size, dtype)
 
     def features(self, taps: jax.Array) -> jax.Array:
         """The target's taps `[..., C]` fused to the drafter's width `[..., D]`."""
@@ -174,25 +174,25 @@ def init_params(
     """
     params = _init(config, key)
     last, D = target_params[f"layers_{target.layers - 1}"], config.width
-    kernel = params["fuse"]["kernel"]
-    params["fuse"]["kernel"] = jnp.zeros_like(kernel).at[-D:].set(jnp.eye(D))
+    fuse = params["fuse"]["weight"]
+    params["fuse"]["weight"] = jnp.zeros_like(fuse).at[:, -D:].set(jnp.eye(D))
     for name in ("query", "key", "value"):
-        fresh = params["attention"][name]["kernel"]  # [2 D, ...]: embedding first, then feature
-        kernel = last["attention"][name]["kernel"]
+        fresh = params["attention"][name]["weight"]  # [..., 2 D]: embedding first, then feature
+        weight = last["attention"][name]["weight"]
         if name != "query":
-            kernel = _repeat_heads(kernel, target.kv_heads, config.kv_heads)
-        params["attention"][name]["kernel"] = fresh.at[D:].set(kernel)
+            weight = _repeat_heads(weight, target.kv_heads, config.kv_heads)
+        params["attention"][name]["weight"] = fresh.at[:, D:].set(weight)
     params["attention"]["out"] = last["attention"]["out"]
     params["hidden_norm"] = last["attention_norm"]
     params["norm"] = target_params["norm"]
     if config.mlp_hidden == target.mlp_hidden:
         params["mlp"], params["mlp_norm"] = last["mlp"], last["mlp_norm"]
-    params["head"]["kernel"] = head_matrix(target, target_params)[:, vocab_N]
+    params["head"]["weight"] = head_matrix(target, target_params)[vocab_N]
     # A copy even where the dtype is the same: training donates the drafter's buffers.
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
 
 
-def _repeat_heads(kernel_DxGE: jax.Array, heads: int, wanted: int) -> jax.Array:
+def _repeat_heads(weight_GExD: jax.Array, heads: int, wanted: int) -> jax.Array:
     """Key or value projection with each of its heads repeated: the same attention with more heads."""
-    by_head = kernel_DxGE.reshape(len(kernel_DxGE), heads, -1)
-    return jnp.repeat(by_head, wanted // heads, axis=1).reshape(len(kernel_DxGE), -1)
+    by_head = weight_GExD.reshape(heads, -1, weight_GExD.shape[1])
+    return jnp.repeat(by_head, wanted // heads, axis=0).reshape(-1, weight_GExD.shape[1])

@@ -63,20 +63,20 @@ def build(seed: int, dtype: str) -> tuple[TargetConfig, dict, Tokenizer]:
         dtype=dtype,
     )
     one_hot = np.eye(SIZE, width) * np.sqrt(width)  # the norms leave it as it is
-    zeros = lambda *shape: {"kernel": np.zeros(shape, dtype)}  # noqa: E731
+    zeros = lambda *shape: {"weight": np.zeros(shape, dtype)}  # noqa: E731
     block = {
         "attention_norm": {"scale": np.ones(width, dtype)},
         "attention": {
-            "query": zeros(width, 64),
-            "key": zeros(width, 64),
-            "value": zeros(width, 64),
-            "out": zeros(64, width),
+            "query": zeros(64, width),
+            "key": zeros(64, width),
+            "value": zeros(64, width),
+            "out": zeros(width, 64),
         },
         "mlp_norm": {"scale": np.ones(width, dtype)},
         "mlp": {
-            "gate": zeros(width, hidden),
-            "up": zeros(width, hidden),
-            "down": zeros(hidden, width),
+            "gate": zeros(hidden, width),
+            "up": zeros(hidden, width),
+            "down": zeros(width, hidden),
         },
     }
     head = np.zeros((width, SIZE))
@@ -85,7 +85,7 @@ def build(seed: int, dtype: str) -> tuple[TargetConfig, dict, Tokenizer]:
     params = {f"layers_{i}": block for i in range(config.layers)}
     params["embedding"] = {"embedding": one_hot.astype(dtype)}
     params["norm"] = {"scale": np.ones(width, dtype)}
-    params["head"] = {"kernel": head.astype(dtype)}
+    params["head"] = {"weight": np.ascontiguousarray(head.T.astype(dtype))}
     return config, params, _tokenizer()
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax.models.cache import Cache
-from ppow_jax.models.layers import Attention, GatedMLP, KeyValues, RMSNorm
+from ppow_jax.models.layers import Attention, GatedMLP, KeyValues, Linear, RMSNorm, product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Target(nn.Module):
         self.layers = [Block(c) for _ in range(c.layers)]
         self.norm = RMSNorm(c.norm_epsilon)
         if not c.tied_head:
-            self.head = nn.Dense(c.vocab_size, use_bias=False, dtype=dtype)
+            self.head = Linear(c.vocab_size, dtype)
 
     def __call__(
         self,
@@ -121,7 +121,7 @@ class Target(nn.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits `[..., V]` of final hidden states `[..., D]`."""
         if self.config.tied_head:
-            return self.embedding.attend(hidden).astype(jnp.float32)
+            return product(hidden, self.embedding.embedding.astype(self.config.dtype)).astype(jnp.float32)
         return self.head(hidden).astype(jnp.float32)
 
     def everything(self, tokens_BxWxK: jax.Array, positions_BxWxK: jax.Array) -> jax.Array:
@@ -130,10 +130,10 @@ class Target(nn.Module):
 
 
 def head_matrix(config: TargetConfig, params: dict) -> jax.Array:
-    """The output matrix `[D, V]`, whether tied or not."""
+    """The output matrix `[V, D]`, whether tied or not."""
     if config.tied_head:
-        return params["embedding"]["embedding"].T
-    return params["head"]["kernel"]
+        return params["embedding"]["embedding"]
+    return params["head"]["weight"]
 
 
 def abstract_params(config: TargetConfig) -> dict:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ppow_jax import partition, report, teacher
+from ppow_jax import partition, report
 from ppow_jax.console import log
 from ppow_jax.data import conversations, features, prompts, records
 from ppow_jax.decode.cost import measure_gamma
@@ -23,7 +23,6 @@ from ppow_jax.decode.simulate import simulate
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.drafter import Drafter, DrafterWeights, weights_of
-from ppow_jax.models.target import Target
 from ppow_jax.stages import respond, training
 
 _BUCKET = 64  # prompts and texts are padded to a multiple of this
@@ -31,11 +30,15 @@ _BUCKET = 64  # prompts and texts are padded to a multiple of this
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One response of a benchmark: its context and what the target wrote."""
+    """One response of a benchmark: its context and what the target wrote.
+
+    `taps` float32 `[T, C]`: what the target saw while it wrote, for the tokens of both.
+    """
 
     prompt: str
     context: np.ndarray
     response: np.ndarray
+    taps: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,22 +162,17 @@ def write_texts(experiment: Experiment, name: str, benchmark: list[prompts.Promp
     identity = repr([settings.max_new_tokens, [(p.id, p.turns) for p in benchmark]])
     mark = hashlib.sha256(identity.encode()).hexdigest()[:12]
     directory = experiment.workdir / "evaluate" / f"{name}-{mark}"
-    tokens, size = settings.max_new_tokens, settings.batch_size
-    respond.write(experiment, benchmark, directory, tokens, 0.0, size, label=f"evaluate {name}")
+    tokens, size, seen = settings.max_new_tokens, settings.batch_size, directory / "features"
+    respond.write(experiment, benchmark, directory, tokens, 0.0, size, label=f"evaluate {name}", kept=seen)
     rows = {}
-    for record in records.Records(directory):
-        spans = conversations.spans(record["assistant"])
+    for record, kept in zip(records.Records(directory), records.Records(seen), strict=True):
+        text, taps = record["tokens"], kept["taps"]
         rows[record["id"]] = [
-            Turn(record["id"], record["tokens"][:start], record["tokens"][start:end])
-            for start, end in spans
+            Turn(record["id"], text[:start], text[start:end], taps[:end])
+            for start, end in conversations.spans(record["assistant"])
             if end - start > 1
         ]
     return [turn for p in benchmark for turn in rows[p.id]]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _taps(target: Target, params: dict, tokens_BxT: jax.Array) -> jax.Array:
-    return teacher.read(target, params, tokens_BxT)[0].taps
 
 
 def simulate_all(
@@ -193,8 +191,11 @@ def simulate_all(
         batch = ordered[at : at + size]
         longest = -(-lengths[batch[-1]] // _BUCKET) * _BUCKET
         texts = [np.concatenate([turns[i].context, turns[i].response]) for i in batch]
-        tokens = partition.shard_batch(features.pad_texts(texts, size, longest), experiment.mesh)
-        taps = _taps(experiment.target, experiment.target_params, tokens)
+        taps = np.zeros((size, longest, turns[0].taps.shape[1]), np.float32)
+        for row, i in enumerate(batch):
+            taps[row, : lengths[i]] = turns[i].taps
+        padded = features.pad_texts(texts, size, longest)
+        tokens, taps = partition.shard_batch((padded, taps), experiment.mesh)
         start_B, end_B = np.ones(size, np.int32), np.ones(size, np.int32)
         start_B[: len(batch)] = [len(turns[i].context) for i in batch]
         end_B[: len(batch)] = [lengths[i] for i in batch]

@@ -154,7 +154,7 @@ def criticality(
     """ADAW's score `[B, T]` of every anchor: one drafter step from each, against the target's law."""
     lesson = teacher.lesson_of(target, target_params, batch)
     weights = weights_of(state["params"], target_params, state["vocab"])
-    head = head_matrix(target.config, target_params)[:, state["vocab"]]
+    head = head_matrix(target.config, target_params)[state["vocab"]]
     tokens = batch["tokens"]
     B, T = tokens.shape
     prefix = windows.text_prefix(drafter, weights, lesson.taps, tokens)
@@ -162,7 +162,7 @@ def criticality(
     law = jnp.take_along_axis(lesson.hidden, anchors[..., None] + 1, 1)
 
     def choose(_: int, logits_BxTx1xN: jax.Array):
-        divergence = objective.kl((law @ head)[:, :, None], logits_BxTx1xN)
+        divergence = objective.kl((law @ head.T)[:, :, None], logits_BxTx1xN)
         return jnp.zeros(divergence.shape, jnp.int32), divergence
 
     start = windows.text_starts(prefix, tokens, anchors)
@@ -194,7 +194,7 @@ def make_update(
         verdict: Verdict,
     ):
         lesson = teacher.lesson_of(target, target_params, batch)
-        head = head_matrix(target.config, target_params)[:, vocab]
+        head = head_matrix(target.config, target_params)[vocab]
         of = functools.partial(ppow_loss, drafter, settings, target_params, vocab, head, lesson, batch)
 
         def once(carry: tuple, _: None) -> tuple:
@@ -221,7 +221,7 @@ def ppow_loss(
     settings: PPOWSettings,
     target_params: dict,
     vocab: jax.Array,
-    head_DxN: jax.Array,
+    head_NxD: jax.Array,
     lesson: teacher.Lesson,
     batch: Batch,
     params: dict,
@@ -244,7 +244,7 @@ def ppow_loss(
         ids = rollout.ids[..., step]
         logp = jax.nn.log_softmax(logits / settings.rollout_temperature)
         entropy = -jnp.sum(jnp.exp(logp) * logp, -1)
-        divergence = objective.kl(verdict.context[..., step, :] @ head_DxN, logits)
+        divergence = objective.kl(verdict.context[..., step, :] @ head_NxD.T, logits)
         chosen = jnp.take_along_axis(
             jnp.broadcast_to(logp, (*ids.shape, logp.shape[-1])), ids[..., None], -1
         )[..., 0]

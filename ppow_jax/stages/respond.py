@@ -55,6 +55,7 @@ def run(experiment: Experiment) -> None:
         settings.batch_size,
         longest=data.length - 2,  # a text without two written tokens teaches nothing
         kept=features.directory(experiment) if data.cache_features else None,
+        feature_dtype=data.feature_dtype,
     )
 
 
@@ -68,18 +69,19 @@ def write(
     label: str = "respond",
     longest: int | None = None,
     kept: pathlib.Path | None = None,
+    feature_dtype: str = "float32",
 ) -> None:
     """Answers prompts, one shard a batch; batches that are there already are left alone.
 
     Prompts of more than `longest` tokens are left out. They would also set the size of a whole batch:
     reading 64 prompts of 4,400 tokens takes 45 GB of attention scores.
 
-    Features are written to the directory `kept`, a shard of the same name for each; None: they are not kept.
+    Features are written in `feature_dtype` to the directory `kept`, a shard of the same name for each; None:
+    they are not kept.
 
     Raises:
       UserError: a prompt that does not fit into the target's context.
     """
-    data = experiment.settings.data
     lengths = _lengths(experiment, prompts, max_new_tokens)
     fitting = [p for p in prompts if longest is None or lengths[p.id] <= longest]
     if len(fitting) < len(prompts):
@@ -91,7 +93,7 @@ def write(
     began, tokens = time.monotonic(), 0
     for n, (i, batch) in enumerate(todo, 1):
         seed = jax.random.fold_in(experiment.key("respond"), i)
-        dtype = data.feature_dtype if kept else ""
+        dtype = feature_dtype if kept else ""
         conversations = converse(experiment, batch, batch_size, max_new_tokens, temperature, seed, dtype)
         if jax.process_index() == 0:
             if kept:
@@ -144,14 +146,9 @@ def converse(
     """
     stops = experiment.tokenizer.stop_ids
     config = DecodeConfig(max_new_tokens, 0, temperature, stops)
-    conversations = [Conversation(p) for p in prompts]
+    conversations = active = [Conversation(p) for p in prompts]
     for turn in range(max(len(p.turns) for p in prompts)):
-        active = [c for c in conversations if turn < len(c.prompt.turns)]
-        for conversation in active:
-            conversation.ask(experiment.tokenizer, turn)
-        context = experiment.target.config.context
-        full = [c for c in active if len(c.tokens) + max_new_tokens > context]
-        active = [c for c in active if c not in full]
+        active = _asked(experiment, [c for c in active if turn < len(c.prompt.turns)], turn, max_new_tokens)
         if not active:
             break
         rows = rows_for(len(active), batch_size, experiment.mesh)
@@ -174,6 +171,19 @@ def converse(
                 known = len(conversation.tokens)
                 conversation.features = {k: v[row, :known].copy() for k, v in seen._asdict().items()}
     return conversations
+
+
+def _asked(
+    experiment: Experiment, conversations: list[Conversation], turn: int, max_new_tokens: int
+) -> list[Conversation]:
+    """Asks the next question of those that have room for it and its answer, and returns those."""
+    context, open_ = experiment.target.config.context, []
+    for conversation in conversations:
+        ids = conversation.question(experiment.tokenizer, turn)
+        if len(conversation.tokens) + len(ids) + max_new_tokens <= context:
+            conversation.ask(ids)
+            open_.append(conversation)
+    return open_
 
 
 def pad(rows: list[list[int]], batch_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -91,7 +91,7 @@ def make_update(
         lesson = teacher.lesson_of(target, target_params, batch)
         mask_BxT = windows.anchor_mask(batch["assistant"])
         anchors_BxA, real_BxA = adaw.sample_anchors(key, mask_BxT.astype(jnp.float32), anchors)
-        head = head_matrix(target.config, target_params)[:, vocab]
+        head = head_matrix(target.config, target_params)[vocab]
 
         def loss_of(params: dict):
             weights = weights_of(params, target_params, vocab)
@@ -111,7 +111,7 @@ def make_update(
 def supervised_loss(
     drafter: Drafter,
     weights: DrafterWeights,
-    head_DxN: jax.Array,
+    head_NxD: jax.Array,
     lesson: teacher.Lesson,
     batch: Batch,
     anchors_BxA: jax.Array,
@@ -137,7 +137,7 @@ def supervised_loss(
     def choose(step: int, logits_BxAx1xN: jax.Array):
         token = windows.text_ahead(tokens_BxT, anchors_BxA, step)
         valid = real_BxA & (anchors_BxA + step + 2 < T) & at(batch["assistant"], step + 2)
-        target_logits = (at(lesson.hidden, step + 1) @ head_DxN)[:, :, None]
+        target_logits = (at(lesson.hidden, step + 1) @ head_NxD.T)[:, :, None]
         loss = objective.cross_entropy(target_logits, logits_BxAx1xN)
         hit = weights.vocab[jnp.argmax(logits_BxAx1xN, -1)] == token
         return token, (loss, hit.astype(jnp.float32), valid[..., None])
