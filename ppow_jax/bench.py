@@ -99,7 +99,7 @@ def _drafter(run: Experiment) -> tuple[Drafter, DrafterWeights, training.State]:
 
 
 def parts(run: Experiment, machine: Machine) -> None:
-    """Floors and times of a target step, a verification of 11, a drafter step and a PPOW step."""
+    """Floors and times of a target step, verifications, a drafter step and a PPOW step."""
     work, (drafter, weights, state) = Work(run), _drafter(run)
     rows = []
 
@@ -108,7 +108,7 @@ def parts(run: Experiment, machine: Machine) -> None:
         cells = (operations / 1e9, bytes_ / 1e6, floor * 1e3, seconds * 1e3)
         rows.append([name, *(f"{c:,.1f}" for c in cells), f"{floor / seconds:.0%}"])
 
-    for tokens in (1, 11):
+    for tokens in (1, 2, 4, 8, 11, 16, 32):
         seconds = cost.time_target(run.target, run.target_params, tokens)
         row(f"target, {tokens} token{'s' * (tokens > 1)}", *work.target(tokens), seconds)
     seconds = cost.time_draft(drafter, weights, 10) / 10
@@ -141,10 +141,10 @@ def batch_writing(run: Experiment, machine: Machine) -> None:
     """Useful operations a second of `respond`: tokens of prompts and answers, no padding counted."""
     work, tokens = Work(run), _TOKENS.value
     size = _BATCH.value or run.settings.respond.batch_size
-    each = -(-size // 3)
-    chosen = [p for kind in builtin.KINDS for p in builtin.generate(kind, "train")[:each]][:size]
-    rows = sorted((run.tokenizer.first_turn(p.turns[0]) for p in chosen), key=len)
-    prompt_BxP, length_B = respond.pad(rows, size)
+    prompts = [p for kind in builtin.KINDS for p in builtin.generate(kind, "train")[: 4 * size]]
+    batches = respond.batches_of(prompts, respond.lengths_of(run, prompts, tokens), size)
+    middle = batches[len(batches) // 2]  # of twelve
+    prompt_BxP, length_B = respond.pad([run.tokenizer.first_turn(p.turns[0]) for p in middle], size)
     keys_B = jax.random.split(jax.random.key(0), size)
     stops = run.tokenizer.stop_ids
     config = DecodeConfig(tokens, 0, 0.0, stops)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ppow_jax.models.cache import Cache, append, as_prefix
 from ppow_jax.models.drafter import Drafter, DrafterWeights
-from ppow_jax.models.layers import KeyValues
+from ppow_jax.models.layers import KeyValues, likeliest
 from ppow_jax.models.target import Target
 
 # choose(step, logits_BxAxGxN) -> (target ids of the tokens to go on with [B, A, G], statistics).
@@ -155,7 +155,7 @@ def greedy(vocab_N: jax.Array) -> Choose:
     """Takes the most likely draft token; statistics: its target id."""
 
     def choose(_: int, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        tokens = vocab_N[jnp.argmax(logits, -1)]
+        tokens = vocab_N[likeliest(logits)]
         return tokens, tokens
 
     return choose

@@ -75,7 +75,7 @@ def test_batches_are_cut_by_turns_and_length(experiment):
         Prompt("b", "", ("ab",)),
         Prompt("a", "", ("ba",)),
     ]
-    batches = respond._batches(prompts, respond._lengths(experiment, prompts, 8), 2)
+    batches = respond.batches_of(prompts, respond.lengths_of(experiment, prompts, 8), 2)
     assert [[p.id for p in batch] for batch in batches] == [["a", "b"], ["long", "two"]]
 
 

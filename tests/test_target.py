@@ -138,3 +138,11 @@ def test_a_product_is_the_same_for_any_number_of_rows(rows):
     np.testing.assert_allclose(by_x, x @ weight.T @ weight, atol=1e-4, rtol=0)
     want = (x @ weight.T).reshape(-1, 10).T @ x.reshape(-1, 24)
     np.testing.assert_allclose(by_weight, want, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 7, 96, 640])
+def test_the_likeliest_is_the_first_of_the_largest(size):
+    logits = np.random.default_rng(size).integers(0, 4, (50, 3, size)).astype(np.float32)  # many are equal
+    found = jax.jit(layers.likeliest)(logits)
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, logits.argmax(-1))

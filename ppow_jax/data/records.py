@@ -68,8 +68,8 @@ class Records(Sequence):
                     serialization.msgpack_restore(source[index])
             except (RuntimeError, ValueError):
                 return UserError(
-                    f"{path}: damaged; delete it, and the entry of the stage that wrote it in stages.json, and "
-                    "run again: what is missing is made again"
+                    f"{path}: damaged; delete it, and the entry of the stage that wrote it in stages.json, "
+                    "and run again: what is missing is made again"
                 )
         return UserError(f"{self._paths[0]} and its like cannot be read: {error}")
 

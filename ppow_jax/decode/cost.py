@@ -11,7 +11,7 @@ import numpy as np
 
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.drafter import Drafter, DrafterWeights
-from ppow_jax.models.layers import KeyValues
+from ppow_jax.models.layers import KeyValues, likeliest
 from ppow_jax.models.target import Target
 from ppow_jax.windows import Start, greedy, prefix_pass, window_pass
 
@@ -28,7 +28,7 @@ def measure_gamma(
 
 
 def time_target(target: Target, params: dict, tokens: int, slots: int = _SLOTS) -> float:
-    """Seconds (median) of a target pass over `tokens` tokens with logits and their argmax."""
+    """Seconds (median) of a target pass over `tokens` tokens with logits and the likeliest of each."""
     c = target.config
     cache = kv_cache.empty(c.layers, 1, c.kv_heads, slots, c.head_size, jnp.dtype(c.dtype))
     ids = jnp.zeros((1, 1, tokens), jnp.int32)
@@ -39,7 +39,7 @@ def time_target(target: Target, params: dict, tokens: int, slots: int = _SLOTS) 
         visible = kv_cache.visible(jnp.full(1, slots // 2), slots)
         out = target.apply({"params": params}, ids, positions, cache, visible)
         logits = target.apply({"params": params}, out.hidden, method=Target.logits)
-        return jnp.argmax(logits, -1), out.taps, out.new
+        return likeliest(logits), out.taps, out.new
 
     return median_seconds(functools.partial(run, params, cache))
 

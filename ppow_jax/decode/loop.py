@@ -19,7 +19,7 @@ from ppow_jax.decode.verify import accepted_prefix, emitted
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.cache import Cache
 from ppow_jax.models.drafter import Drafter, DrafterWeights
-from ppow_jax.models.layers import KeyValues
+from ppow_jax.models.layers import KeyValues, likeliest
 from ppow_jax.models.target import Target
 from ppow_jax.teacher import Features
 from ppow_jax.windows import Prefix, Start, greedy, prefix_pass, window_pass
@@ -81,7 +81,7 @@ class State(NamedTuple):
 def _pick(logits: jax.Array, keys_B: jax.Array, position_B: jax.Array, temperature: float):
     """Token ids for logits `[B, J, V]`: the likeliest, or a sample that depends on row and position."""
     if temperature == 0:
-        return jnp.argmax(logits, -1).astype(jnp.int32)
+        return likeliest(logits)
     keys = jax.vmap(jax.random.fold_in)(keys_B, position_B)
     draw = lambda key, row: jax.random.categorical(key, row / temperature)  # noqa: E731
     return jax.vmap(draw)(keys, logits).astype(jnp.int32)

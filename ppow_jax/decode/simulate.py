@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.drafter import Drafter, DrafterWeights
-from ppow_jax.models.layers import KeyValues
+from ppow_jax.models.layers import KeyValues, likeliest
 from ppow_jax.windows import Prefix, text_prefix, text_starts, window_pass
 
 
@@ -109,7 +109,7 @@ def _draft(
     own_BxS = (slots > T) & (slots <= T + w.step[:, None])  # the anchor's key is the text's
     visible_BxS = (slots <= w.anchor[:, None]) | own_BxS
     hidden = apply(*inputs, context, visible_BxS[:, None], None)
-    drafted_B = weights.vocab[jnp.argmax(apply(hidden, method=Drafter.logits), -1)][:, 0, 0]
+    drafted_B = weights.vocab[likeliest(apply(hidden, method=Drafter.logits))][:, 0, 0]
     return hidden[:, 0, 0], context, drafted_B
 
 

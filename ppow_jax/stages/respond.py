@@ -82,12 +82,12 @@ def write(
     Raises:
       UserError: a prompt that does not fit into the target's context.
     """
-    lengths = _lengths(experiment, prompts, max_new_tokens)
+    lengths = lengths_of(experiment, prompts, max_new_tokens)
     fitting = [p for p in prompts if longest is None or lengths[p.id] <= longest]
     if len(fitting) < len(prompts):
         log.info("%s: %d prompts of more than %d tokens left out: config.data.length", label,
                  len(prompts) - len(fitting), longest)  # fmt: skip
-    batches = _batches(fitting, lengths, batch_size)
+    batches = batches_of(fitting, lengths, batch_size)
     done = set(records.shards(directory))
     todo = [(i, batch) for i, batch in enumerate(batches) if f"write-{i:05}" not in done]
     began, tokens = time.monotonic(), 0
@@ -112,7 +112,7 @@ def write(
         )
 
 
-def _lengths(experiment: Experiment, prompts: list[Prompt], max_new_tokens: int) -> dict[str, int]:
+def lengths_of(experiment: Experiment, prompts: list[Prompt], max_new_tokens: int) -> dict[str, int]:
     """Tokens of every prompt's first turn, by id."""
     context = experiment.target.config.context
     lengths = {p.id: len(experiment.tokenizer.first_turn(p.turns[0])) for p in prompts}
@@ -125,7 +125,7 @@ def _lengths(experiment: Experiment, prompts: list[Prompt], max_new_tokens: int)
     return lengths
 
 
-def _batches(prompts: list[Prompt], lengths: dict[str, int], batch_size: int) -> list[list[Prompt]]:
+def batches_of(prompts: list[Prompt], lengths: dict[str, int], batch_size: int) -> list[list[Prompt]]:
     """Prompts in batches of like length (and like number of turns), to pad and to wait little."""
     ordered = sorted(prompts, key=lambda p: (len(p.turns), lengths[p.id], p.id))
     return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]

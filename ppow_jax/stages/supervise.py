@@ -18,6 +18,7 @@ from ppow_jax.console import log
 from ppow_jax.data import texts
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.drafter import Drafter, DrafterWeights, weights_of
+from ppow_jax.models.layers import likeliest
 from ppow_jax.models.target import Target, head_matrix
 from ppow_jax.stages import curves, training
 from ppow_jax.stages.training import Batch, State
@@ -139,7 +140,7 @@ def supervised_loss(
         valid = real_BxA & (anchors_BxA + step + 2 < T) & at(batch["assistant"], step + 2)
         target_logits = (at(lesson.hidden, step + 1) @ head_NxD.T)[:, :, None]
         loss = objective.cross_entropy(target_logits, logits_BxAx1xN)
-        hit = weights.vocab[jnp.argmax(logits_BxAx1xN, -1)] == token
+        hit = weights.vocab[likeliest(logits_BxAx1xN)] == token
         return token, (loss, hit.astype(jnp.float32), valid[..., None])
 
     loss, hit, valid = windows.window_pass(drafter, weights, prefix.keys_values, start, choose, window)
