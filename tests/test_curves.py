@@ -74,7 +74,7 @@ def test_curves_are_measured_on_held_out_and_on_training_texts(tmp_path):
     assert set(again) == {"holdout_tau", "holdout_sampled", "train_tau", "train_sampled"}
     for key, value in again.items():
         assert measured[-1][key] == pytest.approx(value, abs=1e-5)
-    assert again["holdout_tau"] != again["train_tau"]
+    assert again["holdout_sampled"] != again["train_sampled"]
     silent = jax.tree.map(jnp.zeros_like, state["params"])  # drafts evenly
     even = curves.acceptance(run, corpus)(state | {"params": silent})
     assert even["holdout_sampled"] < 0.1 < again["holdout_sampled"]
