@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import smollm2_135m
-from ppow_jax import console, experiment, settings, teacher
+from ppow_jax import console, experiment, huge_pages, settings, teacher
 from ppow_jax.data import builtin
 from ppow_jax.decode import cost
 from ppow_jax.decode.batch import decode_batch
@@ -223,4 +223,5 @@ def cli() -> None:
 
 
 if __name__ == "__main__":
+    huge_pages.restart_with()
     cli()

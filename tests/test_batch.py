@@ -23,7 +23,11 @@ def mesh() -> Mesh:
 
 
 def both(monkeypatch, mesh, pair, config, dtype=""):
-    """(`decode`, `decode_batch`, its features, rows and slots of every stretch), with few slots a stretch."""
+    """(`decode`, `decode_batch`, its features, rows and slots of every stretch).
+
+    Four prompts are read at once, and a stretch has few slots.
+    """
+    monkeypatch.setattr(batch, "_READ", 4 * 8)
     monkeypatch.setattr(batch, "_SLOTS", 8)
     seen = []
     stretch = batch._stretch
@@ -55,18 +59,18 @@ def test_sampled_texts_that_end_at_different_times_are_those_of_the_plain_loop(m
     assert features is None
     assert found.finished.any() and not found.finished.all()
     assert len(set(found.count.tolist())) > 5
-    assert seen == stretches([len(p) for p in PROMPTS], found.count.tolist())
+    assert seen == stretches(found.count.tolist())
     assert seen[0][0] > 2 * seen[-1][0]
 
 
-def stretches(lengths: list[int], counts: list[int]) -> list[tuple[int, int]]:
-    """(rows, slots) by hand: pairs of rows (an eighth of 16), 8 more slots each time, 49 at the most."""
+def stretches(counts: list[int]) -> list[tuple[int, int]]:
+    """(rows, slots) by hand: pairs of rows (an eighth of 16), 8 more slots each time, a round fills one."""
     found, rounds, slots = [], 0, 8
-    going = lambda: [n for n, c in zip(lengths, counts, strict=True) if c > 1 + rounds]  # noqa: E731
+    going = lambda: sum(c > 1 + rounds for c in counts)  # noqa: E731
     while left := going():
-        slots = min(slots + 8, 8 + L + 1)
-        found.append((len(left) + len(left) % 2, slots))
-        while (left := going()) and max(left) + 1 + rounds <= slots:
+        slots += 8
+        found.append((left + left % 2, slots))
+        while going() and 8 + rounds < slots:
             rounds += 1
     return found
 
@@ -105,3 +109,13 @@ def test_texts_that_all_end_with_their_first_token_need_no_stretch(monkeypatch, 
 def test_rows_are_few_sizes_that_the_mesh_can_split(texts, of, ways, rows):
     fake = dataclasses.make_dataclass("Fake", ["shape"])({"data": ways, "fsdp": 1})
     assert batch.rows_for(texts, of, fake) == rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "ways", "parts"),
+    [(128, 96, 1, 8), (128, 16, 1, 1), (80, 96, 1, 4), (7, 512, 1, 7), (3, 4096, 1, 3),
+     (32, 512, 4, 2), (6, 64, 4, 1)],
+)  # fmt: skip
+def test_prefill_reads_equal_parts_of_at_most_2048_tokens_a_device(rows, length, ways, parts):
+    fake = dataclasses.make_dataclass("Fake", ["shape"])({"data": ways, "fsdp": 1})
+    assert batch._parts(rows, length, fake) == parts

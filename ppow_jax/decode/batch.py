@@ -21,6 +21,7 @@ from ppow_jax.decode.loop import DecodeConfig, Decoded, State, grow, next_round,
 from ppow_jax.models.target import Target
 from ppow_jax.teacher import Features
 
+_READ = 2048  # tokens of prompts that a device reads at once: what they leave behind stays in a CPU's cache
 _SLOTS = 32  # by which the cache grows; each of its lengths is compiled,
 _SHARES = 8  # and each size of the batch, which are multiples of an eighth
 _ROUNDS = 64  # at most, of a stretch
@@ -40,7 +41,7 @@ def decode_batch(
 
     Args:
       target, params, length_B, keys_B: as there.
-      prompt_BxP: as there; where P is a multiple of 32, batches of other lengths need less compiling.
+      prompt_BxP: as there; a multiple of some number, so that few shapes are compiled.
       config: as there, window 0.
       mesh: keeps the rows that are left spread over it.
       feature_dtype: dtype of the features to be kept; empty: none are.
@@ -53,7 +54,7 @@ def decode_batch(
     L = config.max_new_tokens
     static = {"target": target, "config": config, "dtype": feature_dtype}
     state, features = _prefill(
-        params=params, prompt_BxP=prompt_BxP, length_B=length_B, keys_B=keys_B, **static
+        params=params, prompt_BxP=prompt_BxP, length_B=length_B, keys_B=keys_B, mesh=mesh, **static
     )
     where = np.arange(B)  # the rows of the batch that the state's are
     tokens, count, emitted = np.zeros((B, L), np.int32), np.zeros(B, np.int32), np.zeros((B, L), np.int32)
@@ -65,10 +66,13 @@ def decode_batch(
         if done.all():
             break
         rows = np.argsort(done, kind="stable")[: rows_for(int((~done).sum()), B, mesh)]
-        where = where[rows]
-        slots = min(state.cache[0].values.shape[2] + _SLOTS, P + L + 1)
+        leaving = len(rows) < len(done)
+        where = where[rows] if leaving else where
+        slots = -(-(state.cache[0].values.shape[2] + _SLOTS) // _SLOTS) * _SLOTS
         first = int(state.round)
-        state, features = _stretch(params=params, state=_regroup(state, rows, slots, mesh), **static)
+        state, features = _stretch(
+            params=params, state=_regroup(state, rows if leaving else None, slots, mesh), **static
+        )
         if book:
             book.add(features, where, first, int(state.round))
     tokens[np.arange(L) >= count[:, None]] = 0
@@ -106,7 +110,7 @@ def rows_for(texts: int, batch_size: int, mesh: Mesh) -> int:
     return min(-(-texts // unit) * unit, batch_size)
 
 
-@functools.partial(jax.jit, static_argnames=("target", "config", "dtype"))
+@functools.partial(jax.jit, static_argnames=("target", "config", "dtype", "mesh"))
 def _prefill(
     target: Target,
     params: dict,
@@ -115,14 +119,36 @@ def _prefill(
     keys_B: jax.Array,
     config: DecodeConfig,
     dtype: str,
+    mesh: Mesh,
 ) -> tuple[State, Features | None]:
-    state, seen = prefill(target, params, None, None, prompt_BxP, length_B, keys_B, config)
-    return state, Features(*(x.astype(dtype) for x in seen)) if dtype else None
+    """`loop.prefill`, a few rows at a time."""
+    B, P = prompt_BxP.shape
+    parts = _parts(B, P, mesh)
+    layout = partition.batch_sharding(mesh, B // parts)
+
+    def some(rows: tuple[jax.Array, ...]) -> tuple[State, Features | None]:
+        rows = jax.lax.with_sharding_constraint(rows, layout)
+        state, seen = prefill(target, params, None, None, *rows, config)
+        return state, Features(*(x.astype(dtype) for x in seen)) if dtype else None
+
+    rows = (prompt_BxP, length_B, keys_B)
+    out = jax.lax.map(some, jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows))
+    return jax.tree.map(lambda x: x[0] if x.ndim == 1 else x.reshape(B, *x.shape[2:]), out)
+
+
+def _parts(rows: int, length: int, mesh: Mesh) -> int:
+    """Into how many equal parts prefill cuts the rows: a device reads at most `_READ` tokens of each."""
+    ways = partition.batch_ways(mesh)
+    possible = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n % ways == 0] or [1]
+    fitting = [n for n in possible if rows // n // ways * length <= _READ]
+    return min(fitting, default=possible[-1])
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "mesh"))
-def _regroup(state: State, rows_R: jax.Array, slots: int, mesh: Mesh) -> State:
-    """Some rows of a state, with caches of `slots` slots."""
+def _regroup(state: State, rows_R: jax.Array | None, slots: int, mesh: Mesh) -> State:
+    """Some rows of a state, None: all, with caches of `slots` slots."""
+    if rows_R is None:
+        return grow(state, slots)
     layout = partition.batch_sharding(mesh, len(rows_R))
 
     def take(leaf: jax.Array) -> jax.Array:
@@ -135,7 +161,7 @@ def _regroup(state: State, rows_R: jax.Array, slots: int, mesh: Mesh) -> State:
 def _stretch(
     target: Target, params: dict, state: State, config: DecodeConfig, dtype: str
 ) -> tuple[State, Features | None]:
-    """Rounds until every text has ended, or one has no slots for another round; at most `_ROUNDS`.
+    """Rounds until every text has ended or the slots are used up; at most `_ROUNDS`.
 
     The features are `[_ROUNDS, R, ...]`: of the token that each round fed.
     """
@@ -146,7 +172,7 @@ def _stretch(
 
     def more(carry: tuple[State, Features | None]) -> jax.Array:
         s = carry[0]
-        return ~s.done.all() & (s.done | (s.known <= slots)).all() & (s.round < first + _ROUNDS)
+        return ~s.done.all() & (s.prompt + s.round < slots) & (s.round < first + _ROUNDS)
 
     def body(carry: tuple[State, Features | None]) -> tuple[State, Features | None]:
         state, features = carry

@@ -72,6 +72,7 @@ class State(NamedTuple):
     done: jax.Array  # [B]
     round: jax.Array  # []
     emitted_by_round: jax.Array  # [B, L]
+    prompt: jax.Array  # [], P
     cache: Cache  # the target's
     prefix: KeyValues | None  # the drafter's
     start: Start | None  # the drafter's next anchor
@@ -127,6 +128,7 @@ def prefill(
         done=stop | (L == 1),
         round=jnp.int32(0),
         emitted_by_round=jnp.zeros((B, L), jnp.int32),
+        prompt=jnp.int32(P),
         cache=cache,
         prefix=prefix,
         start=start,
@@ -157,7 +159,9 @@ def next_round(
         window_BxJ = jnp.concatenate([window_BxJ, drafted[:, 0, 0]], 1)
     offset_B = state.known - 1
     positions_BxJ = offset_B[:, None] + jnp.arange(K + 1)
-    visible = kv_cache.visible(offset_B, state.cache[0].values.shape[2])
+    slot, visible = offset_B, kv_cache.visible(offset_B, state.cache[0].values.shape[2])
+    if drafter is None:
+        slot, visible = _in_step(state)
     out = target.apply({"params": params}, window_BxJ[:, None], positions_BxJ[:, None], state.cache, visible)
     logits = target.apply({"params": params}, out.hidden[:, 0], method=Target.logits)
     preferred_BxJ = _pick(logits, state.keys, state.known, config.temperature)
@@ -181,12 +185,25 @@ def next_round(
         done=done_B,
         round=state.round + 1,
         emitted_by_round=state.emitted_by_round.at[:, state.round].set(kept_B),
-        cache=kv_cache.write(state.cache, kv_cache.as_prefix(out.new), offset_B, going_on),
+        prompt=state.prompt,
+        cache=kv_cache.write(state.cache, kv_cache.as_prefix(out.new), slot, going_on),
         prefix=prefix,
         start=start,
         keys=state.keys,
     )
     return state, Features(out.taps[:, 0], out.hidden[:, 0])
+
+
+def _in_step(state: State) -> tuple[jax.Array, jax.Array]:
+    """The slot `[]` that a round without a drafter writes to, and the slots `[B, 1, S]` that it sees.
+
+    Every row that goes on adds one token a round, so all of them write to the slot after the prompts' that
+    the round counts. (A row that is done writes there too, and nobody reads it.)
+    """
+    slots = jnp.arange(state.cache[0].values.shape[2])
+    slot = state.prompt + state.round
+    written = (slots >= state.prompt) & (slots < slot)
+    return slot, kv_cache.visible(state.known - state.count, len(slots)) | written
 
 
 def grow(state: State, slots: int) -> State:

@@ -1,8 +1,10 @@
 """The key/value cache: an argument and a result, never hidden state.
 
-A cache holds, for every layer, keys `[B, G, E, S]` and values `[B, G, S, E]` of S slots; slot p of a row
-belongs to position p of that row. Models read the cache and return the keys and values of the tokens they
-were given; the caller writes those it wants to keep, so a rejected draft never needs to be undone.
+A cache holds, for every layer, keys `[B, G, E, S]` and values `[B, G, S, E]` of S slots. A slot belongs to
+the position of the same number in its row; but where all rows go on in step, one token each, a round's tokens
+lie in the same slot of all of them (`decode.loop`). Models read the cache and return the keys and values of
+the tokens they were given; the caller writes those it wants to keep, so a rejected draft never needs to be
+undone.
 """
 
 from collections.abc import Sequence
@@ -21,40 +23,43 @@ def empty(layers: int, batch: int, kv_heads: int, slots: int, head_size: int, dt
     return tuple(KeyValues(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for _ in range(layers))
 
 
-def write(cache: Cache, new: Cache, start_B: jax.Array, when: jax.Array | bool = True) -> Cache:
-    """Writes a cache of K slots, the new tokens, to the slots `start .. start + K` of each row.
+def write(cache: Cache, new: Cache, start: jax.Array, when: jax.Array | bool = True) -> Cache:
+    """Writes a cache of K slots, the new tokens, to the slots `start .. start + K`.
 
     Args:
       cache: what is updated.
       new: keys and values of K slots.
-      start_B: int32. A start for which the block would not fit is moved back by XLA's clamping; callers
-        allocate enough slots (`slots >= start + K`).
-      when: False: nobody will read what is written, and writing may be left out. In a decoding loop, whether
-        any text goes on; see `_write_rows` for what this is good for.
+      start: int32 `[B]`, or `[]`, the same for all rows, which is cheaper. A start for which the block would
+        not fit is moved back by XLA's clamping; callers allocate enough slots (`slots >= start + K`).
+      when: False: nobody will read what is written, and it may be anything. In a decoding loop, whether
+        any text goes on: to write in place the compiler must see that all reads of the old cache come
+        first, and `when` tells it so, as it follows from the last layer's output.
     """
-    return jax.lax.platform_dependent(
-        cache, new, start_B, jnp.asarray(when), cpu=_write_rows, default=_scatter
+    when = jnp.asarray(when)
+    if start.ndim == 0:
+        return _put(cache, new, jnp.where(when, start, 0))
+    return jax.lax.platform_dependent(cache, new, start, when, cpu=_write_rows, default=_scatter)
+
+
+def _put(cache: Cache, new: Cache, start: jax.Array) -> Cache:
+    """The same slots of every row; the rows' axis may be missing."""
+
+    def into(old: jax.Array, block: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, block.astype(old.dtype), start, old.ndim + axis)
+
+    return tuple(
+        KeyValues(into(old.keys, block.keys, -1), into(old.values, block.values, -2))
+        for old, block in zip(cache, new, strict=True)
     )
 
 
 def _scatter(cache: Cache, new: Cache, start_B: jax.Array, _: jax.Array) -> Cache:
-    """All rows at once; splits over a mesh by rows."""
-
-    def put(old: KeyValues, block: KeyValues, start: jax.Array) -> KeyValues:
-        return KeyValues(
-            jax.lax.dynamic_update_slice(old.keys, block.keys.astype(old.keys.dtype), (0, 0, start)),
-            jax.lax.dynamic_update_slice(old.values, block.values.astype(old.values.dtype), (0, start, 0)),
-        )
-
-    return tuple(jax.vmap(put)(old, block, start_B) for old, block in zip(cache, new, strict=True))
+    """Each row's own slots, all rows at once; splits over a mesh by rows."""
+    return jax.vmap(_put)(cache, new, start_B)
 
 
 def _write_rows(cache: Cache, new: Cache, start_B: jax.Array, when: jax.Array) -> Cache:
-    """Row by row: as one scatter, XLA's CPU backend copies the whole cache twice.
-
-    To write in place the compiler must also see that all reads of the old cache come first. `when` tells
-    it so: it follows from the last layer's output, and the loop cannot begin before it is known.
-    """
+    """Row by row: as one scatter, XLA's CPU backend copies the whole cache twice."""
 
     def into(old: jax.Array, block: jax.Array, row: jax.Array, at: tuple) -> jax.Array:
         block = jax.lax.dynamic_slice_in_dim(block, row, 1).astype(old.dtype)
