@@ -68,11 +68,11 @@ def decode_batch(
         rows = np.argsort(done, kind="stable")[: rows_for(int((~done).sum()), B, mesh)]
         leaving = len(rows) < len(done)
         where = where[rows] if leaving else where
-        slots = -(-(state.cache[0].values.shape[2] + _SLOTS) // _SLOTS) * _SLOTS
-        first = int(state.round)
-        state, features = _stretch(
-            params=params, state=_regroup(state, rows if leaving else None, slots, mesh), **static
-        )
+        slots, first = state.cache[0].values.shape[2], int(state.round)
+        full = P + first == slots
+        if leaving or full:
+            state = _regroup(state, rows if leaving else None, slots + full * _SLOTS, mesh)
+        state, features = _stretch(params=params, state=state, **static)
         if book:
             book.add(features, where, first, int(state.round))
     tokens[np.arange(L) >= count[:, None]] = 0
@@ -121,7 +121,7 @@ def _prefill(
     dtype: str,
     mesh: Mesh,
 ) -> tuple[State, Features | None]:
-    """`loop.prefill`, a few rows at a time."""
+    """`loop.prefill`, a few rows at a time, with slots for what follows."""
     B, P = prompt_BxP.shape
     parts = _parts(B, P, mesh)
     layout = partition.batch_sharding(mesh, B // parts)
@@ -129,6 +129,7 @@ def _prefill(
     def some(rows: tuple[jax.Array, ...]) -> tuple[State, Features | None]:
         rows = jax.lax.with_sharding_constraint(rows, layout)
         state, seen = prefill(target, params, None, None, *rows, config)
+        state = grow(state, -(-(P + _SLOTS) // _SLOTS) * _SLOTS)  # room for a stretch
         return state, Features(*(x.astype(dtype) for x in seen)) if dtype else None
 
     rows = (prompt_BxP, length_B, keys_B)
