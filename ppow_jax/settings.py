@@ -55,11 +55,13 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DrafterSettings:
-    """Draft vocabulary size, MLP width and key/value heads (0: the target's) and compute dtype."""
+    """Draft vocabulary size, MLP width and key/value heads (0: the target's), whether some of them begin as
+    induction heads, and compute dtype."""
 
     vocab_size: int
     mlp_hidden: int
     kv_heads: int
+    induction: bool
     dtype: str
 
 

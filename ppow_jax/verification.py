@@ -138,24 +138,29 @@ def spans_of(batch: Mapping[str, jax.Array], lesson: teacher.Lesson, rollout: Ro
     return Spans(at(batch["tokens"], here), at(lesson.log_prob, law), valid, law)
 
 
+def runs_target(settings: PPOWSettings) -> bool:
+    """Whether verification runs the target: at temperature 0 the texts are its greedy ones, so k follows from
+    them, and it runs for the proximity reward alone; above 0 for every window."""
+    return settings.proximity_weight > 0 or settings.temperature > 0
+
+
 def make_verify(
     target: Target, settings: PPOWSettings, gamma: float, stops: tuple[int, ...]
 ) -> Callable[..., Verdict]:
     """(target parameters, batch, rollout, key) -> Verdict, jitted.
 
-    At temperature 0 the texts are the target's greedy ones, so k follows from them; the target runs
-    for the proximity reward alone, on windows with k = 0. Above 0 it runs on every window.
+    The proximity reward at temperature 0 asks the target about windows with k = 0 alone; see `runs_target`.
     """
-    greedy, near = settings.temperature == 0, settings.proximity_weight > 0
+    greedy, near, asks = settings.temperature == 0, settings.proximity_weight > 0, runs_target(settings)
 
     @jax.jit
     def verify(
         target_params: dict, batch: Mapping[str, jax.Array], rollout: Rollout, key: jax.Array
     ) -> Verdict:
-        if near or not greedy:
+        if asks:
             lesson, cache = teacher.read(target, target_params, batch["tokens"])
         else:
-            lesson, cache = teacher.lesson_of(target, target_params, batch), None
+            lesson = teacher.lesson_of(target, target_params, batch)
         spans = spans_of(batch, lesson, rollout)
         real = jnp.broadcast_to(rollout.real[..., None], rollout.tokens.shape[:3])
         if greedy:
@@ -164,7 +169,7 @@ def make_verify(
             needed = real & (accepted == 0)
         else:
             valid, needed = until_stop(rollout.tokens, stops) & real[..., None], real
-        if cache is not None:
+        if asks:
             scores = score_groups(target, target_params, cache, lesson, rollout, needed, settings.temperature)
         if greedy:
             B, A, _, K = rollout.tokens.shape

@@ -159,9 +159,7 @@ def next_round(
         window_BxJ = jnp.concatenate([window_BxJ, drafted[:, 0, 0]], 1)
     offset_B = state.known - 1
     positions_BxJ = offset_B[:, None] + jnp.arange(K + 1)
-    slot, visible = offset_B, kv_cache.visible(offset_B, state.cache[0].values.shape[2])
-    if drafter is None:
-        slot, visible = _in_step(state)
+    slot, visible = _in_step(state) if drafter is None else _each_at_its_own(state, offset_B)
     out = target.apply({"params": params}, window_BxJ[:, None], positions_BxJ[:, None], state.cache, visible)
     logits = target.apply({"params": params}, out.hidden[:, 0], method=Target.logits)
     preferred_BxJ = _pick(logits, state.keys, state.known, config.temperature)
@@ -192,6 +190,11 @@ def next_round(
         keys=state.keys,
     )
     return state, Features(out.taps[:, 0], out.hidden[:, 0])
+
+
+def _each_at_its_own(state: State, offset_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The slots `[B]` that a round's tokens are written from, and the slots `[B, 1, S]` that they see."""
+    return offset_B, kv_cache.visible(offset_B, state.cache[0].values.shape[2])
 
 
 def _in_step(state: State) -> tuple[jax.Array, jax.Array]:

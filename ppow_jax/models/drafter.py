@@ -76,13 +76,14 @@ class Drafter(nn.Module):
         """The target's taps `[..., C]` fused to the drafter's width `[..., D]`."""
         return self.fuse(taps.astype(self.config.dtype))
 
-    def _inputs(self, embeddings: jax.Array, hidden: jax.Array) -> jax.Array:
+    def inputs(self, embeddings: jax.Array, hidden: jax.Array) -> jax.Array:
+        """What attention reads of a token, `[..., 2 D]`: its embedding and the hidden state, normed."""
         embeddings = embeddings.astype(self.config.dtype)
         return jnp.concatenate([self.embedding_norm(embeddings), self.hidden_norm(hidden)], -1)
 
     def keys_values(self, embeddings: jax.Array, hidden: jax.Array, positions: jax.Array) -> KeyValues:
         """Keys and values of tokens `[B, W, K, D]`, by window; all that a prefix needs."""
-        return self.attention.keys_values(self._inputs(embeddings, hidden), positions)
+        return self.attention.keys_values(self.inputs(embeddings, hidden), positions)
 
     def __call__(
         self,
@@ -98,7 +99,7 @@ class Drafter(nn.Module):
         `own` holds the window's keys so far, this token's included; None at the anchor, whose key is
         in the prefix already.
         """
-        x = self._inputs(embeddings_BxWx1xD, hidden_BxWx1xD)
+        x = self.inputs(embeddings_BxWx1xD, hidden_BxWx1xD)
         mask = None if own is None else jnp.ones((1, own.values.shape[3]), bool)
         attended = self.attention(x, positions_BxWx1, prefix, visible_BxWxS, own, mask)
         hidden = hidden_BxWx1xD + attended

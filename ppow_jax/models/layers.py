@@ -34,7 +34,7 @@ class KeyValues(NamedTuple):
     values: jax.Array
 
 
-_FEW_ROWS = 64
+FEW_ROWS = 64  # of a product: see there
 
 
 def product(x: jax.Array, weight_OxI: jax.Array) -> jax.Array:
@@ -46,7 +46,7 @@ def product(x: jax.Array, weight_OxI: jax.Array) -> jax.Array:
     """
     dimensions = (((1,), (1,)), ((), ()))
     rows = math.prod(x.shape[:-1])
-    if jax.default_backend() != "cpu" or not 1 < rows <= _FEW_ROWS:
+    if jax.default_backend() != "cpu" or not 1 < rows <= FEW_ROWS:
         return jax.lax.dot_general(x, weight_OxI, (((x.ndim - 1,), (1,)), ((), ())))
     padded = 4 if rows <= 4 else -(-rows // 8) * 8
     flat = jnp.pad(x.reshape(rows, x.shape[-1]), ((0, padded - rows), (0, 0)))

@@ -9,16 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ppow_jax import partition, teacher
 from ppow_jax.data import texts
 from ppow_jax.decode.simulate import expected_accepted, simulate
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.drafter import weights_of
 from ppow_jax.stages import training
-from ppow_jax.stages.training import Batch, State
+from ppow_jax.stages.training import State
 
 _ANCHORS = 16  # a text, evenly spread
-_taps = jax.jit(lambda *about: teacher.lesson_of(*about).taps, static_argnums=0)
 
 
 class _Sample(NamedTuple):
@@ -65,10 +63,8 @@ def acceptance(experiment: Experiment, corpus: training.Corpus) -> training.Meas
 
 
 def _sample(experiment: Experiment, items: Sequence[Mapping[str, Any]]) -> _Sample:
-    batch: Batch = partition.shard_batch(
-        {k: np.stack([item[k] for item in items]) for k in items[0]}, experiment.mesh
-    )
-    taps = _taps(experiment.target, experiment.target_params, batch)
+    batch = training.stack(experiment, items)
+    taps = training.taps_of(experiment, batch)
     spans = [texts.first_span(item["assistant"]) for item in items]
     start, end = (np.asarray(x, np.int32) for x in zip(*spans, strict=True))
     # the first anchor is the one whose first drafted token is the response's second

@@ -5,11 +5,12 @@ step j's loss is the cross-entropy to the target's law, weighted decay ** j.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -17,11 +18,14 @@ from ppow_jax import adaw, objective, partition, teacher, windows
 from ppow_jax.console import log
 from ppow_jax.data import texts
 from ppow_jax.experiment import Experiment
+from ppow_jax.models import induction
 from ppow_jax.models.drafter import Drafter, DrafterWeights, weights_of
 from ppow_jax.models.layers import likeliest
 from ppow_jax.models.target import Target, head_matrix
 from ppow_jax.stages import curves, training
 from ppow_jax.stages.training import Batch, State
+
+_INDUCTION_TEXTS, _INDUCTION_BATCH = 256, 16  # what the relation of features to tokens is read from
 
 
 def run(experiment: Experiment) -> None:
@@ -35,7 +39,7 @@ def run(experiment: Experiment) -> None:
     training.train(
         experiment,
         "supervise",
-        training.fresh_state(experiment, optimizer, vocab),
+        fresh_state(experiment, corpus, optimizer, vocab),
         corpus,
         settings.steps,
         settings.batch_size,
@@ -43,6 +47,38 @@ def run(experiment: Experiment) -> None:
         stepper(experiment, "supervise", optimizer, settings.anchors),
         curves.acceptance(experiment, corpus),
     )
+
+
+def fresh_state(
+    experiment: Experiment,
+    corpus: training.Corpus,
+    optimizer: optax.GradientTransformation,
+    vocab: np.ndarray,
+) -> State:
+    """A new drafter, with induction heads if the settings say so, and its optimiser."""
+    state = training.fresh_state(experiment, optimizer, vocab)
+    store = training.checkpoints(experiment, "supervise")
+    resumes = store.latest is not None  # then the state is no more than a template
+    store.close()
+    if resumes or not experiment.settings.drafter.induction:
+        return state
+    head = head_matrix(experiment.target.config, experiment.target_params)
+    embedding = weights_of(state["params"], experiment.target_params, vocab).embedding
+    drafter = training.drafter_of(experiment)
+    params = induction.begin(drafter, state["params"], embedding, head, _for_induction(experiment, corpus))
+    return state | {"params": partition.shard(params, experiment.mesh)}
+
+
+def _for_induction(
+    experiment: Experiment, corpus: training.Corpus
+) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
+    """Taps `[B, T, C]`, tokens `[B, T]` and where there is text, bool `[B, T]`, of evenly spread texts."""
+    count = min(_INDUCTION_TEXTS, len(corpus.train))
+    chosen = range(0, count * (len(corpus.train) // count), len(corpus.train) // count)
+    for at in range(0, count, _INDUCTION_BATCH):
+        batch = training.stack(experiment, [corpus.train[i] for i in chosen[at : at + _INDUCTION_BATCH]])
+        real = jax.lax.cummax(batch["assistant"].astype(jnp.int32), axis=1, reverse=True) > 0
+        yield training.taps_of(experiment, batch), batch["tokens"], real
 
 
 def stepper(

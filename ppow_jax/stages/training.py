@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ppow_jax import partition
+from ppow_jax import partition, teacher
 from ppow_jax.console import log
 from ppow_jax.data import features, texts
 from ppow_jax.errors import UserError
@@ -48,6 +48,20 @@ def corpus(experiment: Experiment) -> Corpus:
         kept = features.ensure(experiment)
     make = lambda indices: texts.Texts(experiment.responses, kept, indices, data.length)  # noqa: E731
     return Corpus(make(train), make(held), train, len(experiment.responses))
+
+
+_taps = jax.jit(lambda *about: teacher.lesson_of(*about).taps, static_argnums=0)
+
+
+def stack(experiment: Experiment, items: Sequence[Mapping[str, Any]]) -> Batch:
+    """Items of `data.texts.Texts` as a batch on the mesh."""
+    arrays = {k: np.stack([item[k] for item in items]) for k in items[0]}
+    return partition.shard_batch(arrays, experiment.mesh)
+
+
+def taps_of(experiment: Experiment, batch: Batch) -> jax.Array:
+    """The target's taps `[B, T, C]` on a batch, from its features or by running the target."""
+    return _taps(experiment.target, experiment.target_params, batch)
 
 
 def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
