@@ -87,21 +87,24 @@ def test_only_the_last_third_of_the_heads_changes():
         jax.tree.map(np.testing.assert_array_equal, case.before[name], case.after[name])
 
 
-def test_matches_and_copies_have_the_strength_that_is_asked_for():
-    """In NumPy: a token's query with its own features' key is 10 on average before rotation, and a copied
-    token's logit rises by 20 where the hidden state has the fused feature's size."""
-    case = Case(6)
+@pytest.mark.parametrize("kv_heads, first", [(2, 1), (6, 4)])
+def test_matches_and_copies_have_the_strength_that_is_asked_for(kv_heads, first):
+    """In NumPy, over the key/value heads from `first` on: a token's query with its own features' key is 10 on
+    average before rotation, and a copied token's logit rises by 20, over all the heads, where the hidden
+    state has the fused feature's size."""
+    case = Case(kv_heads)
     unit = lambda x: x / np.sqrt(np.mean(x**2, -1, keepdims=True))  # noqa: E731
     weight = {name: np.asarray(case.after["attention"][name]["weight"]) for name in case.after["attention"]}
     fused = case.taps @ np.asarray(case.after["fuse"]["weight"]).T
     tokens, fused = case.tokens[:, 1:].ravel(), fused[:, 1:].reshape(-1, D)
     e = unit(np.asarray(case.embedding))
     f = unit(fused) * np.asarray(case.after["hidden_norm"]["scale"])
-    for h in (4, 5):
-        rows = slice(h * E, (h + 1) * E)
-        queries, keys = e[tokens] @ weight["query"][rows, :D].T, f @ weight["key"][rows, D:].T
+    copied = np.zeros((V, D))
+    for h in range(first * 6 // kv_heads, 6):
+        own, kv = (slice(g * E, (g + 1) * E) for g in (h, h * kv_heads // 6))
+        queries, keys = e[tokens] @ weight["query"][own, :D].T, f @ weight["key"][kv, D:].T
         assert np.sum(queries * keys, -1).mean() / E**0.5 == pytest.approx(10, rel=0.1)
-    copied = e @ weight["value"][4 * E :, :D].T @ weight["out"][:, 4 * E :].T
+        copied += e @ weight["value"][kv, :D].T @ weight["out"][:, own].T
     rms = np.sqrt((fused**2).mean())
     head = np.asarray(head_matrix(WIDE, case.target_params)) * np.asarray(case.after["norm"]["scale"])
     head = head - head.mean(0) * (head @ head.mean(0) / (head.mean(0) @ head.mean(0)))[:, None]
