@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import small
 
 from ppow_jax import windows
@@ -14,6 +15,7 @@ from ppow_jax.models import induction
 from ppow_jax.models.drafter import Drafter, DrafterWeights
 from ppow_jax.models.layers import likeliest
 from ppow_jax.models.target import abstract_params, head_matrix
+from ppow_jax.stages import supervise, training
 
 B, HALF, D, E, V = 16, 20, 64, 32, 40
 WIDE = dataclasses.replace(small.TINY, width=D, heads=6, kv_heads=2, head_size=E, rope_theta=1e5)
@@ -124,3 +126,21 @@ def test_padding_and_the_first_position_teach_nothing_and_batches_add_up():
         for p in (found, case.after)
     ]
     np.testing.assert_allclose(*products, atol=2e-3 * np.abs(products[1]).max())
+
+
+def test_the_stage_begins_with_them_if_the_settings_say_so_and_reads_no_text_where_it_resumes(tmp_path):
+    runs.run(tmp_path / "w", stages=("respond",))
+
+    def fresh(on, steps=0):
+        if steps:
+            stages = ("respond", "supervise")
+            runs.run(tmp_path / "w", stages=stages, supervise__steps=steps, drafter__induction=on)
+        run = runs.build(tmp_path / "w", drafter__induction=on)
+        optimizer = training.make_optimizer(run.settings.supervise.optimizer, 10)
+        corpus = training.corpus(run)
+        return supervise.fresh_state(run, corpus, optimizer, np.arange(20, dtype=np.int32))["params"]
+
+    off, on = fresh(False), fresh(True)
+    changed = [name for name in off if not jax.tree.all(jax.tree.map(np.array_equal, off[name], on[name]))]
+    assert changed == ["attention", "fuse"]
+    jax.tree.map(np.testing.assert_array_equal, fresh(True, steps=2), off)
