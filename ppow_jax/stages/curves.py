@@ -41,11 +41,11 @@ def acceptance(experiment: Experiment, corpus: training.Corpus) -> training.Meas
     """
     if not len(corpus.held) or experiment.settings.respond.temperature > 0:
         return lambda state: {}
-    count = min(len(corpus.held), len(corpus.train))
-    spread = range(0, count * (len(corpus.train) // count), len(corpus.train) // count)
     samples = {
         "holdout": _sample(experiment, [corpus.held[i] for i in range(len(corpus.held))]),
-        "train": _sample(experiment, [corpus.train[i] for i in spread]),
+        "train": _sample(
+            experiment, [corpus.train[i] for i in training.spread(len(corpus.train), len(corpus.held))]
+        ),
     }
     drafter, K = training.drafter_of(experiment), experiment.settings.ppow.window
 

@@ -73,9 +73,8 @@ def _for_induction(
     experiment: Experiment, corpus: training.Corpus
 ) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
     """Taps `[B, T, C]`, tokens `[B, T]` and where there is text, bool `[B, T]`, of evenly spread texts."""
-    count = min(_INDUCTION_TEXTS, len(corpus.train))
-    chosen = range(0, count * (len(corpus.train) // count), len(corpus.train) // count)
-    for at in range(0, count, _INDUCTION_BATCH):
+    chosen = training.spread(len(corpus.train), _INDUCTION_TEXTS)
+    for at in range(0, len(chosen), _INDUCTION_BATCH):
         batch = training.stack(experiment, [corpus.train[i] for i in chosen[at : at + _INDUCTION_BATCH]])
         real = jax.lax.cummax(batch["assistant"].astype(jnp.int32), axis=1, reverse=True) > 0
         yield training.taps_of(experiment, batch), batch["tokens"], real

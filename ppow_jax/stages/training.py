@@ -53,6 +53,12 @@ def corpus(experiment: Experiment) -> Corpus:
 _taps = jax.jit(lambda *about: teacher.lesson_of(*about).taps, static_argnums=0)
 
 
+def spread(available: int, wanted: int) -> range:
+    """Indices of as many items as wanted, evenly spread; of all if there are no more."""
+    count = min(wanted, available)
+    return range(0, count * (available // count), available // count)
+
+
 def stack(experiment: Experiment, items: Sequence[Mapping[str, Any]]) -> Batch:
     """Items of `data.texts.Texts` as a batch on the mesh."""
     arrays = {k: np.stack([item[k] for item in items]) for k in items[0]}
