@@ -38,7 +38,7 @@ def get_config():
     c.respond.responses = ""
     c.respond.max_new_tokens = 128  # a turn
     c.respond.temperature = 0.0
-    c.respond.batch_size = 128
+    c.respond.batch_size = 192
 
     c.data = ConfigDict()
     c.data.length = 256  # tokens of a training text; what is longer is cut

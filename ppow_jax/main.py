@@ -16,7 +16,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from ppow_jax import console, experiment, huge_pages, settings
+from ppow_jax import console, experiment, memory, settings
 from ppow_jax.errors import ConfigError, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/.")
@@ -96,5 +96,5 @@ def cli() -> None:
 
 
 if __name__ == "__main__":
-    huge_pages.restart_with()
+    memory.restart_with_tunables()
     cli()

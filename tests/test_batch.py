@@ -23,7 +23,7 @@ def mesh() -> Mesh:
 
 
 def both(monkeypatch, mesh, pair, config, dtype=""):
-    """(`decode`, `decode_batch`, its features, rows and slots of every stretch).
+    """(`decode`, `decode_batch`, its features, rows, slots and first round of every stretch).
 
     Four prompts are read at once, and a stretch has few slots.
     """
@@ -33,7 +33,7 @@ def both(monkeypatch, mesh, pair, config, dtype=""):
     stretch = batch._stretch
 
     def watched(state, **rest):
-        seen.append((len(state.done), state.cache[0].values.shape[2]))
+        seen.append((len(state.done), state.cache[0].values.shape[2], int(state.round)))
         return stretch(state=state, **rest)
 
     monkeypatch.setattr(batch, "_stretch", watched)
@@ -63,14 +63,17 @@ def test_sampled_texts_that_end_at_different_times_are_those_of_the_plain_loop(m
     assert seen[0][0] > 2 * seen[-1][0]
 
 
-def stretches(counts: list[int]) -> list[tuple[int, int]]:
-    """(rows, slots) by hand: pairs of rows (an eighth of 16), 8 more slots each time, a round fills one."""
+def stretches(counts: list[int]) -> list[tuple[int, int, int]]:
+    """(rows, slots, round): pairs of rows (an eighth of 16), 8 more slots each time, a round fills one.
+
+    The first of them is the slot after the longest prompt's, the sixth.
+    """
     found, rounds, slots = [], 0, 8
     going = lambda: sum(c > 1 + rounds for c in counts)  # noqa: E731
     while left := going():
         slots += 8
-        found.append((left + left % 2, slots))
-        while going() and 8 + rounds < slots:
+        found.append((left + left % 2, slots, rounds))
+        while going() and 6 + rounds < slots:
             rounds += 1
     return found
 

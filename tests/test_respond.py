@@ -211,7 +211,7 @@ def test_a_prompt_that_leaves_no_room_in_a_training_text_is_left_out(tmp_path, c
 
 def test_padding_repeats_the_shortest_prompt():
     padded, lengths = respond.pad([[7] * 33, [8, 9]], 4)
-    assert padded.shape == (4, 48) and padded.dtype == np.int32
+    assert padded.shape == (4, 40) and padded.dtype == np.int32
     assert lengths.tolist() == [33, 2, 2, 2]
     assert padded[3, :3].tolist() == [8, 9, 0]
 

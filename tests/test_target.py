@@ -97,6 +97,26 @@ def test_a_rejected_block_needs_no_undoing(tiny, whole):
     np.testing.assert_allclose(got, whole[1][:, 5:9], atol=2e-5, rtol=0)
 
 
+def test_a_cache_in_blocks_is_the_same_cache():
+    """Slots 10 to 13 are written one by one, from a block of four into the next, and attended to."""
+    G, R, E, size = 2, 3, 5, 4
+    key = iter(jax.random.split(jax.random.key(0), 20))
+    draw = lambda *shape: jax.random.normal(next(key), shape)  # noqa: E731
+    plain = (layers.KeyValues(draw(B, G, E, 12), draw(B, G, 12, E)),)
+    blocks = kv_cache.in_blocks(plain, size)
+    assert blocks[0].keys.shape == (B, G, 3, E, size)
+    assert blocks[0].keys[0, 1, 2, :, 1].tolist() == plain[0].keys[0, 1, :, 9].tolist()
+    plain, blocks = kv_cache.grow(plain, 16), kv_cache.grow(blocks, 16)
+    for slot in range(10, 14):
+        new = (layers.KeyValues(draw(B, G, E, 1), draw(B, G, 1, E)),)
+        plain, blocks = (kv_cache.write(c, new, jnp.int32(slot)) for c in (plain, blocks))
+    assert all(map(np.array_equal, kv_cache.in_blocks(plain, size)[0], blocks[0]))
+    queries = draw(B, 2, 3, G * R, E)
+    visible = jax.random.bernoulli(next(key), 0.6, (B, 2, 16)).at[:, :, 13].set(True)
+    one, other = (layers.attend(queries, c[0], visible, None, None) for c in (plain, blocks))
+    np.testing.assert_allclose(other, one, atol=1e-6, rtol=0)
+
+
 def test_later_tokens_do_not_change_earlier_logits(tiny, whole):
     tokens = TOKENS.copy()
     tokens[:, 8] = (tokens[:, 8] + 1) % small.TINY.vocab_size

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from ppow_jax import partition
 from ppow_jax.decode.loop import DecodeConfig, Decoded, State, grow, next_round, prefill
+from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.layers import FEW_ROWS
 from ppow_jax.models.target import Target
 from ppow_jax.teacher import Features
@@ -55,9 +56,11 @@ def decode_batch(
     L = config.max_new_tokens
     static = {"target": target, "config": config, "dtype": feature_dtype}
     turned = _turned(params) if jax.default_backend() == "cpu" and B > FEW_ROWS else None
+    first_slot = int(np.max(length_B))
     state, features = _prefill(
         params=params, prompt_BxP=prompt_BxP, length_B=length_B, keys_B=keys_B, mesh=mesh, **static
     )
+    state = state._replace(prompt=jnp.int32(first_slot))
     where = np.arange(B)  # the rows of the batch that the state's are
     tokens, count, emitted = np.zeros((B, L), np.int32), np.zeros(B, np.int32), np.zeros((B, L), np.int32)
     book = _Book(features, np.asarray(length_B), P + L) if feature_dtype else None
@@ -71,7 +74,7 @@ def decode_batch(
         leaving = len(rows) < len(done)
         where = where[rows] if leaving else where
         slots, first = state.cache[0].values.shape[2], int(state.round)
-        full = P + first == slots
+        full = first_slot + first == slots
         if leaving or full:
             state = _regroup(state, rows if leaving else None, slots + full * _SLOTS, mesh)
         by_column = turned is not None and len(where) > FEW_ROWS
@@ -134,7 +137,9 @@ def _prefill(
     def some(rows: tuple[jax.Array, ...]) -> tuple[State, Features | None]:
         rows = jax.lax.with_sharding_constraint(rows, layout)
         state, seen = prefill(target, params, None, None, *rows, config)
-        state = grow(state, -(-(P + _SLOTS) // _SLOTS) * _SLOTS)  # room for a stretch
+        state = grow(state, -(-(P + 1) // _SLOTS) * _SLOTS)
+        if jax.default_backend() == "cpu":
+            state = state._replace(cache=kv_cache.in_blocks(state.cache, _SLOTS))
         return state, Features(*(x.astype(dtype) for x in seen)) if dtype else None
 
     rows = (prompt_BxP, length_B, keys_B)

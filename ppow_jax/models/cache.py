@@ -1,10 +1,10 @@
 """The key/value cache: an argument and a result, never hidden state.
 
-A cache holds, for every layer, keys `[B, G, E, S]` and values `[B, G, S, E]` of S slots. A slot belongs to
-the position of the same number in its row; but where all rows go on in step, one token each, a round's tokens
-lie in the same slot of all of them (`decode.loop`). Models read the cache and return the keys and values of
-the tokens they were given; the caller writes those it wants to keep, so a rejected draft never needs to be
-undone.
+A cache holds, for every layer, keys `[B, G, E, S]` (or `in_blocks`) and values `[B, G, S, E]` of S slots. A
+slot belongs to the position of the same number in its row; but where all rows go on in step, one token
+each, a round's tokens lie in the same slot of all of them (`decode.loop`). Models read the cache and return
+the keys and values of the tokens they were given; the caller writes those it wants to keep, so a rejected
+draft never needs to be undone.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,9 @@ def write(cache: Cache, new: Cache, start: jax.Array, when: jax.Array | bool = T
     Args:
       cache: what is updated.
       new: keys and values of K slots.
-      start: int32 `[B]`, or `[]`, the same for all rows, which is cheaper. A start for which the block would
-        not fit is moved back by XLA's clamping; callers allocate enough slots (`slots >= start + K`).
+      start: int32 `[B]`, or `[]`, the same for all rows, which is cheaper (keys in blocks take no other). A
+        start for which the block would not fit is moved back by XLA's clamping; callers allocate enough
+        slots (`slots >= start + K`).
       when: False: nobody will read what is written, and it may be anything. In a decoding loop, whether
         any text goes on: to write in place the compiler must see that all reads of the old cache come
         first, and `when` tells it so, as it follows from the last layer's output.
@@ -47,8 +48,16 @@ def _put(cache: Cache, new: Cache, start: jax.Array) -> Cache:
     def into(old: jax.Array, block: jax.Array, axis: int) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(old, block.astype(old.dtype), start, old.ndim + axis)
 
+    def into_keys(old: jax.Array, block: jax.Array) -> jax.Array:
+        if old.ndim == block.ndim:
+            return into(old, block, -1)
+        number, slot = jnp.divmod(
+            start, old.shape[-1]
+        )  # in blocks: one slot alone, which never straddles two
+        return jax.lax.dynamic_update_slice(old, block[:, :, None].astype(old.dtype), (0, 0, number, 0, slot))
+
     return tuple(
-        KeyValues(into(old.keys, block.keys, -1), into(old.values, block.values, -2))
+        KeyValues(into_keys(old.keys, block.keys), into(old.values, block.values, -2))
         for old, block in zip(cache, new, strict=True)
     )
 
@@ -86,10 +95,31 @@ def append(old: KeyValues | None, new: KeyValues) -> KeyValues:
 
 
 def grow(cache: Cache, slots: int) -> Cache:
-    """The cache with `slots` slots, at least as many as it has."""
-    more = slots - cache[0].values.shape[2]
-    keys, values = ((0, 0), (0, 0), (0, 0), (0, more)), ((0, 0), (0, 0), (0, more), (0, 0))
-    return tuple(KeyValues(jnp.pad(kv.keys, keys), jnp.pad(kv.values, values)) for kv in cache)
+    """The cache with `slots` slots, at least as many as it has; in blocks, a multiple of theirs."""
+
+    def extend(x: jax.Array, axis: int, more: int) -> jax.Array:
+        return jnp.pad(x, [(0, more if at == axis % x.ndim else 0) for at in range(x.ndim)])
+
+    def grown(kv: KeyValues) -> KeyValues:
+        more = slots - kv.values.shape[2]
+        axis, each = (-1, 1) if kv.keys.ndim == 4 else (2, kv.keys.shape[-1])
+        return KeyValues(extend(kv.keys, axis, more // each), extend(kv.values, 2, more))
+
+    return tuple(map(grown, cache))
+
+
+def in_blocks(cache: Cache, size: int) -> Cache:
+    """The cache with keys `[B, G, N, E, Z]`, in N blocks of Z = `size` slots that divide its own.
+
+    With many rows a block, which lies in one piece, is read faster on a CPU (docs/performance.md). To such a
+    cache `write` adds one slot at a time, the same for all rows.
+    """
+
+    def cut(keys: jax.Array) -> jax.Array:
+        B, G, E, S = keys.shape
+        return keys.reshape(B, G, E, S // size, size).swapaxes(2, 3)
+
+    return tuple(KeyValues(cut(kv.keys), kv.values) for kv in cache)
 
 
 def as_prefix(new: Sequence[KeyValues]) -> Cache:

@@ -26,7 +26,8 @@ class KeyValues(NamedTuple):
     transposed operand copies it first, a decoding step of 256 rows attends 3 times faster.
 
     Attributes:
-      keys: `[B, G, E, S]` of a prefix that all windows share, or `[B, G, W, E, K]` of windows.
+      keys: `[B, G, E, S]` of a prefix that all windows share, or the same in blocks (`cache.in_blocks`),
+        `[B, G, N, E, Z]`; `[B, G, W, E, K]` of windows.
       values: `[B, G, S, E]`, or `[B, G, W, K, E]`.
     """
 
@@ -132,7 +133,7 @@ def attend(
     q = (queries_BxWxKxHxE * E**-0.5).reshape(B, W, K, G, H // G, E).transpose(0, 3, 1, 4, 2, 5)
     parts = []  # (scores, values' product): the two softmaxes are merged without concatenating them
     if prefix is not None:
-        s = jnp.einsum("bgwrke,bges->bgwrks", q, prefix.keys, preferred_element_type=jnp.float32)
+        s = _prefix_scores(q, prefix.keys)
         s = jnp.where(visible_BxWxS[:, None, :, None, None], s, -jnp.inf)
         parts.append((s, lambda p: jnp.einsum("bgwrks,bgse->bgwrke", p, prefix.values)))
     if own is not None:
@@ -144,6 +145,17 @@ def attend(
     total = sum(w.sum(-1, keepdims=True) for w in weights)
     out = sum(product((w / total).astype(q.dtype)) for w, (_, product) in zip(weights, parts, strict=True))
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, W, K, H * E)
+
+
+def _prefix_scores(q_BxGxWxRxKxE: jax.Array, keys: jax.Array) -> jax.Array:
+    """float32 scores `[B, G, W, R, K, S]` of a prefix's keys, in blocks or not."""
+    if keys.ndim == 4:
+        return jnp.einsum("bgwrke,bges->bgwrks", q_BxGxWxRxKxE, keys, preferred_element_type=jnp.float32)
+    B, G, N, E, _ = keys.shape
+    # the queries, on the left, are repeated for every block: any other product copies the keys first
+    q = jnp.repeat(q_BxGxWxRxKxE.reshape(B, G, 1, -1, E), N, 2)
+    s = jnp.matmul(q, keys, preferred_element_type=jnp.float32)
+    return s.swapaxes(2, 3).reshape(*q_BxGxWxRxKxE.shape[:-1], -1)
 
 
 class Attention(nn.Module):

@@ -23,7 +23,7 @@ from ppow_jax.experiment import Experiment
 from ppow_jax.metrics import duration
 
 _IMPORT_ROWS = 128  # a shard
-_BUCKET = 16  # prompts are padded to a multiple of this, so that few shapes are compiled
+_BUCKET = 8  # prompts are padded to a multiple of this, so that few shapes are compiled
 
 
 def run(experiment: Experiment) -> None:
