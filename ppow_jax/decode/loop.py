@@ -72,7 +72,7 @@ class State(NamedTuple):
     done: jax.Array  # [B]
     round: jax.Array  # []
     emitted_by_round: jax.Array  # [B, L]
-    prompt: jax.Array  # [], P
+    prompt: jax.Array  # [], the slot after the prompts'
     cache: Cache  # the target's
     prefix: KeyValues | None  # the drafter's
     start: Start | None  # the drafter's next anchor
