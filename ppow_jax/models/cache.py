@@ -51,9 +51,7 @@ def _put(cache: Cache, new: Cache, start: jax.Array) -> Cache:
     def into_keys(old: jax.Array, block: jax.Array) -> jax.Array:
         if old.ndim == block.ndim:
             return into(old, block, -1)
-        number, slot = jnp.divmod(
-            start, old.shape[-1]
-        )  # in blocks: one slot alone, which never straddles two
+        number, slot = jnp.divmod(start, old.shape[-1])  # one slot alone never straddles two blocks
         return jax.lax.dynamic_update_slice(old, block[:, :, None].astype(old.dtype), (0, 0, number, 0, slot))
 
     return tuple(
