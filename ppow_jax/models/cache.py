@@ -96,11 +96,11 @@ def grow(cache: Cache, slots: int) -> Cache:
     """The cache with `slots` slots, at least as many as it has; in blocks, a multiple of theirs."""
 
     def extend(x: jax.Array, axis: int, more: int) -> jax.Array:
-        return jnp.pad(x, [(0, more if at == axis % x.ndim else 0) for at in range(x.ndim)])
+        return jnp.pad(x, [(0, more if at == axis else 0) for at in range(x.ndim)])
 
     def grown(kv: KeyValues) -> KeyValues:
         more = slots - kv.values.shape[2]
-        axis, each = (-1, 1) if kv.keys.ndim == 4 else (2, kv.keys.shape[-1])
+        axis, each = (3, 1) if kv.keys.ndim == 4 else (2, kv.keys.shape[-1])
         return KeyValues(extend(kv.keys, axis, more // each), extend(kv.values, 2, more))
 
     return tuple(map(grown, cache))
