@@ -27,7 +27,9 @@ from ppow_jax import console, experiment, memory, settings, teacher
 from ppow_jax.data import builtin
 from ppow_jax.decode import cost
 from ppow_jax.decode.batch import decode_batch
+from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig, decode
+from ppow_jax.decode.shapes import chain
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.drafter import Drafter, DrafterWeights, weights_of
@@ -166,7 +168,7 @@ def batch_writing(run: Experiment, machine: Machine) -> None:
     prompt_BxP, length_B = respond.pad([run.tokenizer.first_turn(p.turns[0]) for p in middle], size)
     keys_B = jax.random.split(jax.random.key(0), size)
     stops = run.tokenizer.stop_ids
-    config = DecodeConfig(tokens, 0, 0.0, stops)
+    config = DecodeConfig(tokens, stops)
     inputs = (run.target, run.target_params, prompt_BxP, length_B, keys_B, config, run.mesh)
     out, _ = decode_batch(*inputs)  # compilation, and the first touch of all memory
     rows = []
@@ -190,11 +192,11 @@ def loop(run: Experiment, machine: Machine) -> None:
     keys = jax.random.split(jax.random.key(0), 1)
     rows = []
     for window in (0, _WINDOW.value):
-        model = {"drafter": drafter, "weights": weights} if window else {}
+        model = {"drafting": Eagle(drafter, chain(window)), "weights": weights} if window else {}
         call = functools.partial(decode, run.target, run.target_params, prompt, length, keys, **model)
-        whole = functools.partial(call, config=DecodeConfig(tokens, window, 0.0, (-1,)))
+        whole = functools.partial(call, config=DecodeConfig(tokens, (-1,)))
         rounds = int((whole().emitted_by_round > 0).sum())
-        prefill = cost.median_seconds(functools.partial(call, config=DecodeConfig(1, window, 0.0, (-1,))), 5)
+        prefill = cost.median_seconds(functools.partial(call, config=DecodeConfig(1, (-1,))), 5)
         slots = prompt.shape[1] + tokens + window + 1
         verify = cost.time_target(run.target, run.target_params, window + 1, slots)
         draft = cost.time_draft(drafter, weights, window, slots) if window else 0.0

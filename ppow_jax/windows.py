@@ -89,6 +89,68 @@ def text_starts(prefix: Prefix, tokens_BxT: jax.Array, anchors_BxA: jax.Array) -
     return Start(hidden, jnp.take_along_axis(tokens_BxT, anchors_BxA + 1, axis=1), anchors_BxA)
 
 
+class Windows(NamedTuple):
+    """Windows between two steps; W of them a row.
+
+    Attributes:
+      hidden: `[B, W, 1, D]`, the drafter's hidden states, whose logits tell what comes next.
+      position: int32 `[B, W, 1]` of the token read last.
+      visible: bool `[B, W, S]`, the prefix slots that each sees.
+      own: keys and values of the tokens beyond the anchors, None before the first of them.
+    """
+
+    hidden: jax.Array
+    position: jax.Array
+    visible: jax.Array
+    own: KeyValues | None
+
+
+def begin(drafter: Drafter, weights: DrafterWeights, prefix: KeyValues, start: Start) -> Windows:
+    """The first step from every anchor: A windows a row."""
+    visible_BxAxS = jnp.arange(prefix.values.shape[2]) <= start.position[..., None]
+    hidden = drafter.apply(
+        {"params": weights.params},
+        weights.embedding[start.token][:, :, None],
+        start.hidden[:, :, None],
+        start.position[..., None],
+        prefix,
+        visible_BxAxS,
+        None,
+    )
+    return Windows(hidden, start.position[..., None], visible_BxAxS, None)
+
+
+def repeat(windows: Windows, times: int) -> Windows:
+    """Every window `times` times, one after the other: W times `times` a row. Before their second step."""
+    one = lambda x: jnp.repeat(x, times, axis=1)  # noqa: E731
+    return Windows(one(windows.hidden), one(windows.position), one(windows.visible), None)
+
+
+def branch(windows: Windows, parents_BxW: jax.Array) -> Windows:
+    """Windows that go on from those named, of the same row."""
+
+    def pick(leaf: jax.Array, axis: int) -> jax.Array:
+        shape = [leaf.shape[0]] + [1] * (leaf.ndim - 1)
+        shape[axis] = -1
+        return jnp.take_along_axis(leaf, parents_BxW.reshape(shape), axis)
+
+    w = windows
+    own = w.own and KeyValues(pick(w.own.keys, 2), pick(w.own.values, 2))
+    return Windows(pick(w.hidden, 1), pick(w.position, 1), pick(w.visible, 1), own)
+
+
+def advance(
+    drafter: Drafter, weights: DrafterWeights, prefix: KeyValues, windows: Windows, tokens_BxW: jax.Array
+) -> Windows:
+    """A further step: every window reads its next token."""
+    variables = {"params": weights.params}
+    embeddings, position = weights.embedding[tokens_BxW][:, :, None], windows.position + 1
+    inputs = (embeddings, windows.hidden, position)
+    own = append(windows.own, drafter.apply(variables, *inputs, method=Drafter.keys_values))
+    hidden = drafter.apply(variables, *inputs, prefix, windows.visible, own)
+    return Windows(hidden, position, windows.visible, own)
+
+
 def window_pass(
     drafter: Drafter,
     weights: DrafterWeights,
@@ -114,33 +176,19 @@ def window_pass(
     """
     B, A = start.token.shape
     variables = {"params": weights.params}
-    visible_BxAxS = jnp.arange(prefix.values.shape[2]) <= start.position[..., None]
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
     def observe(step: jax.Array, hidden_BxAxGxD: jax.Array) -> tuple[jax.Array, Any]:
         return choose(step, drafter.apply(variables, hidden_BxAxGxD, method=Drafter.logits))
 
-    hidden = drafter.apply(
-        variables,
-        weights.embedding[start.token][:, :, None],
-        start.hidden[:, :, None],
-        start.position[..., None],
-        prefix,
-        visible_BxAxS,
-        None,
-    )
-    tokens_BxAxG, stats = observe(0, hidden)
+    windows = begin(drafter, weights, prefix, start)
+    tokens_BxAxG, stats = observe(0, windows.hidden)
     collected = [stats]
     G = tokens_BxAxG.shape[-1]
-    one = lambda x: jnp.repeat(x, G, axis=1)  # an anchor's value for each window of its group  # noqa: E731
-    hidden, position, visible = one(hidden), one(start.position)[..., None], one(visible_BxAxS)
-    own = None
+    windows = repeat(windows, G)
     for step in range(1, steps):
-        embeddings = weights.embedding[tokens_BxAxG].reshape(B, A * G, 1, -1)
-        new = drafter.apply(variables, embeddings, hidden, position + step, method=Drafter.keys_values)
-        own = append(own, new)
-        hidden = drafter.apply(variables, embeddings, hidden, position + step, prefix, visible, own)
-        tokens_BxAxG, stats = observe(step, hidden.reshape(B, A, G, -1))
+        windows = advance(drafter, weights, prefix, windows, tokens_BxAxG.reshape(B, A * G))
+        tokens_BxAxG, stats = observe(step, windows.hidden.reshape(B, A, G, -1))
         collected.append(stats)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, -1), *collected)
 

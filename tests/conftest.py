@@ -4,12 +4,18 @@ import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))  # for configs/
 
 import runs
 import small
+
+from ppow_jax.models.drafter import weights_of
+from ppow_jax.stages import supervise
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +64,29 @@ def finished(tmp_path_factory, compiled_once) -> runs.Finished:
     chosen = runs.run(workdir)
     jax.config.update("jax_disable_most_optimizations", before)
     return runs.Finished(workdir, chosen)
+
+
+@pytest.fixture(scope="session")
+def texts(tiny) -> list[list[int]]:
+    """The naive loop's."""
+    return [small.naive_greedy(tiny.target, tiny.params, p, small.L) for p in small.PROMPTS]
+
+
+@pytest.fixture(scope="session")
+def pupil(tiny, texts) -> small.DrafterWeights:
+    """The random drafter after enough supervised steps to be right now and then."""
+    tokens = np.zeros((len(small.PROMPTS), 8 + small.L), np.int32)
+    assistant = np.zeros(tokens.shape, bool)
+    for b, (prompt, text) in enumerate(zip(small.PROMPTS, texts, strict=True)):
+        row = prompt + text
+        tokens[b, : len(row)] = row
+        assistant[b, len(prompt) : len(row)] = True
+    optimizer = optax.adam(1e-2)
+    params = jax.tree.map(jnp.copy, tiny.weights.params)  # the step donates them
+    learner = {"params": params, "opt_state": optimizer.init(params)}
+    update = supervise.make_update(tiny.target, tiny.drafter, optimizer, 16, 2, 0.8)
+    batch = {"tokens": tokens, "assistant": assistant}
+    for number in range(25):
+        key = jax.random.key(number)
+        learner, _ = update(learner, tiny.weights.vocab, tiny.params, batch, key)
+    return weights_of(learner["params"], tiny.params, tiny.weights.vocab)

@@ -60,7 +60,7 @@ def texts() -> dict[str, np.ndarray]:
     """Greedy texts of the tiny target; one is short and two are padded."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(small.TINY.vocab_size, size=(B, PROMPT))
-    decoding = DecodeConfig(T - PROMPT, 0, 0.0, (-1,))
+    decoding = DecodeConfig(T - PROMPT, (-1,))
     out = small.generate(small.tiny_pair(), prompts.tolist(), decoding, padded=PROMPT)
     tokens = np.concatenate([prompts, out.tokens], 1).astype(np.int32)
     lengths = np.full(B, T)

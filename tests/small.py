@@ -6,13 +6,14 @@ proposes, and what the target makes of that, is known without running anything.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax import settings
+from ppow_jax.decode.drafting import Drafting
 from ppow_jax.decode.loop import DecodeConfig, Decoded, decode
 from ppow_jax.models import drafter as drafters
 from ppow_jax.models import markov
@@ -34,6 +35,11 @@ TINY = TargetConfig(
     taps=(0, 1, 2),  # three different layers, which the default is not in so shallow a target
 )
 DRAFT_VOCAB = np.sort(np.random.default_rng(7).permutation(TINY.vocab_size)[:24]).astype(np.int32)
+
+PROMPTS = [[3, 9, 1], [4], [7, 7, 2, 8, 1, 30], [11, 12], [25, 0, 0, 39, 2, 6, 6, 8]]
+L = 20
+NEVER = (-1,)
+LETTERS = np.arange(len(markov.SPECIALS), markov.SIZE)
 
 
 class Pair(NamedTuple):
@@ -146,8 +152,8 @@ def generate(
     pair: Pair | Chain,
     prompts: list[list[int]],
     config: DecodeConfig,
-    drafter: Drafter | None = None,
-    weights: DrafterWeights | None = None,
+    drafting: Drafting | None = None,
+    weights: Any = None,
     keys: jax.Array | None = None,
     padded: int = 8,
 ) -> Decoded:
@@ -157,7 +163,39 @@ def generate(
         row[: len(prompt)] = prompt
     lengths = np.array([len(p) for p in prompts], np.int32)
     keys = jax.random.split(jax.random.key(0), len(prompts)) if keys is None else keys
-    return decode(pair.target, pair.params, tokens, lengths, keys, config, drafter, weights)
+    return decode(pair.target, pair.params, tokens, lengths, keys, config, drafting, weights)
+
+
+@functools.cache
+def successors() -> np.ndarray:
+    """Of every letter, the token that the chain most often writes next."""
+    return markov_chain().law.argmax(-1)
+
+
+def walk(token: int, count: int) -> list[int]:
+    """The chain's greedy text after `token`."""
+    out = []
+    for _ in range(count):
+        token = int(successors()[token])
+        out.append(token)
+    return out
+
+
+def flawed(
+    chain: Chain, wrong: tuple[int, ...], vocab: np.ndarray = LETTERS
+) -> tuple[Drafter, DrafterWeights]:
+    """A drafter that knows the chain's greedy text but for what follows the tokens in `wrong`."""
+    law = np.full((markov.SIZE, len(vocab)), 1e-6)
+    for token, best in enumerate(successors()):
+        law[token, vocab == best] = 1.0
+        if token in wrong:
+            law[token] = np.roll(law[token], 3)
+    return chain.drafter(law / law.sum(-1, keepdims=True), vocab)
+
+
+def rounds_of(out: Decoded, row: int) -> list[int]:
+    """Tokens that each verification pass of a row emitted."""
+    return [n for n in out.emitted_by_round[row].tolist() if n]
 
 
 def ppow_settings(**changes) -> settings.PPOWSettings:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ppow_jax import partition, teacher
 from ppow_jax.decode import batch
 from ppow_jax.decode.loop import DecodeConfig
+from ppow_jax.decode.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 L, STOP = 40, 6
@@ -53,7 +54,7 @@ def same(one, other) -> None:
 
 
 def test_sampled_texts_that_end_at_different_times_are_those_of_the_plain_loop(monkeypatch, mesh, chain):
-    config = DecodeConfig(L, 0, 1.0, (1, STOP))
+    config = DecodeConfig(L, (1, STOP), Sampling(1.0))
     whole, found, features, seen = both(monkeypatch, mesh, chain, config)
     same(whole, found)
     assert features is None
@@ -79,7 +80,7 @@ def stretches(counts: list[int]) -> list[tuple[int, int, int]]:
 
 
 def test_the_features_kept_while_writing_are_those_of_reading_the_text(monkeypatch, mesh, tiny):
-    config = DecodeConfig(L, 0, 1.0, (STOP, 12))
+    config = DecodeConfig(L, (STOP, 12), Sampling(1.0))
     _, found, features, seen = both(monkeypatch, mesh, tiny, config, "float32")
     assert len(seen) > 3 and len(set(found.count.tolist())) > 3
     read = jax.jit(teacher.read, static_argnums=0)
@@ -96,7 +97,7 @@ def test_the_features_kept_while_writing_are_those_of_reading_the_text(monkeypat
 
 
 def test_texts_that_all_end_with_their_first_token_need_no_stretch(monkeypatch, mesh, chain):
-    config = DecodeConfig(1, 0, 0.0, (1,))
+    config = DecodeConfig(1, (1,))
     whole, found, features, seen = both(monkeypatch, mesh, chain, config, "float16")
     same(whole, found)
     assert not seen

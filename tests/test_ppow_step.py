@@ -23,7 +23,7 @@ T, SHORT = 20, 6  # positions; the length of the last row
 def text(tiny) -> dict[str, np.ndarray]:
     """Greedy texts of the random target; the last is too short for six anchors."""
     prompts = np.array([[3, 9], [4, 1], [7, 7]])
-    decoding = small.DecodeConfig(T - 2, 0, 0.0, NEVER)
+    decoding = small.DecodeConfig(T - 2, NEVER)
     out = small.generate(tiny, prompts.tolist(), decoding, padded=2)
     return batch_of(np.concatenate([prompts, out.tokens], 1), [T, T - 4, SHORT])
 

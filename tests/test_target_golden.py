@@ -154,7 +154,7 @@ def test_greedy_decoding_equals_the_reference(loaded):
     count = len(CASES[0]["continuation"])
     lengths = np.array([len(p) for p in PROMPTS], np.int32)
     keys = jax.random.split(jax.random.key(0), len(PROMPTS))
-    config = DecodeConfig(count, window=0, temperature=0.0, stop_ids=(-1,))
+    config = DecodeConfig(count, stop_ids=(-1,))
     out = decode(loaded.target, loaded.params, pad(PROMPTS), lengths, keys, config)
     assert out.tokens.tolist() == [case["continuation"] for case in CASES]
     assert out.count.tolist() == [count] * len(CASES)

@@ -44,7 +44,7 @@ def decode_batch(
     Args:
       target, params, length_B, keys_B: as there.
       prompt_BxP: as there; a multiple of some number, so that few shapes are compiled.
-      config: as there, window 0.
+      config: as there.
       mesh: keeps the rows that are left spread over it.
       feature_dtype: dtype of the features to be kept; empty: none are.
 
@@ -136,7 +136,7 @@ def _prefill(
 
     def some(rows: tuple[jax.Array, ...]) -> tuple[State, Features | None]:
         rows = jax.lax.with_sharding_constraint(rows, layout)
-        state, seen = prefill(target, params, None, None, *rows, config)
+        state, seen = prefill(target, params, *rows, config)
         state = grow(state, -(-(P + 1) // _SLOTS) * _SLOTS)
         if jax.default_backend() == "cpu":
             state = state._replace(cache=kv_cache.in_blocks(state.cache, _SLOTS))
@@ -201,7 +201,7 @@ def _stretch(
         at = state.round - first
         # turned back within the loop, which is a matter of names: the product reads the matrix as it lies
         own = _turned(params) if by_column else params
-        state, seen = next_round(target, own, None, None, state, config)
+        state, seen = next_round(target, own, state, config)
         if dtype:
             put = lambda all_, new: all_.at[at].set(new[:, 0].astype(dtype))  # noqa: E731
             features = jax.tree.map(put, features, seen)

@@ -1,28 +1,33 @@
 """Decoding: one jitted loop from prompt to stop, with or without a drafter.
 
-A round drafts K tokens, lets the target score them together with the last known token, and keeps what
-agrees plus one token of the target's own. K = 0 is autoregressive decoding: the same loop, a window of
-nothing.
+A round drafts a tree of tokens, lets the target score them together with the last known token, which is the
+tree's root, and keeps the way that the text takes through it plus one token of the target's own. Without a
+drafter the tree is its root: autoregressive decoding is the same loop.
 
-Shape letters: B rows, P padded prompt length, S cache slots, J = K + 1 tokens of a verification pass,
-L longest text to emit.
+Shape letters: B rows, P padded prompt length, S cache slots, J tokens of a verification pass, D depth of the
+tree, E = D + 1 tokens that a round emits at most, L longest text to emit, V vocabulary.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import io_callback
 
-from ppow_jax.decode.verify import accepted_prefix, emitted
+from ppow_jax.decode import sampling, verify
+from ppow_jax.decode.drafting import Drafting, Seen
+from ppow_jax.decode.sampling import GREEDY, Sampling
+from ppow_jax.decode.verify import Draft, Walk
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.cache import Cache
-from ppow_jax.models.drafter import Drafter, DrafterWeights
-from ppow_jax.models.layers import KeyValues, likeliest
+from ppow_jax.models.layers import likeliest
 from ppow_jax.models.target import Target
 from ppow_jax.teacher import Features
-from ppow_jax.windows import Prefix, Start, greedy, prefix_pass, window_pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,19 +36,13 @@ class DecodeConfig:
 
     Attributes:
       max_new_tokens: longest text to emit, the stop token included.
-      window: K, drafted tokens a round; 0 decodes autoregressively.
-      temperature: 0 is greedy; above 0 samples, and needs window 0.
       stop_ids: ids that end a text.
+      sampling: how the target's tokens are picked.
     """
 
     max_new_tokens: int
-    window: int
-    temperature: float
     stop_ids: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if self.window and self.temperature:
-            raise ValueError("drafted decoding samples at temperature 0 only")
+    sampling: Sampling = GREEDY
 
 
 class Decoded(NamedTuple):
@@ -52,7 +51,8 @@ class Decoded(NamedTuple):
     Attributes:
       tokens: int32 `[B, L]`, zero beyond `count`.
       count: int32 `[B]`, tokens emitted, the stop token included.
-      finished: bool `[B]`, whether a stop token ended the text.
+      finished: bool `[B]`, whether a stop token ended the text; else it ran into `max_new_tokens` or the end
+        of the target's context.
       emitted_by_round: int32 `[B, L]`, tokens that each verification pass emitted, zero beyond the last.
     """
 
@@ -65,8 +65,9 @@ class Decoded(NamedTuple):
 class State(NamedTuple):
     """Between rounds. `known` counts the tokens of prompt and text; the last one is not cached yet."""
 
-    tokens: jax.Array  # [B, L + J]
+    tokens: jax.Array  # [B, L + E]
     count: jax.Array  # [B]
+    limit: jax.Array  # [B], the longest text that its context has room for
     known: jax.Array  # [B]
     last: jax.Array  # [B]
     done: jax.Array  # [B]
@@ -74,127 +75,137 @@ class State(NamedTuple):
     emitted_by_round: jax.Array  # [B, L]
     prompt: jax.Array  # [], the slot after the prompts'
     cache: Cache  # the target's
-    prefix: KeyValues | None  # the drafter's
-    start: Start | None  # the drafter's next anchor
+    drafts: Any  # the drafter's own
     keys: jax.Array  # [B] random keys, one a row
 
 
-def _pick(logits: jax.Array, keys_B: jax.Array, position_B: jax.Array, temperature: float):
-    """Token ids for logits `[B, J, V]`: the likeliest, or a sample that depends on row and position."""
-    if temperature == 0:
-        return likeliest(logits)
-    keys = jax.vmap(jax.random.fold_in)(keys_B, position_B)
-    draw = lambda key, row: jax.random.categorical(key, row / temperature)  # noqa: E731
-    return jax.vmap(draw)(keys, logits).astype(jnp.int32)
+def _keys_at(keys_B: jax.Array, position_B: jax.Array, use: int) -> jax.Array:
+    """A random key a row for the token at a position (use 0), or for the drafts of a round that begins there
+    (use 1)."""
+    return jax.vmap(lambda k, p: jax.random.fold_in(jax.random.fold_in(k, p), use))(keys_B, position_B)
 
 
-def _put(rows_BxL: jax.Array, values_BxJ: jax.Array, at_B: jax.Array) -> jax.Array:
+def _put(rows_BxL: jax.Array, values_BxE: jax.Array, at_B: jax.Array) -> jax.Array:
     """Writes each row's values at its own offset."""
-    return jax.vmap(lambda r, v, i: jax.lax.dynamic_update_slice(r, v, (i,)))(rows_BxL, values_BxJ, at_B)
+    return jax.vmap(lambda r, v, i: jax.lax.dynamic_update_slice(r, v, (i,)))(rows_BxL, values_BxE, at_B)
 
 
 def prefill(
     target: Target,
     params: dict,
-    drafter: Drafter | None,
-    weights: DrafterWeights | None,
     prompt_BxP: jax.Array,
     length_B: jax.Array,
     keys_B: jax.Array,
     config: DecodeConfig,
+    drafting: Drafting | None = None,
+    weights: Any = None,
 ) -> tuple[State, Features]:
     """Reads the prompts (right-padded) and emits the first token of each; with the features `[B, P, ...]`."""
     B, P = prompt_BxP.shape
-    J, L = config.window + 1, config.max_new_tokens
+    L, depth = config.max_new_tokens, drafting.depth if drafting else 0
     positions_BxP = jnp.broadcast_to(jnp.arange(P), (B, P))
     out = target.apply({"params": params}, prompt_BxP[:, None], positions_BxP[:, None])
     end_Bx1 = (length_B - 1)[:, None]
     hidden_Bx1xD = jnp.take_along_axis(out.hidden[:, 0], end_Bx1[..., None], 1)
-    logits = target.apply({"params": params}, hidden_Bx1xD, method=Target.logits)
-    first_B = _pick(logits, keys_B, length_B, config.temperature)[:, 0]
-    cache = kv_cache.as_prefix(out.new)
-    prefix = start = None
-    if drafter is not None:
+    logits_Bx1xV = target.apply({"params": params}, hidden_Bx1xD, method=Target.logits)
+    first_B = sampling.pick(_keys_at(keys_B, length_B, 0), logits_Bx1xV[:, 0], config.sampling)
+    drafts = None
+    if drafting:
         next_BxP = _put(jnp.roll(prompt_BxP, -1, 1), first_B[:, None], length_B - 1)
-        read = prefix_pass(drafter, weights, out.taps[:, 0], next_BxP, positions_BxP)
-        prefix = read.keys_values
-        start = _anchor(read, jnp.zeros_like(length_B), length_B - 1, first_B)
-    stop = jnp.isin(first_B, jnp.asarray(config.stop_ids))
+        seen = Seen(out.taps[:, 0], next_BxP, jnp.zeros_like(length_B), length_B - 1)
+        drafts = drafting.read(weights, None, seen)
+    limit_B = jnp.minimum(L, target.config.context - length_B)
+    stop_B = jnp.isin(first_B, jnp.asarray(config.stop_ids))
     state = State(
-        tokens=jnp.zeros((B, L + J), jnp.int32).at[:, 0].set(first_B),
+        tokens=jnp.zeros((B, L + depth + 1), jnp.int32).at[:, 0].set(first_B),
         count=jnp.ones(B, jnp.int32),
+        limit=limit_B,
         known=length_B + 1,
         last=first_B,
-        done=stop | (L == 1),
+        done=stop_B | (limit_B <= 1),
         round=jnp.int32(0),
         emitted_by_round=jnp.zeros((B, L), jnp.int32),
         prompt=jnp.int32(P),
-        cache=cache,
-        prefix=prefix,
-        start=start,
+        cache=kv_cache.as_prefix(out.new),
+        drafts=drafts,
         keys=keys_B,
     )
     return state, Features(out.taps[:, 0], out.hidden[:, 0])
 
 
-def _anchor(read: Prefix, offset_B: jax.Array, index_B: jax.Array, token_B: jax.Array) -> Start:
-    """The anchor at `index` of the positions that `read` covers, which begin at `offset`."""
-    hidden = jnp.take_along_axis(read.hidden, index_B[:, None, None], 1)
-    return Start(hidden, token_B[:, None], (offset_B + index_B)[:, None])
-
-
 def next_round(
     target: Target,
     params: dict,
-    drafter: Drafter | None,
-    weights: DrafterWeights | None,
     state: State,
     config: DecodeConfig,
+    drafting: Drafting | None = None,
+    weights: Any = None,
 ) -> tuple[State, Features]:
-    """Draft, verify, keep; with the features `[B, J, ...]` of the tokens that the target read."""
-    K = config.window
-    window_BxJ = state.last[:, None]
-    if drafter is not None:
-        drafted = window_pass(drafter, weights, state.prefix, state.start, greedy(weights.vocab), K)
-        window_BxJ = jnp.concatenate([window_BxJ, drafted[:, 0, 0]], 1)
+    """Draft, verify, keep; with the features `[B, E, ...]` of the tokens that the round settled."""
     offset_B = state.known - 1
-    positions_BxJ = offset_B[:, None] + jnp.arange(K + 1)
-    slot, visible = _in_step(state) if drafter is None else _each_at_its_own(state, offset_B)
-    out = target.apply({"params": params}, window_BxJ[:, None], positions_BxJ[:, None], state.cache, visible)
-    logits = target.apply({"params": params}, out.hidden[:, 0], method=Target.logits)
-    preferred_BxJ = _pick(logits, state.keys, state.known, config.temperature)
-    accepted_B = accepted_prefix(window_BxJ[:, 1:] == preferred_BxJ[:, :-1])
-    room_B = config.max_new_tokens - state.count
-    count_B, stopped_B = emitted(preferred_BxJ, accepted_B, room_B, config.stop_ids)
-    kept_B = jnp.where(state.done, 0, count_B)
-    last_B = jnp.take_along_axis(preferred_BxJ, accepted_B[:, None], 1)[:, 0]
+    if drafting:
+        keys_B = _keys_at(state.keys, state.known, 1)
+        draft, depth = drafting.draft(weights, state.drafts, config.sampling, keys_B), drafting.depth
+        slot, visible = offset_B, kv_cache.visible(offset_B, state.cache[0].values.shape[2])
+    else:
+        draft, depth = Draft(state.last[:, None], jnp.zeros_like(offset_B)[:, None]), 0
+        slot, visible = _in_step(state)
+    above_BxJxJ = verify.ancestors(draft.parents, depth)
+    positions_BxJ = offset_B[:, None] + above_BxJxJ.sum(-1) - 1
+    inputs = (draft.tokens[:, None], positions_BxJ[:, None], state.cache, visible, above_BxJxJ[:, None])
+    out = target.apply({"params": params}, *inputs)
+    logits_BxJxV = target.apply({"params": params}, out.hidden[:, 0], method=Target.logits)
+    choose = _chooser(state, config.sampling, draft, logits_BxJxV)
+    way = verify.walk(draft, depth, ~state.done, choose)
+    read, new = _along(way, Features(out.taps[:, 0], out.hidden[:, 0]), kv_cache.as_prefix(out.new))
+    kept_B, stopped_B = verify.emitted(way.tokens, way.accepted, state.limit - state.count, config.stop_ids)
+    kept_B = jnp.where(state.done, 0, kept_B)
     done_B = state.done | stopped_B
     going_on = ~done_B.all()
-    prefix = start = None
-    if drafter is not None:
-        read = prefix_pass(drafter, weights, out.taps[:, 0], preferred_BxJ, positions_BxJ)
-        (prefix,) = kv_cache.write((state.prefix,), (read.keys_values,), offset_B, going_on)
-        start = _anchor(read, offset_B, accepted_B, last_B)
-    state = State(
-        tokens=_put(state.tokens, jnp.where(state.done[:, None], 0, preferred_BxJ), state.count),
+    drafts = None
+    if drafting:
+        seen = Seen(read.taps, way.tokens, offset_B, way.accepted, going_on)
+        drafts = drafting.read(weights, state.drafts, seen)
+    state = state._replace(
+        tokens=_put(state.tokens, way.tokens, state.count),
         count=state.count + kept_B,
         known=state.known + kept_B,
-        last=last_B,
+        last=jnp.take_along_axis(way.tokens, way.accepted[:, None], 1)[:, 0],
         done=done_B,
         round=state.round + 1,
         emitted_by_round=state.emitted_by_round.at[:, state.round].set(kept_B),
-        prompt=state.prompt,
-        cache=kv_cache.write(state.cache, kv_cache.as_prefix(out.new), slot, going_on),
-        prefix=prefix,
-        start=start,
-        keys=state.keys,
+        cache=kv_cache.write(state.cache, new, slot, going_on),
+        drafts=drafts,
     )
-    return state, Features(out.taps[:, 0], out.hidden[:, 0])
+    return state, read
 
 
-def _each_at_its_own(state: State, offset_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The slots `[B]` that a round's tokens are written from, and the slots `[B, 1, S]` that they see."""
-    return offset_B, kv_cache.visible(offset_B, state.cache[0].values.shape[2])
+def _chooser(
+    state: State, how: Sampling, draft: Draft, logits_BxJxV: jax.Array
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """For `verify.walk`: the token after a node."""
+    if how.temperature == 0:
+        preferred_BxJ = likeliest(logits_BxJxV)
+        return lambda step, node_B: jnp.take_along_axis(preferred_BxJ, node_B[:, None], 1)[:, 0]
+
+    def choose(step: jax.Array, node_B: jax.Array) -> jax.Array:
+        """Warps the laws of the nodes that are reached, no others: 60 sums over a vocabulary are dear."""
+        logits_BxV = jnp.take_along_axis(logits_BxJxV, node_B[:, None, None], 1)[:, 0]
+        law_BxV = sampling.log_law(logits_BxV, how)
+        if draft.drawn is not None:
+            offered = verify.offered_after(draft, node_B, law_BxV.shape[1])
+            law_BxV = jnp.log(jax.vmap(verify.emission_law)(jnp.exp(law_BxV), *offered))
+        return sampling.draw(_keys_at(state.keys, state.known + step, 0), law_BxV)
+
+    return choose
+
+
+def _along(way: Walk, seen: Features, new: Cache) -> tuple[Features, Cache]:
+    """What the target made of the nodes on the way, in place of all nodes; a chain's nodes are its way."""
+    if seen.taps.shape[1] == way.nodes.shape[1]:
+        return seen, new
+    along = lambda x: jnp.take_along_axis(x, way.nodes[..., None], 1)  # noqa: E731
+    return Features(*map(along, seen)), kv_cache.pick(new, way.nodes)
 
 
 def _in_step(state: State) -> tuple[jax.Array, jax.Array]:
@@ -209,13 +220,17 @@ def _in_step(state: State) -> tuple[jax.Array, jax.Array]:
     return slot, kv_cache.visible(state.known - state.count, len(slots)) | written
 
 
-def grow(state: State, slots: int) -> State:
+def grow(state: State, slots: int, drafting: Drafting | None = None) -> State:
     """The state with caches of `slots` slots."""
-    prefix = None if state.prefix is None else kv_cache.grow((state.prefix,), slots)[0]
-    return state._replace(cache=kv_cache.grow(state.cache, slots), prefix=prefix)
+    drafts = drafting.grow(state.drafts, slots) if drafting else None
+    return state._replace(cache=kv_cache.grow(state.cache, slots), drafts=drafts)
 
 
-@functools.partial(jax.jit, static_argnames=("target", "drafter", "config"))
+Watch = Callable[[np.ndarray, np.ndarray], None]
+_watchers: dict[int, Watch] = {}
+_numbers = itertools.count()
+
+
 def decode(
     target: Target,
     params: dict,
@@ -223,30 +238,72 @@ def decode(
     length_B: jax.Array,
     keys_B: jax.Array,
     config: DecodeConfig,
-    drafter: Drafter | None = None,
-    weights: DrafterWeights | None = None,
+    drafting: Drafting | None = None,
+    weights: Any = None,
+    watch: Watch | None = None,
 ) -> Decoded:
     """Decodes every prompt to its stop.
 
     Args:
       target: the module.
       params: its parameters.
-      prompt_BxP: int32 prompts, right-padded with any id; P + max_new_tokens + K + 1 slots are held.
-      length_B: int32 prompt lengths, at least 1.
+      prompt_BxP: int32 prompts, right-padded with any id; P + max_new_tokens + E slots are held.
+      length_B: int32 prompt lengths, at least 1 and below the target's context.
       keys_B: random keys, one a row; unused at temperature 0.
       config: static settings.
-      drafter: drafts when `config.window` > 0.
+      drafting: who drafts.
       weights: the drafter's.
+      watch: called after every round, prefill's first, while the loop runs: tokens int32 `[B, E]` and how
+        many of them each row kept, int32 `[B]`.
 
     Returns:
-      `Decoded`. At temperature 0 the texts do not depend on the drafter.
+      `Decoded`. At temperature 0 the texts do not depend on the drafter, at others their law does not.
     """
-    body = lambda s: next_round(target, params, drafter, weights, s, config)[0]  # noqa: E731
-    state, _ = prefill(target, params, drafter, weights, prompt_BxP, length_B, keys_B, config)
-    L = config.max_new_tokens
-    state = grow(state, prompt_BxP.shape[1] + L + config.window + 1)
+    inputs = (target, params, prompt_BxP, length_B, keys_B, config, drafting, weights)
+    if watch is None:
+        return _decode(*inputs, None)
+    number = next(_numbers)
+    _watchers[number] = watch
+    try:
+        return jax.block_until_ready(_decode(*inputs, np.int32(number)))
+    finally:
+        jax.effects_barrier()
+        del _watchers[number]
+
+
+def _tell(number: np.ndarray, tokens_BxE: np.ndarray, kept_B: np.ndarray) -> None:
+    _watchers[int(number)](np.asarray(tokens_BxE), np.asarray(kept_B))
+
+
+@functools.partial(jax.jit, static_argnames=("target", "config", "drafting"))
+def _decode(
+    target: Target,
+    params: dict,
+    prompt_BxP: jax.Array,
+    length_B: jax.Array,
+    keys_B: jax.Array,
+    config: DecodeConfig,
+    drafting: Drafting | None,
+    weights: Any,
+    watcher: jax.Array | None,
+) -> Decoded:
+    L, depth = config.max_new_tokens, drafting.depth if drafting else 0
+
+    def told(state: State, kept_B: jax.Array) -> State:
+        if watcher is not None:
+            rows = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (depth + 1,)))
+            tokens_BxE = rows(state.tokens, state.count - kept_B)
+            io_callback(_tell, None, watcher, tokens_BxE, kept_B, ordered=True)
+        return state
+
+    def body(state: State) -> State:
+        after, _ = next_round(target, params, state, config, drafting, weights)
+        return told(after, after.count - state.count)
+
+    state, _ = prefill(target, params, prompt_BxP, length_B, keys_B, config, drafting, weights)
+    state = grow(told(state, state.count), prompt_BxP.shape[1] + L + depth + 1, drafting)
     state = jax.lax.while_loop(lambda s: ~s.done.all(), body, state)
     tokens = jnp.where(jnp.arange(L) < state.count[:, None], state.tokens[:, :L], 0)
-    end = jnp.take_along_axis(tokens, state.count[:, None] - 1, 1)[:, 0]
-    finished = jnp.isin(end, jnp.asarray(config.stop_ids))
-    return Decoded(tokens, state.count, finished, state.emitted_by_round)
+    end_B = jnp.take_along_axis(tokens, state.count[:, None] - 1, 1)[:, 0]
+    finished_B = jnp.isin(end_B, jnp.asarray(config.stop_ids))
+    return Decoded(tokens, state.count, finished_B, state.emitted_by_round)

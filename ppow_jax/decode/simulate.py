@@ -2,7 +2,7 @@
 
 Walk the text: draft from the anchor, compare with the text, jump. A window is accepted as far as it repeats
 the text, so it need not be drafted beyond its first mistake, and no row waits for another: one drafter step
-for every token. The rounds are those of `decode.loop` with the same drafter.
+for every token. The rounds are those of `decode.loop` with the same drafter. Trees are drafted whole.
 """
 
 import functools
@@ -11,6 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppow_jax.decode import tree, verify
+from ppow_jax.decode.sampling import GREEDY
+from ppow_jax.decode.shapes import Shape
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.drafter import Drafter, DrafterWeights
 from ppow_jax.models.layers import KeyValues, likeliest
@@ -111,6 +114,44 @@ def _draft(
     hidden = apply(*inputs, context, visible_BxS[:, None], None)
     drafted_B = weights.vocab[likeliest(apply(hidden, method=Drafter.logits))][:, 0, 0]
     return hidden[:, 0, 0], context, drafted_B
+
+
+@functools.partial(jax.jit, static_argnames=("drafter", "shape"))
+def simulate_trees(
+    drafter: Drafter,
+    weights: DrafterWeights,
+    taps_BxTxC: jax.Array,
+    tokens_BxT: jax.Array,
+    start_B: jax.Array,
+    end_B: jax.Array,
+    shape: Shape,
+) -> Rounds:
+    """`simulate` with drafts of any shape: a tree for every round."""
+    B, T = tokens_BxT.shape
+    rows, depth = jnp.arange(B), shape.depth
+    prefix = text_prefix(drafter, weights, taps_BxTxC, tokens_BxT)
+    keys_B = jax.random.split(jax.random.key(0), B)  # unused at temperature 0
+
+    def round_(carry: tuple[jax.Array, jax.Array, Rounds]) -> tuple[jax.Array, jax.Array, Rounds]:
+        number_B, anchor_B, rounds = carry
+        live_B, left_B = anchor_B + 2 < end_B, end_B - anchor_B - 2
+        start = text_starts(prefix, tokens_BxT, jnp.minimum(anchor_B, T - 2)[:, None])
+        draft = tree.draft(drafter, weights, prefix.keys_values, start, shape, GREEDY, keys_B)
+
+        def ahead(step: jax.Array, _: jax.Array) -> jax.Array:
+            token_B = tokens_BxT[rows, jnp.minimum(anchor_B + 2 + step, T - 1)]
+            return jnp.where(step < left_B, token_B, -1)
+
+        accepted_B = verify.walk(draft, depth, live_B, ahead).accepted
+        emitted_B = jnp.minimum(accepted_B + 1, left_B)
+        found = Rounds(emitted_B, accepted_B, jnp.minimum(depth, left_B))
+        at_B = jnp.where(live_B, number_B, T)  # T: outside, dropped
+        rounds = jax.tree.map(lambda all_, new: all_.at[rows, at_B].set(new, mode="drop"), rounds, found)
+        return number_B + live_B, anchor_B + jnp.where(live_B, emitted_B, 0), rounds
+
+    zeros = jnp.zeros((B, T), jnp.int32)
+    begin = (jnp.zeros(B, jnp.int32), start_B - 1, Rounds(zeros, zeros - 1, zeros))
+    return jax.lax.while_loop(lambda c: jnp.any(c[1] + 2 < end_B), round_, begin)[-1]
 
 
 @functools.partial(jax.jit, static_argnames=("drafter", "window"))

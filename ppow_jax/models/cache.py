@@ -120,6 +120,13 @@ def in_blocks(cache: Cache, size: int) -> Cache:
     return tuple(KeyValues(cut(kv.keys), kv.values) for kv in cache)
 
 
+def pick(new: Cache, slots_BxK: jax.Array) -> Cache:
+    """The slots of each row that are named, in that order."""
+    keys, values = slots_BxK[:, None, None, :], slots_BxK[:, None, :, None]
+    take = jnp.take_along_axis
+    return tuple(KeyValues(take(kv.keys, keys, 3), take(kv.values, values, 2)) for kv in new)
+
+
 def as_prefix(new: Sequence[KeyValues]) -> Cache:
     """Keys and values of one window a row (a whole text, say) as a cache."""
     return tuple(KeyValues(kv.keys[:, :, 0], kv.values[:, :, 0]) for kv in new)

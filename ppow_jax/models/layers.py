@@ -6,8 +6,8 @@ width, I input width of an attention layer, H query heads, G key/value heads, R 
 V vocabulary.
 
 There is one attention: the K tokens of each of W windows see a prefix that all windows of a row share
-and, causally, their own window. Prefill is W = 1 with an empty prefix, a decoding step is W = K = 1,
-the verification of many drafted windows is the general case.
+and, causally or as a tree, their own window. Prefill is W = 1 with an empty prefix, a decoding step is
+W = K = 1, the verification of many drafted windows is the general case.
 """
 
 import functools
@@ -114,7 +114,7 @@ def attend(
     prefix: KeyValues | None,
     visible_BxWxS: jax.Array | None,
     own: KeyValues | None,
-    own_mask_KxJ: jax.Array | None,
+    own_mask: jax.Array | None,
 ) -> jax.Array:
     """Softmax attention over a shared prefix and each window's own tokens, jointly normalised.
 
@@ -123,7 +123,7 @@ def attend(
       prefix: keys and values of the S slots that all windows of a row share, or None.
       visible_BxWxS: bool, the prefix slots that a window may see.
       own: keys and values of the windows themselves, J tokens each, or None.
-      own_mask_KxJ: bool, which of its window's tokens each query may see.
+      own_mask: bool `[K, J]`, or `[B, W, K, J]`: which of its window's tokens each query may see.
 
     Returns:
       `[B, W, K, H * E]`.
@@ -138,7 +138,7 @@ def attend(
         parts.append((s, lambda p: jnp.einsum("bgwrks,bgse->bgwrke", p, prefix.values)))
     if own is not None:
         s = jnp.einsum("bgwrke,bgwej->bgwrkj", q, own.keys, preferred_element_type=jnp.float32)
-        s = jnp.where(own_mask_KxJ, s, -jnp.inf)
+        s = jnp.where(own_mask if own_mask.ndim == 2 else own_mask[:, None, :, None], s, -jnp.inf)
         parts.append((s, lambda p: jnp.einsum("bgwrkj,bgwje->bgwrke", p, own.values)))
     largest = functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for s, _ in parts))
     weights = [jnp.exp(s - jax.lax.stop_gradient(largest)) for s, _ in parts]
@@ -188,12 +188,12 @@ class Attention(nn.Module):
         prefix: KeyValues | None,
         visible_BxWxS: jax.Array | None,
         own: KeyValues | None,
-        own_mask_KxJ: jax.Array | None,
+        own_mask: jax.Array | None,
     ) -> jax.Array:
         """Attention output `[B, W, K, D]`; see `attend` for the arguments."""
         shape = (*x_BxWxKxI.shape[:3], self.heads, self.head_size)
         queries = rotate(self.query(x_BxWxKxI).reshape(shape), positions_BxWxK, self.theta)
-        return self.out(attend(queries, prefix, visible_BxWxS, own, own_mask_KxJ))
+        return self.out(attend(queries, prefix, visible_BxWxS, own, own_mask))
 
 
 class GatedMLP(nn.Module):

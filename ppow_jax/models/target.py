@@ -76,11 +76,11 @@ class Block(nn.Module):
         positions: jax.Array,
         prefix: KeyValues | None,
         visible: jax.Array | None,
-        causal: jax.Array,
+        own_mask: jax.Array,
     ) -> tuple[jax.Array, KeyValues]:
         normed = self.attention_norm(x)
         own = self.attention.keys_values(normed, positions)
-        x = x + self.attention(normed, positions, prefix, visible, own, causal)
+        x = x + self.attention(normed, positions, prefix, visible, own, own_mask)
         return x + self.mlp(self.mlp_norm(x)), own
 
 
@@ -104,16 +104,20 @@ class Target(nn.Module):
         positions_BxWxK: jax.Array,
         cache: Cache | None = None,
         visible_BxWxS: jax.Array | None = None,
+        own_mask_BxWxKxK: jax.Array | None = None,
     ) -> TargetOutput:
-        """Runs the K tokens of every window, each window seeing `visible` slots of the row's cache."""
+        """Runs the K tokens of every window, each window seeing `visible` slots of the row's cache.
+
+        Of its own window a token sees what the mask says; without one, itself and those before it.
+        """
         x = self.embedding(tokens_BxWxK)
         K = tokens_BxWxK.shape[-1]
-        causal = jnp.tril(jnp.ones((K, K), bool))
+        mask = jnp.tril(jnp.ones((K, K), bool)) if own_mask_BxWxKxK is None else own_mask_BxWxKxK
         inputs, new = {}, []
         for i, layer in enumerate(self.layers):
             inputs[i] = x
             prefix = None if cache is None else cache[i]
-            x, own = layer(x, positions_BxWxK, prefix, visible_BxWxS, causal)
+            x, own = layer(x, positions_BxWxK, prefix, visible_BxWxS, mask)
             new.append(own)
         taps = jnp.concatenate([inputs[i] for i in self.config.taps], -1)
         return TargetOutput(self.norm(x), taps, tuple(new))

@@ -18,7 +18,9 @@ from ppow_jax import partition, report
 from ppow_jax.console import log
 from ppow_jax.data import conversations, features, prompts, records
 from ppow_jax.decode.cost import measure_gamma
+from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig, Decoded, decode
+from ppow_jax.decode.shapes import chain
 from ppow_jax.decode.simulate import simulate
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
@@ -214,12 +216,10 @@ def decode_all(
     """Decodes every turn one at a time, autoregressively and with each drafter, in turn."""
     settings = experiment.settings.evaluate
     stops = experiment.tokenizer.stop_ids
-    config = lambda window: DecodeConfig(settings.max_new_tokens, window, 0.0, stops)  # noqa: E731
-    calls = {"autoregressive": functools.partial(decode, config=config(0))}
-    for c in candidates:
-        calls[c.stage] = functools.partial(
-            decode, config=config(settings.decode_window), drafter=drafter, weights=c.weights
-        )
+    plain = functools.partial(decode, config=DecodeConfig(settings.max_new_tokens, stops))
+    drafting = Eagle(drafter, chain(settings.decode_window))
+    drafted = {c.stage: functools.partial(plain, drafting=drafting, weights=c.weights) for c in candidates}
+    calls = {"autoregressive": plain} | drafted
     found: dict[str, list[report.TurnDecoded]] = {name: [] for name in calls}
     keys = jax.random.split(jax.random.key(0), 1)
     compiled: set[tuple[str, int]] = set()

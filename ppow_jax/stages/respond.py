@@ -18,6 +18,7 @@ from ppow_jax.data.conversations import Conversation, import_responses
 from ppow_jax.data.prompts import load
 from ppow_jax.decode.batch import decode_batch, rows_for
 from ppow_jax.decode.loop import DecodeConfig
+from ppow_jax.decode.sampling import Sampling
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.metrics import duration
@@ -145,7 +146,7 @@ def converse(
     With a dtype for them, features are kept.
     """
     stops = experiment.tokenizer.stop_ids
-    config = DecodeConfig(max_new_tokens, 0, temperature, stops)
+    config = DecodeConfig(max_new_tokens, stops, Sampling(temperature))
     conversations = active = [Conversation(p) for p in prompts]
     for turn in range(max(len(p.turns) for p in prompts)):
         active = _asked(experiment, [c for c in active if turn < len(c.prompt.turns)], turn, max_new_tokens)

@@ -82,7 +82,7 @@ def our_decoder(target: object, params: dict, longest: int, tokens: int) -> Deco
 
     from ppow_jax.decode.loop import DecodeConfig, decode
 
-    config = DecodeConfig(tokens, 0, 0.0, (-1,))
+    config = DecodeConfig(tokens, (-1,))
     keys = jax.random.split(jax.random.key(0), 1)
 
     def run(ids: Sequence[int]) -> Run:

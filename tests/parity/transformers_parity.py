@@ -101,7 +101,7 @@ def compare_decoding(
     keys = jax.random.split(jax.random.key(0), len(prompts))
     result = {}
     for name, stops in (("unstopped", (-1,)), ("stopped", stop_ids)):
-        config = DecodeConfig(len(continuations[0]), 0, 0.0, stops)
+        config = DecodeConfig(len(continuations[0]), stops)
         out = decode(target, params, tokens, lengths, keys, config)
         got = [np.asarray(t)[:c].tolist() for t, c in zip(out.tokens, out.count, strict=True)]
         want = [c[: next((i + 1 for i, t in enumerate(c) if t in stops), None)] for c in continuations]

@@ -1,0 +1,139 @@
+"""Drafting trees with an EAGLE-3 drafter.
+
+Shape letters: B rows, J nodes, W windows that are continued on a level, N draft vocabulary, D width, S slots.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ppow_jax import windows
+from ppow_jax.decode.sampling import Sampling, log_law
+from ppow_jax.decode.shapes import Dynamic, Fixed, Shape
+from ppow_jax.decode.verify import Draft, Drawn
+from ppow_jax.models.drafter import Drafter, DrafterWeights
+from ppow_jax.models.layers import KeyValues, likeliest
+from ppow_jax.windows import Start, Windows
+
+
+def draft(
+    drafter: Drafter,
+    weights: DrafterWeights,
+    prefix: KeyValues,
+    start: Start,
+    shape: Shape,
+    sampling: Sampling,
+    keys_B: jax.Array,
+) -> Draft:
+    """Drafts a tree from one anchor a row.
+
+    At temperature 0 the tree follows from the text. Above it a fixed shape is filled with draws from the
+    drafter's law at the same temperature, top-k and top-p; dynamic trees hold the likeliest tokens of that
+    law.
+
+    Args:
+      drafter, weights, prefix: as in `windows.begin`.
+      start: the anchors `[B, 1]`.
+      shape: of the trees.
+      sampling: how the target's tokens will be picked.
+      keys_B: random keys for this round.
+    """
+    if isinstance(shape, Dynamic):
+        return _dynamic(drafter, weights, prefix, start, shape, sampling)
+    return _fixed(drafter, weights, prefix, start, shape, sampling, keys_B)
+
+
+def _logits(drafter: Drafter, weights: DrafterWeights, at: Windows) -> jax.Array:
+    """float32 `[B, W, N]`."""
+    return drafter.apply({"params": weights.params}, at.hidden[:, :, 0], method=Drafter.logits)
+
+
+def _fixed(
+    drafter: Drafter,
+    weights: DrafterWeights,
+    prefix: KeyValues,
+    start: Start,
+    shape: Fixed,
+    sampling: Sampling,
+    keys_B: jax.Array,
+) -> Draft:
+    B, sampled = len(keys_B), sampling.temperature > 0
+    parents, ranks = shape.parents, (0, *(path[-1] for path in shape.paths))
+    if sampled:  # a second draw is worth something only beside the first
+        ranks = (0, *(shape.children[parents[n]].index(n) for n in range(1, shape.tokens)))
+    tokens, laws, index = [start.token[:, 0]], [], [0] * shape.tokens
+    at, inner = windows.begin(drafter, weights, prefix, start), [0]  # the nodes that are continued
+    for depth in range(1, shape.depth + 1):
+        if depth > 1:
+            continued = [n for n in shape.level(depth - 1) if n in parents]
+            if len(continued) > 1 or len(inner) > 1:
+                where = jnp.array([inner.index(parents[n]) for n in continued])
+                at = windows.branch(at, jnp.broadcast_to(where, (B, len(where))))
+            inner = continued
+            read = jnp.stack([tokens[n] for n in inner], 1)
+            at = windows.advance(drafter, weights, prefix, at, read)
+        level = shape.level(depth)
+        logits_BxWxN = _logits(drafter, weights, at)
+        if sampled:
+            law_BxWxN = log_law(logits_BxWxN, sampling)
+            for n in inner:
+                index[n] = sum(law.shape[1] for law in laws) + inner.index(n)
+            laws.append(law_BxWxN)
+            logits_BxWxN = law_BxWxN + _noise(keys_B, inner, logits_BxWxN)
+        best_BxWxR = _best(logits_BxWxN, 1 + max(ranks[n] for n in level))
+        tokens += [weights.vocab[best_BxWxR[:, inner.index(parents[n]), ranks[n]]] for n in level]
+    drawn = None
+    if sampled:
+        law_BxIxN = jnp.concatenate(laws, 1)
+        drawn = Drawn(law_BxIxN, jnp.array(index), jnp.array(shape.children), weights.vocab)
+    return Draft(jnp.stack(tokens, 1), jnp.broadcast_to(jnp.array(parents), (B, shape.tokens)), drawn)
+
+
+def _noise(keys_B: jax.Array, nodes: list[int], like_BxWxN: jax.Array) -> jax.Array:
+    """Gumbel noise for each node: the largest sums are draws without replacement, in their order."""
+    shape, dtype = like_BxWxN.shape[2:], like_BxWxN.dtype
+    one = lambda key, node: jax.random.gumbel(jax.random.fold_in(key, node), shape, dtype)  # noqa: E731
+    of_row = jax.vmap(one, (None, 0))
+    return jax.vmap(of_row, (0, None))(keys_B, jnp.array(nodes))
+
+
+def _best(values_BxWxN: jax.Array, count: int) -> jax.Array:
+    """int32 `[B, W, count]`: where the largest values are, in their order."""
+    return likeliest(values_BxWxN)[..., None] if count == 1 else jax.lax.top_k(values_BxWxN, count)[1]
+
+
+def _dynamic(
+    drafter: Drafter,
+    weights: DrafterWeights,
+    prefix: KeyValues,
+    start: Start,
+    shape: Dynamic,
+    sampling: Sampling,
+) -> Draft:
+    B, k = len(start.token), shape.top_k
+    take = lambda values, where: jnp.take_along_axis(values, where, 1)  # noqa: E731
+    at = windows.begin(drafter, weights, prefix, start)
+    score_BxW, chosen = jnp.zeros((B, 1)), jnp.zeros((B, 1), jnp.int32)  # of what is continued: score, number
+    tokens, parents, scores, count = [], [], [], 0  # of all nodes but the root; number 0 is the root's
+    for depth in range(shape.depth):
+        logits_BxWxN = _logits(drafter, weights, at)
+        law = log_law(logits_BxWxN, sampling) if sampling.temperature else jax.nn.log_softmax(logits_BxWxN)
+        best_BxWxk, which_BxWxk = jax.lax.top_k(law, k)
+        level = (score_BxW[..., None] + best_BxWxk).reshape(B, -1)
+        tokens.append(weights.vocab[which_BxWxk].reshape(B, -1))
+        parents.append(jnp.repeat(chosen, k, 1))
+        scores.append(level)
+        if depth + 1 < shape.depth:
+            score_BxW, on_BxW = jax.lax.top_k(level, k)
+            at = windows.repeat(at, k) if depth == 0 else windows.branch(at, on_BxW // k)
+            at = windows.advance(drafter, weights, prefix, at, take(tokens[-1], on_BxW))
+            chosen = 1 + count + on_BxW
+        count += level.shape[1]
+    tokens, parents, scores = (jnp.concatenate(x, 1) for x in (tokens, parents, scores))
+    # a node is no likelier than its parent and comes after it, so the best nodes are a tree
+    _, best_BxJ = jax.lax.top_k(scores, shape.tokens - 1)
+    best_BxJ = jnp.sort(best_BxJ, 1)
+    numbers = jnp.zeros((B, 1 + count), jnp.int32)
+    own = 1 + jnp.arange(best_BxJ.shape[1], dtype=jnp.int32)
+    numbers = numbers.at[jnp.arange(B)[:, None], 1 + best_BxJ].set(own)
+    parents = jnp.pad(take(numbers, take(parents, best_BxJ)), ((0, 0), (1, 0)))
+    return Draft(jnp.concatenate([start.token, take(tokens, best_BxJ)], 1), parents)
