@@ -100,13 +100,23 @@ def get_config():
     c.ppow.adaw.rescore_every = 50  # steps for which a text's scores stay valid
     c.ppow.optimizer = optimizer(3e-5, 20)
 
+    c.decode = ConfigDict()
+    # What is drafted for a verification pass: a chain, a group of them, a dynamic tree, or fixed paths.
+    c.decode.shape = "chain"
+    c.decode.window = 3  # K of a chain and of a group; suits two CPU cores, accelerators like more
+    c.decode.group = 4  # windows of a group, which part at their first token: the paper's candidate group
+    # Of fixed paths: ranks from the root, 0 the drafter's likeliest token, as in 0-0-0,0-1,1-0,2
+    c.decode.paths = ""
+    c.decode.tree = ConfigDict(dict(tokens=60, depth=8, top_k=10))  # EAGLE-3's; the last known token included
+    # At temperature 0 texts are compared with autoregressive ones; above, their law is the same.
+    c.decode.sampling = ConfigDict(dict(temperature=0.0, top_k=0, top_p=1.0))
+
     c.evaluate = ConfigDict()
     c.evaluate.prompts = "maths=builtin:maths/eval,code=builtin:code/eval,chat=builtin:chat/eval"
     c.evaluate.max_new_tokens = 128
     c.evaluate.batch_size = 32
     c.evaluate.window = 10  # K of tau, by exact simulation on all prompts
-    c.evaluate.decode_window = 3  # K of the timed decoding: suits the machine
-    c.evaluate.decode_prompts = 22  # a benchmark, decoded for real: 66 of three
+    c.evaluate.decode_prompts = 22  # a benchmark, decoded for real as `decode` says: 66 of three
 
     c.export = ConfigDict(dict(drafter="ppow"))
 

@@ -198,6 +198,16 @@ def rounds_of(out: Decoded, row: int) -> list[int]:
     return [n for n in out.emitted_by_round[row].tolist() if n]
 
 
+def check_counts(counts: np.ndarray, law: np.ndarray) -> None:
+    """Chi-square, within 5 sigma; the rare outcomes as one."""
+    expected = counts.sum() * law / law.sum()
+    often = expected >= 5
+    terms = ((counts - expected)[often] ** 2 / expected[often]).sum()
+    assert abs(terms - often.sum()) < 5 * np.sqrt(2 * often.sum())
+    rare = expected[~often].sum()
+    assert abs(counts[~often].sum() - rare) < 5 * np.sqrt(rare + 1)
+
+
 def ppow_settings(**changes) -> settings.PPOWSettings:
     """The base config's, made small."""
     from configs import base

@@ -9,8 +9,10 @@ import small
 from jax.sharding import Mesh
 
 from ppow_jax import partition, teacher
-from ppow_jax.decode import batch
+from ppow_jax.decode import batch, shapes
+from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig
+from ppow_jax.decode.ngrams import Lookup
 from ppow_jax.decode.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -23,7 +25,7 @@ def mesh() -> Mesh:
     return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), partition.AXES)
 
 
-def both(monkeypatch, mesh, pair, config, dtype=""):
+def both(monkeypatch, mesh, pair, config, dtype="", drafting=None, weights=None):
     """(`decode`, `decode_batch`, its features, rows, slots and first round of every stretch).
 
     Four prompts are read at once, and a stretch has few slots.
@@ -39,12 +41,13 @@ def both(monkeypatch, mesh, pair, config, dtype=""):
 
     monkeypatch.setattr(batch, "_stretch", watched)
     keys = jax.random.split(jax.random.key(3), len(PROMPTS))
-    whole = small.generate(pair, PROMPTS, config, keys=keys)
+    whole = small.generate(pair, PROMPTS, config, drafting, weights, keys)
     tokens = np.full((len(PROMPTS), 8), 5, np.int32)
     for row, prompt in zip(tokens, PROMPTS, strict=True):
         row[: len(prompt)] = prompt
     lengths = np.array([len(p) for p in PROMPTS], np.int32)
-    found, features = batch.decode_batch(pair.target, pair.params, tokens, lengths, keys, config, mesh, dtype)
+    inputs = (pair.target, pair.params, tokens, lengths, keys, config, mesh, dtype, drafting, weights)
+    found, features = batch.decode_batch(*inputs)
     return whole, found, features, seen
 
 
@@ -62,6 +65,29 @@ def test_sampled_texts_that_end_at_different_times_are_those_of_the_plain_loop(m
     assert len(set(found.count.tolist())) > 5
     assert seen == stretches(found.count.tolist())
     assert seen[0][0] > 2 * seen[-1][0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["chain", "dynamic", "lookup"])
+def test_drafted_texts_that_end_at_different_times_are_those_of_the_plain_loop(
+    monkeypatch, mesh, tiny, pupil, name, temperature
+):
+    shapes_ = {"chain": shapes.chain(3), "dynamic": shapes.Dynamic(9, 3, 3)}
+    drafting = Eagle(tiny.drafter, shapes_[name]) if name in shapes_ else Lookup(3, branches=2)
+    config = DecodeConfig(L, (STOP, 12, 30, 2), Sampling(temperature))
+    weights = pupil if name in shapes_ else None
+    whole, found, _, seen = both(monkeypatch, mesh, tiny, config, "", drafting, weights)
+    same(whole, found)
+    assert len(set(found.count.tolist())) > 5
+    assert found.emitted_by_round.max() > 2
+    rows, slots, _ = zip(*seen, strict=True)
+    assert rows[0] >= 2 * rows[-1]
+    assert list(slots) == sorted(slots) and slots[-1] > slots[0]
+
+
+def test_a_batch_keeps_no_features_beside_a_drafter(monkeypatch, mesh, tiny):
+    with pytest.raises(ValueError, match="no drafter shifts"):
+        both(monkeypatch, mesh, tiny, DecodeConfig(4, (1,)), "float32", Lookup(3))
 
 
 def stretches(counts: list[int]) -> list[tuple[int, int, int]]:

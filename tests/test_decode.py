@@ -67,7 +67,7 @@ def simulated(pair, drafter, weights, texts, window, prompts=PROMPTS) -> list[li
     start = np.array([len(p) for p in prompts], np.int32)
     end = start + np.array([len(t) for t in texts], np.int32)
     taps = small.forward(pair.target, pair.params, tokens)[0].taps[:, 0]
-    rounds = simulate(drafter, weights, taps, tokens, start, end, window)
+    rounds = simulate(drafter, weights, taps, tokens, start, end, shapes.chain(window))
     emitted, accepted = np.asarray(rounds.emitted), np.asarray(rounds.accepted)
     live = emitted > 0
     assert (accepted[~live] == -1).all()

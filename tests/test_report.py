@@ -85,11 +85,14 @@ def test_the_mean_is_over_benchmarks():
     }
 
 
+SAMPLED = {"temperature": 0.7, "top_k": 0, "top_p": 0.9}
+
+
 def hand_made() -> dict:
     benchmark = {
         "tau": 2.25, "tau_ci95": [2.0, 2.5], "accepted_per_position": [0.75, 0.5], "rounds": 40,
         "tokens": 90, "tokens_per_s": 30.0, "tokens_per_s_autoregressive": 20.0, "speedup": 1.5,
-        "identical_outputs": 7, "prompts": 8,
+        "identical_outputs": 7, "prompts": 8, "decode_tau": 1.75,
     }  # fmt: skip
     drafter = {
         "params_sha256": "0123456789abcdef", "steps": 30, "seconds": 75.0,
@@ -100,7 +103,7 @@ def hand_made() -> dict:
         "schema": 1,
         "target": {"path": "markov:0", "dtype": "float32"},
         "device": {"platform": "cpu", "kind": "abacus", "count": 1, "cores": 2, "jax": "0.1"},
-        "window": 3, "decode_window": 2, "gamma_measured": 0.1234,
+        "window": 3, "decode_shape": "chain of 2", "decode_sampling": SAMPLED, "gamma_measured": 0.1234,
         "drafters": {"supervise": drafter, "ppow": drafter},
     }  # fmt: skip
 
@@ -108,13 +111,16 @@ def hand_made() -> dict:
 def test_markdown_has_a_row_a_benchmark_and_a_mean_row():
     text = report.markdown(hand_made()).splitlines()
     for stage in ("supervise", "ppow"):
-        at = text.index(f"| {stage} | chat | 2.250 | [2.000, 2.500] | 40 | 30.0 | 20.0 | 1.50x | 7/8 |")
+        at = text.index(
+            f"| {stage} | chat | 2.250 | [2.000, 2.500] | 40 | 1.750 | 30.0 | 20.0 | 1.50x | 7/8 |"
+        )
         assert text[at + 1].startswith(f"| {stage} | maths | 3.250 |")
-        assert text[at + 2] == f"| {stage} | mean | 2.750 |  |  |  |  | 2.00x |  |"
+        assert text[at + 2] == f"| {stage} | mean | 2.750 |  |  |  |  |  | 2.00x |  |"
         assert f"| {stage} | 30 | 1m15s | `0123456789ab` |" in text
     assert any("Measured gamma 0.123" in line for line in text)
+    assert any("chain of 2, temperature 0.7, top_p 0.9, against" in line for line in text)
     table = [line.count("|") for line in text if line.startswith("|")]
-    assert table == [10] * 8 + [5] * 4  # headings, rules and rows are as wide
+    assert table == [11] * 8 + [5] * 4  # headings, rules and rows are as wide
 
 
 def test_write_puts_report_and_plots_in_place(tmp_path, capsys):

@@ -10,7 +10,7 @@ from ppow_jax.decode import shapes, tree, verify
 from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.decode.sampling import GREEDY, Sampling
-from ppow_jax.decode.simulate import simulate, simulate_trees
+from ppow_jax.decode.simulate import simulate
 from ppow_jax.decode.verify import Draft
 from ppow_jax.errors import ConfigError
 from ppow_jax.windows import text_prefix, text_starts
@@ -34,11 +34,7 @@ def simulated(pair, drafter, weights, texts, shape) -> list[list[int]]:
     start = np.array([len(p) for p in PROMPTS], np.int32)
     end = start + np.array([len(t) for t in texts], np.int32)
     taps = small.forward(pair.target, pair.params, tokens)[0].taps[:, 0]
-    rounds = simulate_trees(drafter, weights, taps, tokens, start, end, shape)
-    if isinstance(shape, shapes.Fixed) and shape == shapes.chain(shape.depth):
-        chained = simulate(drafter, weights, taps, tokens, start, end, shape.depth)
-        for one, other in zip(rounds, chained, strict=True):
-            assert one.tolist() == other.tolist()
+    rounds = simulate(drafter, weights, taps, tokens, start, end, shape)
     return [row[row > 0].tolist() for row in np.asarray(rounds.emitted)]
 
 
@@ -150,23 +146,13 @@ def test_drawn_trees_follow_the_drafters_law_without_replacement(chain, guesses)
     np.testing.assert_allclose(np.exp(draft.drawn.log_law[0, draft.drawn.index[0]]), tempered[5], atol=1e-5)
     q, N = tempered[5], len(LETTERS)
     pairs = q[:, None] * q / (1 - q)[:, None] * (1 - np.eye(N))
-    check(np.bincount(first * N + second, minlength=N * N), pairs.ravel())
-    check(
+    small.check_counts(np.bincount(first * N + second, minlength=N * N), pairs.ravel())
+    small.check_counts(
         np.bincount(second * N + below, minlength=N * N), (pairs.sum(0)[:, None] * tempered[LETTERS]).ravel()
     )
     assert (
         draft.drawn.log_law[:, draft.drawn.index[2]].argmax(-1) == tempered[LETTERS[second]].argmax(-1)
     ).all()
-
-
-def check(counts: np.ndarray, law: np.ndarray) -> None:
-    """Chi-square, within 5 sigma; the rare outcomes as one."""
-    expected = counts.sum() * law / law.sum()
-    often = expected >= 5
-    terms = ((counts - expected)[often] ** 2 / expected[often]).sum()
-    assert abs(terms - often.sum()) < 5 * np.sqrt(2 * often.sum())
-    rare = expected[~often].sum()
-    assert abs(counts[~often].sum() - rare) < 5 * np.sqrt(rare + 1)
 
 
 SAMPLED = {name: SHAPES[name] for name in ("chain", "group", "fixed", "dynamic")}
@@ -197,7 +183,7 @@ def test_sampled_text_follows_the_targets_law_whatever_is_drafted(chain, name, h
         some = text[:, columns]
         np.add.at(counts, (some[:, :-1].ravel(), some[:, 1:].ravel()), 1)
         assert counts[law == 0].sum() == 0
-        check(counts.ravel(), (counts.sum(-1, keepdims=True) * law).ravel())
+        small.check_counts(counts.ravel(), (counts.sum(-1, keepdims=True) * law).ravel())
     assert max(out.emitted_by_round.max(1)) > 2
 
 

@@ -10,6 +10,7 @@ Shape letters as in `loop`; R rows of a stretch.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ppow_jax import partition
+from ppow_jax.decode.drafting import Drafting
 from ppow_jax.decode.loop import DecodeConfig, Decoded, State, grow, next_round, prefill
 from ppow_jax.models import cache as kv_cache
-from ppow_jax.models.layers import FEW_ROWS
+from ppow_jax.models.layers import FEW_ROWS, KeyValues
 from ppow_jax.models.target import Target
 from ppow_jax.teacher import Features
 
@@ -38,15 +40,18 @@ def decode_batch(
     config: DecodeConfig,
     mesh: Mesh,
     feature_dtype: str = "",
+    drafting: Drafting | None = None,
+    weights: Any = None,
 ) -> tuple[Decoded, Features | None]:
-    """`loop.decode` without a drafter for many rows: the same texts, as NumPy arrays.
+    """`loop.decode` for many rows: the same texts, as NumPy arrays.
 
     Args:
       target, params, length_B, keys_B: as there.
       prompt_BxP: as there; a multiple of some number, so that few shapes are compiled.
       config: as there.
       mesh: keeps the rows that are left spread over it.
-      feature_dtype: dtype of the features to be kept; empty: none are.
+      feature_dtype: dtype of the features to be kept; empty: none are, as they must be with a drafter.
+      drafting, weights: as there.
 
     Returns:
       The texts, and their features `[B, P + L, ...]`; those of a text's last token, which the target never
@@ -54,11 +59,15 @@ def decode_batch(
     """
     B, P = prompt_BxP.shape
     L = config.max_new_tokens
-    static = {"target": target, "config": config, "dtype": feature_dtype}
-    turned = _turned(params) if jax.default_backend() == "cpu" and B > FEW_ROWS else None
+    each = drafting.tokens if drafting else 1  # tokens of a row that a round reads
+    if drafting and feature_dtype:
+        raise ValueError("features are kept where no drafter shifts the rounds of rows against each other")
+    model = {"target": target, "config": config, "dtype": feature_dtype, "drafting": drafting}
+    model["weights"] = weights
+    turned = _turned(params) if jax.default_backend() == "cpu" and B * each > FEW_ROWS else None
     first_slot = int(np.max(length_B))
     state, features = _prefill(
-        params=params, prompt_BxP=prompt_BxP, length_B=length_B, keys_B=keys_B, mesh=mesh, **static
+        params=params, prompt_BxP=prompt_BxP, length_B=length_B, keys_B=keys_B, mesh=mesh, **model
     )
     state = state._replace(prompt=np.int32(first_slot))  # what follows need not wait for padding to end
     where = np.arange(B)  # the rows of the batch that the state's are
@@ -74,12 +83,14 @@ def decode_batch(
         leaving = len(rows) < len(done)
         where = where[rows] if leaving else where
         slots, first = state.cache[0].values.shape[2], int(state.round)
-        full = first_slot + first == slots
+        full = not bool(_has_room(state, drafting))
         if leaving or full:
-            state = _regroup(state, rows if leaving else None, slots + full * _SLOTS, mesh)
-        by_column = turned is not None and len(where) > FEW_ROWS
+            state = _regroup(
+                state, rows if leaving else None, slots + full * _more_slots(drafting), mesh, drafting
+            )
+        by_column = turned is not None and len(where) * each > FEW_ROWS
         state, features = _stretch(
-            params=turned if by_column else params, by_column=by_column, state=state, **static
+            params=turned if by_column else params, by_column=by_column, state=state, **model
         )
         if book:
             book.add(features, where, first, int(state.round))
@@ -118,7 +129,7 @@ def rows_for(texts: int, batch_size: int, mesh: Mesh) -> int:
     return min(-(-texts // unit) * unit, batch_size)
 
 
-@functools.partial(jax.jit, static_argnames=("target", "config", "dtype", "mesh"))
+@functools.partial(jax.jit, static_argnames=("target", "config", "dtype", "mesh", "drafting"))
 def _prefill(
     target: Target,
     params: dict,
@@ -128,6 +139,8 @@ def _prefill(
     config: DecodeConfig,
     dtype: str,
     mesh: Mesh,
+    drafting: Drafting | None,
+    weights: Any,
 ) -> tuple[State, Features | None]:
     """`loop.prefill`, a few rows at a time, with slots for what follows."""
     B, P = prompt_BxP.shape
@@ -136,9 +149,10 @@ def _prefill(
 
     def some(rows: tuple[jax.Array, ...]) -> tuple[State, Features | None]:
         rows = jax.lax.with_sharding_constraint(rows, layout)
-        state, seen = prefill(target, params, *rows, config)
-        state = grow(state, -(-(P + 1) // _SLOTS) * _SLOTS)
-        if jax.default_backend() == "cpu":
+        state, seen = prefill(target, params, *rows, config, drafting, weights)
+        reach = drafting.depth + 1 if drafting else 1
+        state = grow(state, -(-(P + reach) // _SLOTS) * _SLOTS, drafting)
+        if jax.default_backend() == "cpu" and not drafting:
             state = state._replace(cache=kv_cache.in_blocks(state.cache, _SLOTS))
         return state, Features(*(x.astype(dtype) for x in seen)) if dtype else None
 
@@ -163,45 +177,92 @@ def _turned(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(turn, params)
 
 
-@functools.partial(jax.jit, static_argnames=("slots", "mesh"))
-def _regroup(state: State, rows_R: jax.Array | None, slots: int, mesh: Mesh) -> State:
-    """Some rows of a state, None: all, with caches of `slots` slots."""
+@functools.partial(jax.jit, static_argnames="drafting")
+def _has_room(state: State, drafting: Drafting | None) -> jax.Array:
+    """Whether there are slots for one more round."""
+    slots = state.cache[0].values.shape[2]
+    if drafting is None:
+        return state.prompt + state.round < slots
+    return jnp.where(state.done, 0, state.known).max() + drafting.depth <= slots
+
+
+def _more_slots(drafting: Drafting | None) -> int:
+    """By how many slots a cache grows."""
+    return -(-(drafting.depth + 1 if drafting else 1) // _SLOTS) * _SLOTS
+
+
+def _regroup(
+    state: State, rows_R: np.ndarray | None, slots: int, mesh: Mesh, drafting: Drafting | None
+) -> State:
+    """Some rows of a state, None: all, with caches of `slots` slots. The old state is no more.
+
+    Layer by layer, so that no two caches are held at once.
+    """
+    old, cache = state.cache, []
+    state = _rows_of(state._replace(cache=()), rows_R, mesh)
+    for layer in old:
+        cache.append(_layer_of(layer, rows_R, slots, mesh))
+        jax.block_until_ready(cache[-1])
+        for leaf in layer:
+            leaf.delete()
+    if drafting:
+        state = state._replace(drafts=drafting.grow(state.drafts, slots))
+    return state._replace(cache=tuple(cache))
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _rows_of(tree: Any, rows_R: jax.Array | None, mesh: Mesh) -> Any:
+    """The named rows of all leaves that have rows; None: all."""
     if rows_R is None:
-        return grow(state, slots)
+        return tree
     layout = partition.batch_sharding(mesh, len(rows_R))
 
     def take(leaf: jax.Array) -> jax.Array:
         return leaf if leaf.ndim == 0 else jax.lax.with_sharding_constraint(leaf[rows_R], layout)
 
-    return grow(jax.tree.map(take, state), slots)
+    return jax.tree.map(take, tree)
+
+
+@functools.partial(jax.jit, static_argnames=("slots", "mesh"))
+def _layer_of(layer: KeyValues, rows_R: jax.Array | None, slots: int, mesh: Mesh) -> KeyValues:
+    return kv_cache.grow(_rows_of((layer,), rows_R, mesh), slots)[0]
 
 
 @functools.partial(
-    jax.jit, static_argnames=("target", "by_column", "config", "dtype"), donate_argnames="state"
+    jax.jit,
+    static_argnames=("target", "by_column", "config", "dtype", "drafting"),
+    donate_argnames="state",
 )
 def _stretch(
-    target: Target, params: dict, by_column: bool, state: State, config: DecodeConfig, dtype: str
+    target: Target,
+    params: dict,
+    by_column: bool,
+    state: State,
+    config: DecodeConfig,
+    dtype: str,
+    drafting: Drafting | None,
+    weights: Any,
 ) -> tuple[State, Features | None]:
     """Rounds until every text has ended or the slots are used up; at most `_ROUNDS`.
 
     With `by_column` the parameters are `_turned`. The features are `[_ROUNDS, R, ...]`: of the token that
     each round fed.
     """
-    slots, first = state.cache[0].values.shape[2], state.round
+    first = state.round
     R, c = len(state.done), target.config
     widths = (len(c.taps) * c.width, c.width)
     blank = Features(*(jnp.zeros((_ROUNDS, R, width), dtype) for width in widths)) if dtype else None
 
     def more(carry: tuple[State, Features | None]) -> jax.Array:
         s = carry[0]
-        return ~s.done.all() & (s.prompt + s.round < slots) & (s.round < first + _ROUNDS)
+        return ~s.done.all() & _has_room(s, drafting) & (s.round < first + _ROUNDS)
 
     def body(carry: tuple[State, Features | None]) -> tuple[State, Features | None]:
         state, features = carry
         at = state.round - first
         # turned back within the loop, which is a matter of names: the product reads the matrix as it lies
         own = _turned(params) if by_column else params
-        state, seen = next_round(target, own, state, config)
+        state, seen = next_round(target, own, state, config, drafting, weights)
         if dtype:
             put = lambda all_, new: all_.at[at].set(new[:, 0].astype(dtype))  # noqa: E731
             features = jax.tree.map(put, features, seen)

@@ -13,6 +13,7 @@ from ppow_jax.decode import tree
 from ppow_jax.decode.sampling import Sampling
 from ppow_jax.decode.shapes import Shape
 from ppow_jax.decode.verify import Draft
+from ppow_jax.errors import ConfigError
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.drafter import Drafter, DrafterWeights
 from ppow_jax.models.layers import KeyValues
@@ -28,6 +29,8 @@ class Seen(NamedTuple):
       offset: int32 `[B]`, the position of the first.
       last: int32 `[B]`, the index of the last one that counts; what is beyond it is anything.
       going_on: bool `[]`, False: nobody will draft again (see `cache.write`).
+      preferred: int32 `[B, J]`, what the target finds likeliest after every node of the last round's tree;
+        None after the prompt.
     """
 
     taps: jax.Array
@@ -35,6 +38,7 @@ class Seen(NamedTuple):
     offset: jax.Array
     last: jax.Array
     going_on: jax.Array | bool = True
+    preferred: jax.Array | None = None
 
 
 class Drafting(Protocol):
@@ -67,10 +71,22 @@ class EagleState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Eagle:
-    """The trained drafter; its weights are `DrafterWeights`."""
+    """The trained drafter; its weights are `DrafterWeights`.
+
+    Raises:
+      ConfigError: the shape wants more candidates than the draft vocabulary has.
+    """
 
     drafter: Drafter
     shape: Shape
+
+    def __post_init__(self) -> None:
+        has = self.drafter.config.vocab_size
+        if self.shape.ranks > has:
+            raise ConfigError(
+                f"draft tree: found {self.shape.ranks} candidates after a token, expected at most {has}, "
+                "the draft vocabulary"
+            )
 
     @property
     def tokens(self) -> int:
@@ -103,3 +119,58 @@ class Eagle:
     def grow(self, state: EagleState, slots: int) -> EagleState:
         """See `Drafting`."""
         return state._replace(prefix=kv_cache.grow((state.prefix,), slots)[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """Two drafters' trees as one; weights and states are pairs.
+
+    Where the two offer the same token, the text follows both.
+    """
+
+    first: Drafting
+    second: Drafting
+
+    @property
+    def tokens(self) -> int:
+        """See `Drafting`."""
+        return self.first.tokens + self.second.tokens - 1
+
+    @property
+    def depth(self) -> int:
+        """See `Drafting`."""
+        return max(self.first.depth, self.second.depth)
+
+    def read(self, weights: tuple, state: tuple | None, seen: Seen) -> tuple:
+        """See `Drafting`."""
+        cut = self.first.tokens
+        own, other = seen, seen
+        if seen.preferred is not None:
+            own = seen._replace(preferred=seen.preferred[:, :cut])
+            root = seen.preferred[:, :1]
+            other = seen._replace(preferred=jnp.concatenate([root, seen.preferred[:, cut:]], 1))
+        states = state or (None, None)
+        return (
+            self.first.read(weights[0], states[0], own),
+            self.second.read(weights[1], states[1], other),
+        )
+
+    def draft(self, weights: tuple, state: tuple, sampling: Sampling, keys_B: jax.Array) -> Draft:
+        """See `Drafting`."""
+        one = self.first.draft(weights[0], state[0], sampling, keys_B)
+        two = self.second.draft(weights[1], state[1], sampling, keys_B)
+        if two.drawn is not None:
+            raise ValueError("of two drafters only the first may draw its drafts")
+        later = two.parents[:, 1:]
+        parents = jnp.where(later > 0, later + self.first.tokens - 1, 0)
+        drawn, more = one.drawn, self.second.tokens - 1
+        if drawn is not None:  # the second one's nodes have no drawn children
+            index = jnp.pad(drawn.index, (0, more))
+            children = jnp.pad(drawn.children, ((0, more), (0, 0)), constant_values=-1)
+            drawn = drawn._replace(index=index, children=children)
+        tokens = jnp.concatenate([one.tokens, two.tokens[:, 1:]], 1)
+        return Draft(tokens, jnp.concatenate([one.parents, parents], 1), drawn)
+
+    def grow(self, state: tuple, slots: int) -> tuple:
+        """See `Drafting`."""
+        return self.first.grow(state[0], slots), self.second.grow(state[1], slots)

@@ -152,7 +152,8 @@ def next_round(
         slot, visible = _in_step(state)
     above_BxJxJ = verify.ancestors(draft.parents, depth)
     positions_BxJ = offset_B[:, None] + above_BxJxJ.sum(-1) - 1
-    inputs = (draft.tokens[:, None], positions_BxJ[:, None], state.cache, visible, above_BxJxJ[:, None])
+    tokens_BxJ = jnp.maximum(draft.tokens, 0)  # where nothing is drafted, anything is read
+    inputs = (tokens_BxJ[:, None], positions_BxJ[:, None], state.cache, visible, above_BxJxJ[:, None])
     out = target.apply({"params": params}, *inputs)
     logits_BxJxV = target.apply({"params": params}, out.hidden[:, 0], method=Target.logits)
     choose = _chooser(state, config.sampling, draft, logits_BxJxV)
@@ -164,7 +165,8 @@ def next_round(
     going_on = ~done_B.all()
     drafts = None
     if drafting:
-        seen = Seen(read.taps, way.tokens, offset_B, way.accepted, going_on)
+        preferred_BxJ = likeliest(logits_BxJxV)
+        seen = Seen(read.taps, way.tokens, offset_B, way.accepted, going_on, preferred_BxJ)
         drafts = drafting.read(weights, state.drafts, seen)
     state = state._replace(
         tokens=_put(state.tokens, way.tokens, state.count),

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Iterable
 
 from ppow_jax.errors import ConfigError
+from ppow_jax.settings import DecodeSettings
 
 Path = tuple[int, ...]
 
@@ -31,6 +32,11 @@ class Fixed:
     def depth(self) -> int:
         """Drafted tokens that can be accepted at most."""
         return len(self.paths[-1])
+
+    @property
+    def ranks(self) -> int:
+        """Of how many likeliest tokens the drafter must be asked for at most."""
+        return 1 + max(max(path) for path in self.paths)
 
     @functools.cached_property
     def parents(self) -> tuple[int, ...]:
@@ -75,6 +81,11 @@ class Dynamic:
                 f"{self.depth} levels of top_k {self.top_k} have"
             )
 
+    @property
+    def ranks(self) -> int:
+        """See `Fixed`."""
+        return self.top_k
+
 
 Shape = Fixed | Dynamic
 
@@ -100,3 +111,22 @@ def group(size: int, window: int) -> Fixed:
 def chain(window: int) -> Fixed:
     """One window: the tree of width 1."""
     return group(1, window)
+
+
+def of(settings: DecodeSettings) -> Shape:
+    """The shape that a configuration names."""
+    if settings.shape == "tree":
+        return Dynamic(**dataclasses.asdict(settings.tree))
+    if settings.shape == "paths":
+        return tree_of(map(int, path.split("-")) for path in settings.paths.split(","))
+    return group(settings.group if settings.shape == "group" else 1, settings.window)
+
+
+def name(shape: Shape) -> str:
+    """The shape in words."""
+    if isinstance(shape, Dynamic):
+        return f"tree of {shape.tokens} tokens, depth {shape.depth}, top-k {shape.top_k}"
+    size, window = len(shape.level(1)), shape.depth
+    if shape == group(size, window):
+        return f"chain of {window}" if size == 1 else f"group of {size} windows of {window}"
+    return f"fixed tree of {shape.tokens} tokens, depth {window}"

@@ -1,8 +1,8 @@
 """Decoding simulated on text that the target wrote greedily: exact, and without the target.
 
-Walk the text: draft from the anchor, compare with the text, jump. A window is accepted as far as it repeats
+Walk the text: draft from the anchor, compare with the text, jump. A chain is accepted as far as it repeats
 the text, so it need not be drafted beyond its first mistake, and no row waits for another: one drafter step
-for every token. The rounds are those of `decode.loop` with the same drafter. Trees are drafted whole.
+for every token. Trees are drafted whole. The rounds are those of `decode.loop` with the same drafter.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ppow_jax.decode import tree, verify
 from ppow_jax.decode.sampling import GREEDY
-from ppow_jax.decode.shapes import Shape
+from ppow_jax.decode.shapes import Shape, chain
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.drafter import Drafter, DrafterWeights
 from ppow_jax.models.layers import KeyValues, likeliest
@@ -45,7 +45,6 @@ class _Walk(NamedTuple):
     rounds: Rounds
 
 
-@functools.partial(jax.jit, static_argnames=("drafter", "window"))
 def simulate(
     drafter: Drafter,
     weights: DrafterWeights,
@@ -53,9 +52,9 @@ def simulate(
     tokens_BxT: jax.Array,
     start_B: jax.Array,
     end_B: jax.Array,
-    window: int,
+    shape: Shape,
 ) -> Rounds:
-    """Rounds of chain decoding over responses.
+    """Rounds of decoding over responses.
 
     Args:
       drafter: the module.
@@ -64,8 +63,25 @@ def simulate(
       tokens_BxT: the texts, greedy beyond `start`.
       start_B: position of the first token of the response (prefill emits that one).
       end_B: position after its last token, stop token included.
-      window: K.
+      shape: of the drafts.
     """
+    inputs = (drafter, weights, taps_BxTxC, tokens_BxT, start_B, end_B)
+    if shape == chain(shape.depth):
+        return _simulate_chain(*inputs, shape.depth)
+    return _simulate_trees(*inputs, shape)
+
+
+@functools.partial(jax.jit, static_argnames=("drafter", "window"))
+def _simulate_chain(
+    drafter: Drafter,
+    weights: DrafterWeights,
+    taps_BxTxC: jax.Array,
+    tokens_BxT: jax.Array,
+    start_B: jax.Array,
+    end_B: jax.Array,
+    window: int,
+) -> Rounds:
+    """`simulate` of windows that are drafted no further than they are right."""
     B, T = tokens_BxT.shape
     rows = jnp.arange(B)
     prefix = text_prefix(drafter, weights, taps_BxTxC, tokens_BxT)
@@ -117,7 +133,7 @@ def _draft(
 
 
 @functools.partial(jax.jit, static_argnames=("drafter", "shape"))
-def simulate_trees(
+def _simulate_trees(
     drafter: Drafter,
     weights: DrafterWeights,
     taps_BxTxC: jax.Array,
@@ -126,7 +142,7 @@ def simulate_trees(
     end_B: jax.Array,
     shape: Shape,
 ) -> Rounds:
-    """`simulate` with drafts of any shape: a tree for every round."""
+    """`simulate` with any shape: a whole tree for every round."""
     B, T = tokens_BxT.shape
     rows, depth = jnp.arange(B), shape.depth
     prefix = text_prefix(drafter, weights, taps_BxTxC, tokens_BxT)

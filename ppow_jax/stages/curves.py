@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from ppow_jax.data import texts
+from ppow_jax.decode.shapes import chain
 from ppow_jax.decode.simulate import expected_accepted, simulate
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.drafter import weights_of
@@ -48,12 +49,13 @@ def acceptance(experiment: Experiment, corpus: training.Corpus) -> training.Meas
         ),
     }
     drafter, K = training.drafter_of(experiment), experiment.settings.ppow.window
+    shape = chain(K)
 
     def measure(state: State) -> dict[str, float]:
         weights = weights_of(state["params"], experiment.target_params, state["vocab"])
         metrics = {}
         for name, s in samples.items():
-            emitted = np.asarray(simulate(drafter, weights, s.taps, s.tokens, s.start, s.end, K).emitted)
+            emitted = np.asarray(simulate(drafter, weights, s.taps, s.tokens, s.start, s.end, shape).emitted)
             metrics[f"{name}_tau"] = float(emitted.sum() / max(1, (emitted > 0).sum()))
             length = np.asarray(expected_accepted(drafter, weights, s.taps, s.tokens, s.end, s.anchors, K))
             metrics[f"{name}_sampled"] = float(length[s.real].mean())

@@ -17,10 +17,11 @@ import numpy as np
 from ppow_jax import partition, report
 from ppow_jax.console import log
 from ppow_jax.data import conversations, features, prompts, records
+from ppow_jax.decode import shapes
 from ppow_jax.decode.cost import measure_gamma
 from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig, Decoded, decode
-from ppow_jax.decode.shapes import chain
+from ppow_jax.decode.sampling import Sampling
 from ppow_jax.decode.simulate import simulate
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
@@ -84,7 +85,8 @@ def run(experiment: Experiment) -> None:
             },
             "device": report.device(),
             "window": experiment.settings.evaluate.window,
-            "decode_window": experiment.settings.evaluate.decode_window,
+            "decode_shape": shapes.name(shapes.of(experiment.settings.decode)),
+            "decode_sampling": dataclasses.asdict(experiment.settings.decode.sampling),
             "gamma_measured": gamma,
             "drafters": drafters,
         },
@@ -131,6 +133,7 @@ def _benchmark(
     settings = experiment.settings.evaluate
     identity = [
         dataclasses.asdict(settings) | {"prompts": None},
+        experiment.settings.decode,
         [(p.id, p.turns) for p in benchmark],
         [c.sha256 for c in candidates],
     ]
@@ -142,8 +145,12 @@ def _benchmark(
     turns = write_texts(experiment, name, benchmark)
     chosen = {p.id for p in benchmark[: settings.decode_prompts]}
     some = [t for t in turns if t.prompt in chosen]
-    simulated = simulate_all(experiment, drafter, candidates, turns, settings.window)
-    expected = simulate_all(experiment, drafter, candidates, some, settings.decode_window)
+    simulated = simulate_all(experiment, drafter, candidates, turns, shapes.chain(settings.window))
+    shape, greedy = (
+        shapes.of(experiment.settings.decode),
+        experiment.settings.decode.sampling.temperature == 0,
+    )
+    expected = simulate_all(experiment, drafter, candidates, some, shape) if greedy else None
     decoded = decode_all(experiment, drafter, candidates, some)
     owners = [t.prompt for t in turns]
     results = {}
@@ -151,7 +158,7 @@ def _benchmark(
         stage = candidate.stage
         rounds = simulated[stage]
         results[stage] = report.acceptance(owners, rounds, settings.window) | report.speed(
-            decoded["autoregressive"], decoded[stage], [r.emitted for r in expected[stage]]
+            decoded["autoregressive"], decoded[stage], expected and [r.emitted for r in expected[stage]]
         )
         log.info("evaluate: %s %s %s", name, stage, report.one_line(results[stage]))
     records.write_json(path, {"mark": mark, "results": results})
@@ -182,7 +189,7 @@ def simulate_all(
     drafter: Drafter,
     candidates: list[Candidate],
     turns: list[Turn],
-    window: int,
+    shape: shapes.Shape,
 ) -> dict[str, list[report.TurnRounds]]:
     """Rounds of every turn by drafter, in the order of `turns`."""
     size = experiment.settings.evaluate.batch_size
@@ -202,8 +209,7 @@ def simulate_all(
         start_B[: len(batch)] = [len(turns[i].context) for i in batch]
         end_B[: len(batch)] = [lengths[i] for i in batch]
         for c in candidates:
-            rounds = simulate(drafter, c.weights, taps, tokens, start_B, end_B, window)
-            rows = jax.tree.map(np.asarray, rounds)
+            rows = jax.tree.map(np.asarray, simulate(drafter, c.weights, taps, tokens, start_B, end_B, shape))
             for row, i in enumerate(batch):
                 count = int((rows.emitted[row] > 0).sum())
                 found[c.stage][i] = report.TurnRounds(*(x[row, :count] for x in rows))
@@ -216,8 +222,9 @@ def decode_all(
     """Decodes every turn one at a time, autoregressively and with each drafter, in turn."""
     settings = experiment.settings.evaluate
     stops = experiment.tokenizer.stop_ids
-    plain = functools.partial(decode, config=DecodeConfig(settings.max_new_tokens, stops))
-    drafting = Eagle(drafter, chain(settings.decode_window))
+    how = Sampling(**dataclasses.asdict(experiment.settings.decode.sampling))
+    plain = functools.partial(decode, config=DecodeConfig(settings.max_new_tokens, stops, how))
+    drafting = Eagle(drafter, shapes.of(experiment.settings.decode))
     drafted = {c.stage: functools.partial(plain, drafting=drafting, weights=c.weights) for c in candidates}
     calls = {"autoregressive": plain} | drafted
     found: dict[str, list[report.TurnDecoded]] = {name: [] for name in calls}
