@@ -20,8 +20,9 @@ from ppow_jax.data import conversations, features, prompts, records
 from ppow_jax.decode import shapes
 from ppow_jax.decode.cost import measure_gamma
 from ppow_jax.decode.drafting import Eagle
-from ppow_jax.decode.loop import DecodeConfig, Decoded, decode
+from ppow_jax.decode.loop import DecodeConfig, Decoded
 from ppow_jax.decode.sampling import Sampling
+from ppow_jax.decode.session import Session, bucket
 from ppow_jax.decode.simulate import simulate
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
@@ -221,24 +222,21 @@ def decode_all(
 ) -> dict[str, list[report.TurnDecoded]]:
     """Decodes every turn one at a time, autoregressively and with each drafter, in turn."""
     settings = experiment.settings.evaluate
-    stops = experiment.tokenizer.stop_ids
     how = Sampling(**dataclasses.asdict(experiment.settings.decode.sampling))
-    plain = functools.partial(decode, config=DecodeConfig(settings.max_new_tokens, stops, how))
+    config = DecodeConfig(settings.max_new_tokens, experiment.tokenizer.stop_ids, how)
+    plain = Session(experiment.target, experiment.target_params, config)
     drafting = Eagle(drafter, shapes.of(experiment.settings.decode))
-    drafted = {c.stage: functools.partial(plain, drafting=drafting, weights=c.weights) for c in candidates}
-    calls = {"autoregressive": plain} | drafted
-    found: dict[str, list[report.TurnDecoded]] = {name: [] for name in calls}
-    keys = jax.random.split(jax.random.key(0), 1)
-    compiled: set[tuple[str, int]] = set()
-    for turn in turns:
-        padded = features.pad_texts([turn.context], 1, -(-len(turn.context) // _BUCKET) * _BUCKET)
-        prompt, length = jax.numpy.asarray(padded), np.asarray([len(turn.context)], np.int32)
-        for name, call in calls.items():
-            run = functools.partial(call, experiment.target, experiment.target_params, prompt, length, keys)
-            kind = "autoregressive" if name == "autoregressive" else "drafted"
-            if (kind, padded.shape[1]) not in compiled:
+    drafted = {c.stage: dataclasses.replace(plain, drafting=drafting, weights=c.weights) for c in candidates}
+    found: dict[str, list[report.TurnDecoded]] = {name: [] for name in ("autoregressive", *drafted)}
+    compiled: set[tuple[bool, int]] = set()
+    for number, turn in enumerate(turns):
+        keys_B = jax.random.fold_in(experiment.key("decode"), number)[None]
+        for name, session in {"autoregressive": plain, **drafted}.items():
+            run = functools.partial(session, [turn.context], keys_B)
+            program = (session.drafting is None, bucket(len(turn.context)))
+            if program not in compiled:
                 jax.block_until_ready(run())
-                compiled.add((kind, padded.shape[1]))
+                compiled.add(program)
             began = time.perf_counter()
             out: Decoded = jax.block_until_ready(run())
             seconds = time.perf_counter() - began
