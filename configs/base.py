@@ -101,13 +101,11 @@ def get_config():
     c.ppow.optimizer = optimizer(3e-5, 20)
 
     c.decode = ConfigDict()
-    # What is drafted for a verification pass: a chain, a group of them, a dynamic tree, or fixed paths.
-    c.decode.shape = "chain"
-    c.decode.window = 3  # K of a chain and of a group; suits two CPU cores, accelerators like more
-    c.decode.group = 4  # windows of a group, which part at their first token: the paper's candidate group
-    # Of fixed paths: ranks from the root, 0 the drafter's likeliest token, as in 0-0-0,0-1,1-0,2
-    c.decode.paths = ""
-    c.decode.tree = ConfigDict(dict(tokens=60, depth=8, top_k=10))  # EAGLE-3's; the last known token included
+    # What is drafted for a verification pass: chain:K; group:GxK, windows of K tokens that part at the first
+    # one (the paper's candidate group); tree:TOKENSxDEPTHxTOPK, dynamic, EAGLE-3's is tree:60x8x10, the last
+    # known token included; paths:0-0-1,0-1,2, a fixed tree by ranks of the drafter's tokens; or auto: what
+    # suits the costs of this machine, which it measures, and the acceptance on held-out responses.
+    c.decode.shape = "chain:3"  # suits two CPU cores; accelerators like more
     # At temperature 0 texts are compared with autoregressive ones; above, their law is the same.
     c.decode.sampling = ConfigDict(dict(temperature=0.0, top_k=0, top_p=1.0))
 

@@ -129,7 +129,7 @@ def parts(run: Experiment, machine: Machine) -> None:
     for tokens in (1, 2, 4, 8, 11, 16, 32):
         seconds = cost.time_target(run.target, run.target_params, tokens)
         row(f"target, {tokens} token{'s' * (tokens > 1)}", *work.target(tokens), seconds)
-    seconds = cost.time_draft(drafter, weights, 10) / 10
+    seconds = cost.time_draft(drafter, weights, chain(10)) / 10
     row("drafter step", 2.0 * work.step, 4.0 * work.step, seconds)
     for name, (operations, seconds) in _ppow_phases(run, work, state).items():
         row(f"PPOW {name}", operations, 0.0, seconds)
@@ -199,7 +199,7 @@ def loop(run: Experiment, machine: Machine) -> None:
         prefill = cost.median_seconds(functools.partial(call, config=DecodeConfig(1, (-1,))), 5)
         slots = prompt.shape[1] + tokens + window + 1
         verify = cost.time_target(run.target, run.target_params, window + 1, slots)
-        draft = cost.time_draft(drafter, weights, window, slots) if window else 0.0
+        draft = cost.time_draft(drafter, weights, chain(window), slots) if window else 0.0
         absorb = cost.time_prefix(drafter, weights, window + 1) if window else 0.0
         seconds = cost.median_seconds(whole, 5)
         total = prefill + rounds * (verify + draft + absorb)

@@ -5,15 +5,14 @@ key of anything unknown, missing, of a wrong type or impossible. Nothing below e
 """
 
 import dataclasses
-import re
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from ppow_jax.data import prompts
+from ppow_jax.decode import shapes
 from ppow_jax.errors import ConfigError
 
-SHAPES = ("chain", "group", "tree", "paths")
 STAGES = ("respond", "supervise", "cst", "ppow", "evaluate", "export")
 
 
@@ -141,15 +140,6 @@ class EvaluateSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class TreeSettings:
-    """Dynamic draft trees: tokens of a verification pass, levels, and nodes continued on each."""
-
-    tokens: int
-    depth: int
-    top_k: int
-
-
-@dataclasses.dataclass(frozen=True)
 class SamplingSettings:
     """How texts are sampled when they are decoded; temperature 0 is greedy."""
 
@@ -163,10 +153,6 @@ class DecodeSettings:
     """The shape of drafts, and what is decoded with them. See `configs/base.py` for what each key means."""
 
     shape: str
-    window: int
-    group: int
-    paths: str
-    tree: TreeSettings
     sampling: SamplingSettings
 
 
@@ -285,11 +271,18 @@ def _check(s: Settings) -> None:
         s.ppow.rollout_temperature,
         "above 0 (rollouts are sampled)",
     )
-    require(s.decode.shape in SHAPES, "decode.shape", s.decode.shape, ", ".join(SHAPES))
-    paths = s.decode.shape != "paths" or re.fullmatch(r"\d+(-\d+)*(,\d+(-\d+)*)*", s.decode.paths)
-    require(bool(paths), "decode.paths", s.decode.paths, "ranks like 0-0-1,0-1,2: see configs/base.py")
     top_p = s.decode.sampling.top_p
     require(0 < top_p <= 1, "decode.sampling.top_p", top_p, "above 0, at most 1")
+    if s.decode.shape != "auto":
+        shapes.parse(s.decode.shape)
+    auto = s.decode.shape != "auto" or "evaluate" not in s.stages
+    require(auto or s.data.holdout > 0, "data.holdout", s.data.holdout, "1 or more for decode.shape 'auto'")
+    require(
+        auto or s.respond.temperature == 0,
+        "respond.temperature",
+        s.respond.temperature,
+        "0 for decode.shape 'auto', which measures acceptance on greedy texts",
+    )
     require(s.ppow.group >= 2, "ppow.group", s.ppow.group, "at least 2 windows to compare")
     pairs = "NAME=SOURCE pairs, see configs/base.py"
     sources = prompts.parse(s.respond.prompts, "respond.prompts") or s.respond.responses
@@ -310,7 +303,7 @@ def _check(s: Settings) -> None:
 _POSITIVE = {
     "steps", "batch_size", "anchors", "window", "length", "vocab_size", "max_new_tokens",
     "updates", "rescore_every", "every_steps", "curve_points", "checkpoint_every_steps",
-    "keep_checkpoints", "decode_prompts", "group", "tokens", "depth",
+    "keep_checkpoints", "decode_prompts",
 }  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def config(directory: pathlib.Path, **changes: Any) -> ConfigDict:
         evaluate__max_new_tokens=16,
         evaluate__batch_size=4,
         evaluate__window=3,
-        decode__window=2,
+        decode__shape="chain:2",
         evaluate__decode_prompts=2,
         log__curve_points=3,
         log__checkpoint_every_steps=10,

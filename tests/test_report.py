@@ -103,7 +103,7 @@ def hand_made() -> dict:
         "schema": 1,
         "target": {"path": "markov:0", "dtype": "float32"},
         "device": {"platform": "cpu", "kind": "abacus", "count": 1, "cores": 2, "jax": "0.1"},
-        "window": 3, "decode_shape": "chain of 2", "decode_sampling": SAMPLED, "gamma_measured": 0.1234,
+        "window": 3, "decode_shape": "chain:2", "decode_sampling": SAMPLED, "gamma_measured": 0.1234,
         "drafters": {"supervise": drafter, "ppow": drafter},
     }  # fmt: skip
 
@@ -118,7 +118,7 @@ def test_markdown_has_a_row_a_benchmark_and_a_mean_row():
         assert text[at + 2] == f"| {stage} | mean | 2.750 |  |  |  |  |  | 2.00x |  |"
         assert f"| {stage} | 30 | 1m15s | `0123456789ab` |" in text
     assert any("Measured gamma 0.123" in line for line in text)
-    assert any("chain of 2, temperature 0.7, top_p 0.9, against" in line for line in text)
+    assert any("chain:2, temperature 0.7, top_p 0.9, against" in line for line in text)
     table = [line.count("|") for line in text if line.startswith("|")]
     assert table == [11] * 8 + [5] * 4  # headings, rules and rows are as wide
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import small
 
-from ppow_jax.decode import shapes, tree, verify
+from ppow_jax.decode import profile, shapes, tree, verify
 from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.decode.sampling import GREEDY, Sampling
@@ -27,14 +27,17 @@ SHAPES = {
 }
 
 
-def simulated(pair, drafter, weights, texts, shape) -> list[list[int]]:
+def profile_texts(pair, texts) -> profile.Texts:
     tokens = np.zeros((len(texts), 8 + L), np.int32)
     for row, prompt, text in zip(tokens, PROMPTS, texts, strict=True):
         row[: len(prompt + text)] = prompt + text
     start = np.array([len(p) for p in PROMPTS], np.int32)
     end = start + np.array([len(t) for t in texts], np.int32)
-    taps = small.forward(pair.target, pair.params, tokens)[0].taps[:, 0]
-    rounds = simulate(drafter, weights, taps, tokens, start, end, shape)
+    return profile.Texts(small.forward(pair.target, pair.params, tokens)[0].taps[:, 0], tokens, start, end)
+
+
+def simulated(pair, drafter, weights, texts, shape) -> list[list[int]]:
+    rounds = simulate(drafter, weights, *profile_texts(pair, texts), shape)
     return [row[row > 0].tolist() for row in np.asarray(rounds.emitted)]
 
 
@@ -62,6 +65,24 @@ def test_wider_trees_accept_more(tiny, texts, pupil):
         for shape in (shapes.chain(3), shapes.group(3, 3), shapes.Dynamic(22, 3, 3))
     ]
     assert rounds[0] > rounds[1] > rounds[2]
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_a_profile_tells_the_rounds_of_every_smaller_tree(tiny, texts, pupil, top_k):
+    texts_, levels = profile_texts(tiny, texts), 4
+    found = profile.measure(tiny.drafter, pupil, texts_, levels, top_k)
+    nodes = lambda depth: 1 + top_k + (depth - 1) * top_k**2  # noqa: E731
+    seen = set()
+    for depth in range(1, levels + 1):
+        for tokens in sorted({depth + 1, min(7, nodes(depth)), nodes(depth)}):
+            shape = shapes.Dynamic(tokens, depth, top_k)
+            emitted = np.asarray(simulate(tiny.drafter, pupil, *texts_, shape).emitted)
+            assert found.tau(tokens, depth) == emitted.sum() / (emitted > 0).sum()
+            seen.add(found.tau(tokens, depth))
+    assert len(seen) > 1
+    if top_k == 1:
+        emitted = np.asarray(simulate(tiny.drafter, pupil, *texts_, shapes.chain(3)).emitted)
+        assert found.tau(4, 3) == emitted.sum() / (emitted > 0).sum()
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +260,29 @@ def test_trees_without_nodes_or_with_ranks_below_0_are_refused(paths):
 def test_dynamic_trees_have_no_more_nodes_than_their_levels(wrong):
     with pytest.raises(ConfigError, match="dynamic draft tree: found"):
         shapes.Dynamic(*wrong)
+
+
+@pytest.mark.parametrize("text", ["chain:3", "group:4x2", "tree:60x8x10", "paths:0,1,0-0,1-2"])
+def test_shapes_have_names(text):
+    assert shapes.name(shapes.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "chain",
+        "chain:",
+        "chain:0",
+        "chain:-1",
+        "chain:2x2",
+        "group:3",
+        "tree:60",
+        "paths:",
+        "paths:0-",
+        "auto",
+    ],
+)
+def test_names_that_are_none_are_refused(text):
+    with pytest.raises(ConfigError, match="shape of drafts: found"):
+        shapes.parse(text)

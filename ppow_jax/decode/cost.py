@@ -1,30 +1,126 @@
-"""What the parts of decoding cost on the machine in use, batch 1."""
+"""What the parts of decoding cost on the machine in use, batch 1, and which shape of drafts that favours.
 
+Time is seconds; J tokens of a verification pass, K window.
+"""
+
+import dataclasses
 import functools
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ppow_jax.decode import profile, tree
+from ppow_jax.decode.drafting import Drafting, Eagle
+from ppow_jax.decode.loop import DecodeConfig, State, grow, next_round, prefill
+from ppow_jax.decode.profile import Texts
+from ppow_jax.decode.sampling import GREEDY
+from ppow_jax.decode.shapes import Dynamic, Shape, chain
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.drafter import Drafter, DrafterWeights
 from ppow_jax.models.layers import KeyValues, likeliest
 from ppow_jax.models.target import Target
-from ppow_jax.windows import Start, greedy, prefix_pass, window_pass
+from ppow_jax.windows import Start, prefix_pass
 
 _SLOTS = 256
 _REPEATS = 20
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # tokens of the passes that are measured
+_WIDTHS = (1, 2, 4, 10)  # of beams
+_LEVELS = 8
+_CHAIN = 10
 
 
-def measure_gamma(
-    target: Target, params: dict, drafter: Drafter, weights: DrafterWeights, window: int = 8
-) -> float:
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Seconds, measured on one machine.
+
+    Attributes:
+      step: of an autoregressive round.
+      target: of a target pass by its number of tokens; what lies between two sizes costs as much as the
+        larger.
+      first: of a drafter's first step, which is one window wide.
+      level: of a further step by its width.
+      overhead: of the rest of a round (walk, bookkeeping, what the drafter reads of the verified tokens), by
+        the tokens of the pass; interpolated.
+    """
+
+    step: float
+    target: Mapping[int, float]
+    first: float
+    level: Mapping[int, float]
+    overhead: Mapping[int, float]
+
+    def draft(self, depth: int, top_k: int) -> float:
+        """Seconds of drafting."""
+        return self.first + (depth - 1) * self.level[min(w for w in self.level if w >= top_k)]
+
+    def round(self, tokens: int, depth: int, top_k: int) -> float:
+        """Seconds of a round."""
+        verify = self.target[min(n for n in self.target if n >= tokens)]
+        rest = np.interp(tokens, *zip(*sorted(self.overhead.items()), strict=True))
+        return verify + self.draft(depth, top_k) + float(rest)
+
+
+def measure(target: Target, params: dict, drafter: Drafter, weights: DrafterWeights) -> Costs:
+    """Measures everything, with 256 slots of context; takes a minute or two, mostly of compilation."""
+    passes = {n: time_target(target, params, n) for n in _SIZES}
+    first = time_draft(drafter, weights, chain(1))
+    level = {1: (time_draft(drafter, weights, chain(4)) - first) / 3}
+    for width in _WIDTHS[1:]:
+        one, four = (time_draft(drafter, weights, Dynamic(2, depth, width)) for depth in (1, 4))
+        level[width] = (four - one) / 3
+    costs = Costs(time_round(target, params), passes, first, level, {1: 0.0})
+    overhead = {}
+    for shape in (chain(3), Dynamic(48, 6, 4)):
+        whole = time_round(target, params, Eagle(drafter, shape), weights)
+        known = costs.round(shape.tokens, shape.depth, shape.ranks)
+        overhead[shape.tokens] = max(0.0, whole - known)
+    return dataclasses.replace(costs, overhead=overhead)
+
+
+class Choice(NamedTuple):
+    """A shape with what is predicted of it.
+
+    Attributes:
+      shape: of the drafts.
+      tau: tokens a round, exact on the profiled texts.
+      seconds: of a round.
+      speedup: tokens/s over those of autoregressive decoding, prompts not counted.
+    """
+
+    shape: Shape
+    tau: float
+    seconds: float
+    speedup: float
+
+
+def choices(costs: Costs, drafter: Drafter, weights: DrafterWeights, texts: Texts) -> list[Choice]:
+    """All shapes that were looked at, the fastest first."""
+    found = []
+
+    def add(shape: Shape, tau: float) -> None:
+        seconds = costs.round(shape.tokens, shape.depth, shape.ranks)
+        found.append(Choice(shape, tau, seconds, tau / seconds * costs.step))
+
+    narrow = profile.measure(drafter, weights, texts, _CHAIN, 1)
+    for window in range(1, _CHAIN + 1):
+        add(chain(window), narrow.tau(window + 1, window))
+    for width in (w for w in _WIDTHS[1:] if w <= drafter.config.vocab_size):
+        wide = profile.measure(drafter, weights, texts, _LEVELS, width)
+        for depth in range(1, _LEVELS + 1):
+            for tokens in _SIZES:
+                if depth < tokens <= 1 + width + (depth - 1) * width**2:
+                    add(Dynamic(tokens, depth, width), wide.tau(tokens, depth))
+    return sorted(found, key=lambda choice: -choice.speedup)
+
+
+def measure_gamma(target: Target, params: dict, drafter: Drafter, weights: DrafterWeights) -> float:
     """Time of a drafter step over that of a target step, 256 slots of context."""
-    draft = time_draft(drafter, weights, window) / window
-    return draft / time_target(target, params, 1)
+    window = chain(8)
+    return time_draft(drafter, weights, window) / window.depth / time_target(target, params, 1)
 
 
 def time_target(target: Target, params: dict, tokens: int, slots: int = _SLOTS) -> float:
@@ -44,18 +140,44 @@ def time_target(target: Target, params: dict, tokens: int, slots: int = _SLOTS) 
     return median_seconds(functools.partial(run, params, cache))
 
 
-def time_draft(drafter: Drafter, weights: DrafterWeights, window: int, slots: int = _SLOTS) -> float:
-    """Seconds (median) of drafting a chain of `window` tokens."""
+def time_draft(drafter: Drafter, weights: DrafterWeights, shape: Shape, slots: int = _SLOTS) -> float:
+    """Seconds (median) of drafting, greedily."""
     c = drafter.config
     (prefix,) = kv_cache.empty(1, 1, c.kv_heads, slots, c.head_size, jnp.dtype(c.dtype))
     at = jnp.full((1, 1), slots // 2, jnp.int32)
     start = Start(jnp.ones((1, 1, c.width), jnp.dtype(c.dtype)), at * 0, at)
 
+    keys_B = jax.random.split(jax.random.key(0), 1)
+
     @jax.jit
-    def run(weights: DrafterWeights, prefix: KeyValues) -> jax.Array:
-        return window_pass(drafter, weights, prefix, start, greedy(weights.vocab), window)
+    def run(weights: DrafterWeights, prefix: KeyValues) -> Any:
+        return tree.draft(drafter, weights, prefix, start, shape, GREEDY, keys_B)[:2]
 
     return median_seconds(functools.partial(run, weights, prefix))
+
+
+def time_round(
+    target: Target, params: dict, drafting: Drafting | None = None, weights: Any = None, slots: int = _SLOTS
+) -> float:
+    """Seconds (median) of a round within the decoding loop, halfway through the slots."""
+    config, length = DecodeConfig(slots, (-1,)), slots // 2
+    prompt, keys = jnp.zeros((1, length), jnp.int32), jax.random.split(jax.random.key(0), 1)
+    few, many = 2, min(18, length // (1 + (drafting.depth if drafting else 0)))
+
+    @jax.jit
+    def run(params: dict, weights: Any, rounds: jax.Array) -> jax.Array:
+        begin, _ = prefill(target, params, prompt, jnp.array([length]), keys, config, drafting, weights)
+        begin = grow(begin, slots + (drafting.depth if drafting else 0), drafting)
+
+        def once(state: State) -> State:
+            return next_round(target, params, state, config, drafting, weights)[0]
+
+        return jax.lax.while_loop(lambda s: s.round < rounds, once, begin).tokens
+
+    def seconds(rounds: int) -> float:
+        return median_seconds(functools.partial(run, params, weights, jnp.int32(rounds)), 7)
+
+    return (seconds(many) - seconds(few)) / (many - few)
 
 
 def time_prefix(drafter: Drafter, weights: DrafterWeights, tokens: int) -> float:

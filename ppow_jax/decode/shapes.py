@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterable
 
 from ppow_jax.errors import ConfigError
-from ppow_jax.settings import DecodeSettings
 
 Path = tuple[int, ...]
 
@@ -113,20 +113,33 @@ def chain(window: int) -> Fixed:
     return group(1, window)
 
 
-def of(settings: DecodeSettings) -> Shape:
-    """The shape that a configuration names."""
-    if settings.shape == "tree":
-        return Dynamic(**dataclasses.asdict(settings.tree))
-    if settings.shape == "paths":
-        return tree_of(map(int, path.split("-")) for path in settings.paths.split(","))
-    return group(settings.group if settings.shape == "group" else 1, settings.window)
+def parse(text: str) -> Shape:
+    """A shape from its name: `chain:K`, `group:GxK`, `tree:TOKENSxDEPTHxTOPK` or `paths:0-0-1,0-1,2`.
+
+    Raises:
+      ConfigError: it is none of these, or it has no nodes.
+    """
+    kind, _, sizes = text.partition(":")
+    numbers = [int(n) for n in sizes.split("x")] if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) else []
+    if (kind, len(numbers)) == ("chain", 1):
+        return chain(*numbers)
+    if (kind, len(numbers)) == ("group", 2):
+        return group(*numbers)
+    if (kind, len(numbers)) == ("tree", 3):
+        return Dynamic(*numbers)
+    if kind == "paths" and re.fullmatch(r"\d+(-\d+)*(,\d+(-\d+)*)*", sizes):
+        return tree_of(map(int, path.split("-")) for path in sizes.split(","))
+    raise ConfigError(
+        f"shape of drafts: found {text!r}, expected chain:K, group:GxK, tree:TOKENSxDEPTHxTOPK "
+        "or paths: and ranks from the root, as in paths:0-0-1,0-1,2"
+    )
 
 
 def name(shape: Shape) -> str:
-    """The shape in words."""
+    """What `parse` takes."""
     if isinstance(shape, Dynamic):
-        return f"tree of {shape.tokens} tokens, depth {shape.depth}, top-k {shape.top_k}"
+        return f"tree:{shape.tokens}x{shape.depth}x{shape.top_k}"
     size, window = len(shape.level(1)), shape.depth
     if shape == group(size, window):
-        return f"chain of {window}" if size == 1 else f"group of {size} windows of {window}"
-    return f"fixed tree of {shape.tokens} tokens, depth {window}"
+        return f"chain:{window}" if size == 1 else f"group:{size}x{window}"
+    return "paths:" + ",".join("-".join(map(str, path)) for path in shape.paths)

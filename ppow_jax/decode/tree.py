@@ -3,6 +3,8 @@
 Shape letters: B rows, J nodes, W windows that are continued on a level, N draft vocabulary, D width, S slots.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -101,6 +103,50 @@ def _best(values_BxWxN: jax.Array, count: int) -> jax.Array:
     return likeliest(values_BxWxN)[..., None] if count == 1 else jax.lax.top_k(values_BxWxN, count)[1]
 
 
+class Candidates(NamedTuple):
+    """All nodes that a dynamic tree picks from, level by level; the root is not among them.
+
+    Attributes:
+      tokens: int32 `[B, M]`, `top_k` of level 1, then `top_k ** 2` a level.
+      parents: int32 `[B, M]`, 0 is the root and i + 1 candidate i.
+      scores: float32 `[B, M]`, cumulative log-probability.
+    """
+
+    tokens: jax.Array
+    parents: jax.Array
+    scores: jax.Array
+
+
+def candidates(
+    drafter: Drafter,
+    weights: DrafterWeights,
+    prefix: KeyValues,
+    start: Start,
+    depth: int,
+    top_k: int,
+    sampling: Sampling,
+) -> Candidates:
+    """What a beam of `top_k` finds on `depth` levels."""
+    B, k = len(start.token), top_k
+    at = windows.begin(drafter, weights, prefix, start)
+    score_BxW, chosen = jnp.zeros((B, 1)), jnp.zeros((B, 1), jnp.int32)  # of what is continued: score, number
+    levels, count = [], 0
+    for level in range(depth):
+        logits_BxWxN = _logits(drafter, weights, at)
+        law = log_law(logits_BxWxN, sampling) if sampling.temperature else jax.nn.log_softmax(logits_BxWxN)
+        best_BxWxk, which_BxWxk = jax.lax.top_k(law, k)
+        scores = (score_BxW[..., None] + best_BxWxk).reshape(B, -1)
+        tokens = weights.vocab[which_BxWxk].reshape(B, -1)
+        levels.append(Candidates(tokens, jnp.repeat(chosen, k, 1), scores))
+        if level + 1 < depth:
+            score_BxW, on_BxW = jax.lax.top_k(scores, k)
+            at = windows.repeat(at, k) if level == 0 else windows.branch(at, on_BxW // k)
+            at = windows.advance(drafter, weights, prefix, at, jnp.take_along_axis(tokens, on_BxW, 1))
+            chosen = 1 + count + on_BxW
+        count += scores.shape[1]
+    return jax.tree.map(lambda *x: jnp.concatenate(x, 1), *levels)
+
+
 def _dynamic(
     drafter: Drafter,
     weights: DrafterWeights,
@@ -109,31 +155,12 @@ def _dynamic(
     shape: Dynamic,
     sampling: Sampling,
 ) -> Draft:
-    B, k = len(start.token), shape.top_k
-    take = lambda values, where: jnp.take_along_axis(values, where, 1)  # noqa: E731
-    at = windows.begin(drafter, weights, prefix, start)
-    score_BxW, chosen = jnp.zeros((B, 1)), jnp.zeros((B, 1), jnp.int32)  # of what is continued: score, number
-    tokens, parents, scores, count = [], [], [], 0  # of all nodes but the root; number 0 is the root's
-    for depth in range(shape.depth):
-        logits_BxWxN = _logits(drafter, weights, at)
-        law = log_law(logits_BxWxN, sampling) if sampling.temperature else jax.nn.log_softmax(logits_BxWxN)
-        best_BxWxk, which_BxWxk = jax.lax.top_k(law, k)
-        level = (score_BxW[..., None] + best_BxWxk).reshape(B, -1)
-        tokens.append(weights.vocab[which_BxWxk].reshape(B, -1))
-        parents.append(jnp.repeat(chosen, k, 1))
-        scores.append(level)
-        if depth + 1 < shape.depth:
-            score_BxW, on_BxW = jax.lax.top_k(level, k)
-            at = windows.repeat(at, k) if depth == 0 else windows.branch(at, on_BxW // k)
-            at = windows.advance(drafter, weights, prefix, at, take(tokens[-1], on_BxW))
-            chosen = 1 + count + on_BxW
-        count += level.shape[1]
-    tokens, parents, scores = (jnp.concatenate(x, 1) for x in (tokens, parents, scores))
+    tokens, parents, scores = candidates(drafter, weights, prefix, start, shape.depth, shape.top_k, sampling)
     # a node is no likelier than its parent and comes after it, so the best nodes are a tree
-    _, best_BxJ = jax.lax.top_k(scores, shape.tokens - 1)
-    best_BxJ = jnp.sort(best_BxJ, 1)
-    numbers = jnp.zeros((B, 1 + count), jnp.int32)
-    own = 1 + jnp.arange(best_BxJ.shape[1], dtype=jnp.int32)
-    numbers = numbers.at[jnp.arange(B)[:, None], 1 + best_BxJ].set(own)
+    best_BxJ = jnp.sort(jax.lax.top_k(scores, shape.tokens - 1)[1], 1)
+    numbers = jnp.zeros((len(tokens), 1 + tokens.shape[1]), jnp.int32)
+    own = jnp.arange(1, shape.tokens, dtype=jnp.int32)
+    numbers = numbers.at[jnp.arange(len(tokens))[:, None], 1 + best_BxJ].set(own)
+    take = lambda values, where: jnp.take_along_axis(values, where, 1)  # noqa: E731
     parents = jnp.pad(take(numbers, take(parents, best_BxJ)), ((0, 0), (1, 0)))
     return Draft(jnp.concatenate([start.token, take(tokens, best_BxJ)], 1), parents)

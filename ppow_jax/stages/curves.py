@@ -6,10 +6,10 @@ Rewards of rollouts rise on the anchors and texts that training chose; whether d
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from ppow_jax.data import texts
+from ppow_jax.decode.profile import Texts
 from ppow_jax.decode.shapes import chain
 from ppow_jax.decode.simulate import expected_accepted, simulate
 from ppow_jax.experiment import Experiment
@@ -21,13 +21,9 @@ _ANCHORS = 16  # a text, evenly spread
 
 
 class _Sample(NamedTuple):
-    """Texts to measure on: taps `[B, T, C]`, tokens `[B, T]`, the first response's span [start, end) of
-    each, and anchors `[B, A]` with `real` where they are not padding."""
+    """Texts to measure on, and anchors `[B, A]` with `real` where they are not padding."""
 
-    taps: jax.Array
-    tokens: jax.Array
-    start: np.ndarray
-    end: np.ndarray
+    texts: Texts
     anchors: np.ndarray
     real: np.ndarray
 
@@ -55,22 +51,29 @@ def acceptance(experiment: Experiment, corpus: training.Corpus) -> training.Meas
         weights = weights_of(state["params"], experiment.target_params, state["vocab"])
         metrics = {}
         for name, s in samples.items():
-            emitted = np.asarray(simulate(drafter, weights, s.taps, s.tokens, s.start, s.end, shape).emitted)
+            emitted = np.asarray(simulate(drafter, weights, *s.texts, shape).emitted)
             metrics[f"{name}_tau"] = float(emitted.sum() / max(1, (emitted > 0).sum()))
-            length = np.asarray(expected_accepted(drafter, weights, s.taps, s.tokens, s.end, s.anchors, K))
+            length = np.asarray(
+                expected_accepted(drafter, weights, s.texts.taps, s.texts.tokens, s.texts.end, s.anchors, K)
+            )
             metrics[f"{name}_sampled"] = float(length[s.real].mean())
         return metrics
 
     return measure
 
 
-def _sample(experiment: Experiment, items: Sequence[Mapping[str, Any]]) -> _Sample:
+def texts_of(experiment: Experiment, items: Sequence[Mapping[str, Any]]) -> Texts:
+    """The first responses of items of a corpus."""
     batch = training.stack(experiment, items)
-    taps = training.taps_of(experiment, batch)
     spans = [texts.first_span(item["assistant"]) for item in items]
     start, end = (np.asarray(x, np.int32) for x in zip(*spans, strict=True))
+    return Texts(training.taps_of(experiment, batch), batch["tokens"], start, end)
+
+
+def _sample(experiment: Experiment, items: Sequence[Mapping[str, Any]]) -> _Sample:
+    some = texts_of(experiment, items)
     # the first anchor is the one whose first drafted token is the response's second
-    steps = (np.arange(_ANCHORS) * np.maximum(end - start - 1, 1)[:, None]) // _ANCHORS
-    anchors = (start - 1)[:, None] + steps
-    real = (np.diff(anchors, prepend=-1, axis=1) > 0) & (anchors + 2 < end[:, None])
-    return _Sample(taps, batch["tokens"], start, end, anchors.astype(np.int32), real)
+    steps = (np.arange(_ANCHORS) * np.maximum(some.end - some.start - 1, 1)[:, None]) // _ANCHORS
+    anchors = (some.start - 1)[:, None] + steps
+    real = (np.diff(anchors, prepend=-1, axis=1) > 0) & (anchors + 2 < some.end[:, None])
+    return _Sample(some, anchors.astype(np.int32), real)

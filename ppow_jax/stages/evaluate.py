@@ -17,8 +17,7 @@ import numpy as np
 from ppow_jax import partition, report
 from ppow_jax.console import log
 from ppow_jax.data import conversations, features, prompts, records
-from ppow_jax.decode import shapes
-from ppow_jax.decode.cost import measure_gamma
+from ppow_jax.decode import cost, shapes
 from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig, Decoded
 from ppow_jax.decode.sampling import Sampling
@@ -27,8 +26,9 @@ from ppow_jax.decode.simulate import simulate
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.drafter import Drafter, DrafterWeights, weights_of
-from ppow_jax.stages import respond, training
+from ppow_jax.stages import curves, respond, training
 
+_PROFILED = 12  # held-out texts that acceptance is profiled on
 _BUCKET = 64  # prompts and texts are padded to a multiple of this
 
 
@@ -60,10 +60,11 @@ def run(experiment: Experiment) -> None:
     """Writes report.json, report.md and plots."""
     candidates = find_candidates(experiment)
     drafter = training.drafter_of(experiment)
-    gamma = measure_gamma(experiment.target, experiment.target_params, drafter, candidates[0].weights)
+    shape, prediction = shape_of(experiment, drafter, candidates[-1])
+    gamma = cost.measure_gamma(experiment.target, experiment.target_params, drafter, candidates[0].weights)
     results = {c.stage: {} for c in candidates}
     for name, benchmark in prompts.load(experiment.settings.evaluate.prompts, "evaluate.prompts").items():
-        for stage, result in _benchmark(experiment, drafter, candidates, name, benchmark).items():
+        for stage, result in _benchmark(experiment, drafter, candidates, shape, name, benchmark).items():
             results[stage][name] = result
     drafters = {
         c.stage: {
@@ -86,12 +87,39 @@ def run(experiment: Experiment) -> None:
             },
             "device": report.device(),
             "window": experiment.settings.evaluate.window,
-            "decode_shape": shapes.name(shapes.of(experiment.settings.decode)),
+            "decode_shape": shapes.name(shape),
+            "prediction": prediction,
             "decode_sampling": dataclasses.asdict(experiment.settings.decode.sampling),
             "gamma_measured": gamma,
             "drafters": drafters,
         },
     )
+
+
+def shape_of(
+    experiment: Experiment, drafter: Drafter, candidate: Candidate
+) -> tuple[shapes.Shape, dict[str, Any] | None]:
+    """The shape of drafts, and what `auto` predicts of it for a drafter on held-out texts.
+
+    What `auto` found is kept, so that a stopped evaluation goes on with it.
+    """
+    if experiment.settings.decode.shape != "auto":
+        return shapes.parse(experiment.settings.decode.shape), None
+    path = experiment.workdir / "evaluate" / "shape.json"
+    mark = [candidate.sha256, report.device()]
+    known = records.read_json(path)
+    if not known or known["mark"] != mark:
+        log.info("evaluate: measuring costs and acceptance for decode.shape auto, a minute or two")
+        costs = cost.measure(experiment.target, experiment.target_params, drafter, candidate.weights)
+        held = training.corpus(experiment).held
+        texts = curves.texts_of(experiment, [held[i] for i in training.spread(len(held), _PROFILED)])
+        best = cost.choices(costs, drafter, candidate.weights, texts)[0]
+        known = {"mark": mark, "shape": shapes.name(best.shape)}
+        known["prediction"] = {"tau": best.tau, "speedup": best.speedup, "drafter": candidate.stage}
+        records.write_json(path, known)
+    shape, predicted = shapes.parse(known["shape"]), known["prediction"]
+    log.info("evaluate: %s, predicted speedup %.2fx", shapes.name(shape), predicted["speedup"])
+    return shape, predicted
 
 
 def find_candidates(experiment: Experiment) -> list[Candidate]:
@@ -127,6 +155,7 @@ def _benchmark(
     experiment: Experiment,
     drafter: Drafter,
     candidates: list[Candidate],
+    shape: shapes.Shape,
     name: str,
     benchmark: list[prompts.Prompt],
 ) -> dict[str, dict[str, Any]]:
@@ -134,7 +163,8 @@ def _benchmark(
     settings = experiment.settings.evaluate
     identity = [
         dataclasses.asdict(settings) | {"prompts": None},
-        experiment.settings.decode,
+        shape,
+        experiment.settings.decode.sampling,
         [(p.id, p.turns) for p in benchmark],
         [c.sha256 for c in candidates],
     ]
@@ -147,12 +177,9 @@ def _benchmark(
     chosen = {p.id for p in benchmark[: settings.decode_prompts]}
     some = [t for t in turns if t.prompt in chosen]
     simulated = simulate_all(experiment, drafter, candidates, turns, shapes.chain(settings.window))
-    shape, greedy = (
-        shapes.of(experiment.settings.decode),
-        experiment.settings.decode.sampling.temperature == 0,
-    )
+    greedy = experiment.settings.decode.sampling.temperature == 0
     expected = simulate_all(experiment, drafter, candidates, some, shape) if greedy else None
-    decoded = decode_all(experiment, drafter, candidates, some)
+    decoded = decode_all(experiment, drafter, candidates, some, shape)
     owners = [t.prompt for t in turns]
     results = {}
     for candidate in candidates:
@@ -218,14 +245,18 @@ def simulate_all(
 
 
 def decode_all(
-    experiment: Experiment, drafter: Drafter, candidates: list[Candidate], turns: list[Turn]
+    experiment: Experiment,
+    drafter: Drafter,
+    candidates: list[Candidate],
+    turns: list[Turn],
+    shape: shapes.Shape,
 ) -> dict[str, list[report.TurnDecoded]]:
     """Decodes every turn one at a time, autoregressively and with each drafter, in turn."""
     settings = experiment.settings.evaluate
     how = Sampling(**dataclasses.asdict(experiment.settings.decode.sampling))
     config = DecodeConfig(settings.max_new_tokens, experiment.tokenizer.stop_ids, how)
     plain = Session(experiment.target, experiment.target_params, config)
-    drafting = Eagle(drafter, shapes.of(experiment.settings.decode))
+    drafting = Eagle(drafter, shape)
     drafted = {c.stage: dataclasses.replace(plain, drafting=drafting, weights=c.weights) for c in candidates}
     found: dict[str, list[report.TurnDecoded]] = {name: [] for name in ("autoregressive", *drafted)}
     compiled: set[tuple[bool, int]] = set()
