@@ -20,6 +20,7 @@ from ppow_jax.data import conversations, features, prompts, records
 from ppow_jax.decode import cost, shapes
 from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig, Decoded
+from ppow_jax.decode.profile import Texts
 from ppow_jax.decode.sampling import Sampling
 from ppow_jax.decode.session import Session, bucket
 from ppow_jax.decode.simulate import simulate
@@ -60,7 +61,11 @@ def run(experiment: Experiment) -> None:
     """Writes report.json, report.md and plots."""
     candidates = find_candidates(experiment)
     drafter = training.drafter_of(experiment)
-    shape, prediction = shape_of(experiment, drafter, candidates[-1])
+    name, prediction = experiment.settings.decode.shape, None
+    if name == "auto":
+        shape, prediction = choose_shape(experiment, drafter, candidates[-1])
+    else:
+        shape = shapes.parse(name)
     gamma = cost.measure_gamma(experiment.target, experiment.target_params, drafter, candidates[0].weights)
     results = {c.stage: {} for c in candidates}
     for name, benchmark in prompts.load(experiment.settings.evaluate.prompts, "evaluate.prompts").items():
@@ -96,30 +101,32 @@ def run(experiment: Experiment) -> None:
     )
 
 
-def shape_of(
+def choose_shape(
     experiment: Experiment, drafter: Drafter, candidate: Candidate
-) -> tuple[shapes.Shape, dict[str, Any] | None]:
-    """The shape of drafts, and what `auto` predicts of it for a drafter on held-out texts.
+) -> tuple[shapes.Shape, dict[str, Any]]:
+    """The shape of drafts that `auto` finds for a drafter, and what it predicts of it on held-out texts.
 
-    What `auto` found is kept, so that a stopped evaluation goes on with it.
+    The finding is kept in the workdir, so that a stopped evaluation goes on with it.
     """
-    if experiment.settings.decode.shape != "auto":
-        return shapes.parse(experiment.settings.decode.shape), None
     path = experiment.workdir / "evaluate" / "shape.json"
     mark = [candidate.sha256, report.device()]
     known = records.read_json(path)
     if not known or known["mark"] != mark:
-        log.info("evaluate: measuring costs and acceptance for decode.shape auto, a minute or two")
+        log.info("decode.shape auto: measuring costs and acceptance, a minute or two")
         costs = cost.measure(experiment.target, experiment.target_params, drafter, candidate.weights)
-        held = training.corpus(experiment).held
-        texts = curves.texts_of(experiment, [held[i] for i in training.spread(len(held), _PROFILED)])
-        best = cost.choices(costs, drafter, candidate.weights, texts)[0]
+        best = cost.choices(costs, drafter, candidate.weights, held_out(experiment))[0]
         known = {"mark": mark, "shape": shapes.name(best.shape)}
         known["prediction"] = {"tau": best.tau, "speedup": best.speedup, "drafter": candidate.stage}
         records.write_json(path, known)
     shape, predicted = shapes.parse(known["shape"]), known["prediction"]
-    log.info("evaluate: %s, predicted speedup %.2fx", shapes.name(shape), predicted["speedup"])
+    log.info("decode.shape auto: %s, predicted speedup %.2fx", shapes.name(shape), predicted["speedup"])
     return shape, predicted
+
+
+def held_out(experiment: Experiment) -> Texts:
+    """Some of the responses that no drafter was trained on."""
+    held = training.corpus(experiment).held
+    return curves.texts_of(experiment, [held[i] for i in training.spread(len(held), _PROFILED)])
 
 
 def find_candidates(experiment: Experiment) -> list[Candidate]:

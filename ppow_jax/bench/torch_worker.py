@@ -1,0 +1,51 @@
+"""Decodes with transformers on torch: a process of its own, spoken to in lines of JSON.
+
+    python torch_worker.py --gguf MODEL.gguf --threads 2
+
+reads `{"ids": [...], "tokens": n, "stops": [...], "lookup": k}` and answers `{"seconds": s, "ids": [...]}`:
+the ids that greedy decoding adds, with k drafted tokens of prompt lookup unless that is 0. It imports
+nothing of ours, so that the two libraries may live in different environments.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+
+
+def main() -> None:
+    """Answers until its input ends."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gguf", type=pathlib.Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    import torch
+    import transformers
+
+    torch.set_num_threads(args.threads)
+    torch.set_grad_enabled(False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        args.gguf.parent, gguf_file=args.gguf.name, dtype=torch.float32
+    ).eval()
+    print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__}), flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        ids = torch.tensor([asked["ids"]])
+        model.generation_config.eos_token_id = asked["stops"]
+        lookup = {"prompt_lookup_num_tokens": asked["lookup"]} if asked["lookup"] else {}
+        began = time.perf_counter()
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=asked["tokens"],
+            do_sample=False,
+            pad_token_id=asked["stops"][0],
+            **lookup,
+        )
+        seconds = time.perf_counter() - began
+        print(json.dumps({"seconds": seconds, "ids": out[0, ids.shape[1] :].tolist()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
