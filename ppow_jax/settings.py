@@ -274,7 +274,7 @@ def _check(s: Settings) -> None:
     top_p = s.decode.sampling.top_p
     require(0 < top_p <= 1, "decode.sampling.top_p", top_p, "above 0, at most 1")
     if s.decode.shape != "auto":
-        shapes.parse(s.decode.shape)
+        shapes.parse(s.decode.shape, "config.decode.shape")
     auto = s.decode.shape != "auto" or "evaluate" not in s.stages
     require(auto or s.data.holdout > 0, "data.holdout", s.data.holdout, "1 or more for decode.shape 'auto'")
     require(

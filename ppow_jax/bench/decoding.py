@@ -137,7 +137,7 @@ def _drafters(
         if name == "auto":
             shape, _ = evaluate.choose_shape(run, drafter, candidate)
             label = f"auto ({shapes.name(shape)})"
-        eagle = Eagle(drafter, shape or shapes.parse(name))
+        eagle = Eagle(drafter, shape or shapes.parse(name, "--shapes"))
         found[label] = (eagle, candidate.weights)
     lookup = Lookup(_LOOKUP)
     found[f"prompt lookup of {_LOOKUP}"] = (lookup, None)

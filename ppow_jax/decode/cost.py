@@ -30,6 +30,7 @@ _REPEATS = 20
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # tokens of the passes that are measured
 _WIDTHS = (1, 2, 4, 10)  # of beams
 _LEVELS = 8
+_PROBES = (chain(3), Dynamic(48, 6, 4))  # whole rounds that are measured
 _CHAIN = 10
 
 
@@ -64,20 +65,21 @@ class Costs:
         return verify + self.draft(depth, top_k) + float(rest)
 
 
-def measure(target: Target, params: dict, drafter: Drafter, weights: DrafterWeights) -> Costs:
-    """Measures everything, with 256 slots of context; takes a minute or two, mostly of compilation."""
-    passes = {n: time_target(target, params, n) for n in _SIZES}
-    first = time_draft(drafter, weights, chain(1))
-    level = {1: (time_draft(drafter, weights, chain(4)) - first) / 3}
+def measure(
+    target: Target, params: dict, drafter: Drafter, weights: DrafterWeights, slots: int = _SLOTS
+) -> Costs:
+    """Measures everything with half of `slots` known; takes a minute or two, mostly of compilation."""
+    passes = {n: time_target(target, params, n, slots) for n in _SIZES}
+    draft = functools.partial(time_draft, drafter, weights, slots=slots)
+    first = draft(chain(1))
+    level = {1: (draft(chain(4)) - first) / 3}
     for width in _WIDTHS[1:]:
-        one, four = (time_draft(drafter, weights, Dynamic(2, depth, width)) for depth in (1, 4))
-        level[width] = (four - one) / 3
-    costs = Costs(time_round(target, params), passes, first, level, {1: 0.0})
+        level[width] = (draft(Dynamic(2, 4, width)) - draft(Dynamic(2, 1, width))) / 3
+    costs = Costs(time_round(target, params, slots=slots), passes, first, level, {1: 0.0})
     overhead = {}
-    for shape in (chain(3), Dynamic(48, 6, 4)):
-        whole = time_round(target, params, Eagle(drafter, shape), weights)
-        known = costs.round(shape.tokens, shape.depth, shape.ranks)
-        overhead[shape.tokens] = max(0.0, whole - known)
+    for shape in _PROBES:
+        whole = time_round(target, params, Eagle(drafter, shape), weights, slots)
+        overhead[shape.tokens] = max(0.0, whole - costs.round(shape.tokens, shape.depth, shape.ranks))
     return dataclasses.replace(costs, overhead=overhead)
 
 

@@ -77,7 +77,7 @@ class Dynamic:
         nodes = 1 + self.top_k + (self.depth - 1) * self.top_k**2
         if min(self.depth, self.top_k) < 1 or not 2 <= self.tokens <= nodes:
             raise ConfigError(
-                f"dynamic draft tree: found {self.tokens} tokens, expected 2 to {nodes}, all that "
+                f"found a tree of {self.tokens} tokens, expected 2 to {nodes}, all that "
                 f"{self.depth} levels of top_k {self.top_k} have"
             )
 
@@ -98,7 +98,7 @@ def tree_of(paths: Iterable[Iterable[int]]) -> Fixed:
     """
     wanted = {tuple(path) for path in paths}
     if not wanted - {()} or any(rank < 0 for path in wanted for rank in path):
-        raise ConfigError(f"paths of a draft tree: found {sorted(wanted)}, expected lists of ranks from 0 on")
+        raise ConfigError(f"found the paths {sorted(wanted)}, expected lists of ranks from 0 on")
     every = {path[:n] for path in wanted for n in range(1, len(path) + 1)}
     return Fixed(tuple(sorted(every, key=lambda path: (len(path), path))))
 
@@ -113,12 +113,19 @@ def chain(window: int) -> Fixed:
     return group(1, window)
 
 
-def parse(text: str) -> Shape:
+def parse(text: str, where: str = "shape of drafts") -> Shape:
     """A shape from its name: `chain:K`, `group:GxK`, `tree:TOKENSxDEPTHxTOPK` or `paths:0-0-1,0-1,2`.
 
     Raises:
-      ConfigError: it is none of these, or it has no nodes.
+      ConfigError: it is none of these, or there is no such tree; `where` says what is to blame.
     """
+    try:
+        return _parse(text)
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {e}") from None
+
+
+def _parse(text: str) -> Shape:
     kind, _, sizes = text.partition(":")
     numbers = [int(n) for n in sizes.split("x")] if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) else []
     if (kind, len(numbers)) == ("chain", 1):
@@ -130,8 +137,8 @@ def parse(text: str) -> Shape:
     if kind == "paths" and re.fullmatch(r"\d+(-\d+)*(,\d+(-\d+)*)*", sizes):
         return tree_of(map(int, path.split("-")) for path in sizes.split(","))
     raise ConfigError(
-        f"shape of drafts: found {text!r}, expected chain:K, group:GxK, tree:TOKENSxDEPTHxTOPK "
-        "or paths: and ranks from the root, as in paths:0-0-1,0-1,2"
+        f"found {text!r}, expected chain:K, group:GxK, tree:TOKENSxDEPTHxTOPK or paths: and ranks from the "
+        "root, as in paths:0-0-1,0-1,2"
     )
 
 

@@ -1,0 +1,110 @@
+"""The cost model: which shape it favours follows from the costs; and what it measures is time."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import runs
+import small
+
+from ppow_jax.decode import cost, shapes
+from ppow_jax.decode.cost import Costs
+from ppow_jax.decode.profile import Texts
+from ppow_jax.decode.simulate import simulate
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+
+
+def costs(slope: float, level: float, overhead: float = 0.0) -> Costs:
+    """A pass over n tokens costs 1 + slope (n - 1) steps, a level of the drafter `level` at any width."""
+    passes = {n: 1 + slope * (n - 1) for n in SIZES}
+    return Costs(1.0, passes, level, {w: level for w in (1, 2, 4, 10)}, {1: 0.0, 48: overhead})
+
+
+@pytest.fixture(scope="module")
+def texts_of(chain) -> Texts:
+    """Greedy texts of the chain."""
+    rows = np.array([[3, *small.walk(5 + i, 28)] for i in range(3)], np.int32)
+    taps = small.forward(chain.target, chain.params, rows)[0].taps[:, 0]
+    return Texts(taps, rows, np.full(3, 2, np.int32), np.full(3, 25, np.int32))
+
+
+def best(chain, texts: Texts, wrong: tuple[int, ...], prices: Costs) -> list[cost.Choice]:
+    drafter, weights = small.flawed(chain, wrong)
+    return cost.choices(prices, drafter, weights, texts)
+
+
+def test_a_round_costs_its_pass_its_levels_and_the_rest():
+    prices = Costs(1.0, {1: 1.0, 4: 1.5, 16: 3.0}, 0.25, {1: 0.1, 4: 0.2, 10: 0.4}, {4: 0.1, 14: 0.3})
+    assert prices.round(4, 3, 1) == pytest.approx(1.5 + 0.25 + 2 * 0.1 + 0.1)
+    assert prices.round(9, 3, 3) == pytest.approx(3.0 + 0.25 + 2 * 0.2 + 0.2)  # as 16 tokens, as 4 windows
+    assert prices.round(16, 1, 5) == pytest.approx(3.0 + 0.25 + 0.3)
+
+
+def test_a_drafter_that_is_always_right_drafts_long_chains_where_they_are_cheap(chain, texts_of):
+    found = best(chain, texts_of, (), costs(0.0, 0.0))
+    assert found[0].shape == shapes.chain(10)
+    assert found[0].tau == found[0].speedup == pytest.approx(11)  # 22 tokens after the first in two rounds
+
+
+def test_dear_passes_or_dear_drafts_shorten_them(chain, texts_of):
+    assert best(chain, texts_of, (), costs(0.0, 2.0))[0].shape == shapes.chain(1)
+    assert best(chain, texts_of, (), costs(3.0, 0.0))[0].shape == shapes.chain(1)
+    assert best(chain, texts_of, (), costs(0.5, 0.0, 10.0))[0].shape.tokens < 8
+
+
+def test_what_is_predicted_of_a_shape_is_its_simulation(chain, texts_of):
+    drafter, weights = small.flawed(chain, (8, 19, 30))
+    found = cost.choices(costs(0.1, 0.1), drafter, weights, texts_of)
+    assert [c.speedup for c in found] == sorted((c.speedup for c in found), reverse=True)
+    assert len({c.shape for c in found}) == len(found) > 60
+    for choice in (*found[:3], *found[-3:]):
+        emitted = np.asarray(simulate(drafter, weights, *texts_of, choice.shape).emitted)
+        assert choice.tau == pytest.approx(emitted.sum() / (emitted > 0).sum())
+        assert choice.speedup == pytest.approx(choice.tau / choice.seconds)
+
+
+def test_measured_costs_are_times(tiny, monkeypatch):
+    monkeypatch.setattr(cost, "_SIZES", (1, 4, 32))
+    monkeypatch.setattr(cost, "_WIDTHS", (1, 4))
+    monkeypatch.setattr(cost, "_PROBES", (shapes.chain(3), shapes.Dynamic(24, 3, 4)))
+    found = cost.measure(tiny.target, tiny.params, tiny.drafter, tiny.weights, slots=96)
+    assert set(found.target) == {1, 4, 32} and set(found.level) == {1, 4} and set(found.overhead) == {4, 24}
+    assert found.step > 0 and found.first > 0 and all(s > 0 for s in found.target.values())
+    assert found.target[32] > found.target[1]
+    assert min(found.overhead.values()) >= 0
+
+
+def test_auto_decodes_with_what_it_finds_and_the_report_shows_what_it_expected(
+    finished, tmp_path, monkeypatch
+):
+    workdir = tmp_path / "workdir"
+    shutil.copytree(finished.workdir, workdir)
+    for name in ("train", "chat", "maths"):
+        shutil.copy(finished.workdir.parent / f"{name}.jsonl", tmp_path)
+    stages = json.loads((workdir / "stages.json").read_text())
+    monkeypatch.setattr(cost, "measure", lambda *_: costs(0.01, 0.05))
+    changes = {"stages": ("evaluate",), "decode__shape": "auto"}
+    del stages["evaluate"]
+    (workdir / "stages.json").write_text(json.dumps(stages))
+    runs.run(workdir, **changes)
+    report = json.loads((workdir / "report.json").read_text())
+    shape = shapes.parse(report["decode_shape"])
+    assert report["prediction"]["drafter"] == "cst"
+    assert report["prediction"]["speedup"] > 1 and 1 <= report["prediction"]["tau"] <= shape.depth + 1
+    text = (workdir / "report.md").read_text()
+    assert f"decoded for real, {report['decode_shape']}, temperature 0" in text
+    assert (
+        f"speedup {report['prediction']['speedup']:.2f}x (reading the prompt not counted), measured" in text
+    )
+    for drafter in report["drafters"].values():
+        for benchmark in drafter["benchmarks"].values():
+            assert benchmark["identical_outputs"] == benchmark["same_rounds_as_simulated"] == 2
+    monkeypatch.setattr(cost, "measure", None)  # it is not asked again
+    stages = json.loads((workdir / "stages.json").read_text())
+    del stages["evaluate"]
+    (workdir / "stages.json").write_text(json.dumps(stages))
+    runs.run(workdir, **changes)
+    assert json.loads((workdir / "report.json").read_text())["decode_shape"] == report["decode_shape"]
