@@ -52,7 +52,10 @@ def test_a_drafter_that_is_always_right_drafts_long_chains_where_they_are_cheap(
 def test_dear_passes_or_dear_drafts_shorten_them(chain, texts_of):
     assert best(chain, texts_of, (), costs(0.0, 2.0))[0].shape == shapes.chain(1)
     assert best(chain, texts_of, (), costs(3.0, 0.0))[0].shape == shapes.chain(1)
-    assert best(chain, texts_of, (), costs(0.5, 0.0, 10.0))[0].shape.tokens < 8
+    assert best(chain, texts_of, (), costs(0.5, 0.0))[0].shape == shapes.chain(
+        7
+    )  # 22 tokens in 3 rounds of 4.5
+    assert best(chain, texts_of, (), costs(0.5, 0.0, 40.0))[0].shape == shapes.chain(1)
 
 
 def test_what_is_predicted_of_a_shape_is_its_simulation(chain, texts_of):
