@@ -27,7 +27,7 @@ _DEPENDS: dict[str, tuple[str, ...]] = {
     "supervise": ("seed", "target", "respond", "data", "drafter", "supervise"),
     "cst": ("seed", "target", "respond", "data", "drafter", "supervise", "cst", "ppow"),
     "ppow": ("seed", "target", "respond", "data", "drafter", "supervise", "ppow"),
-    "evaluate": ("seed", "target", "evaluate", "ppow"),
+    "evaluate": ("seed", "target", "decode", "evaluate", "ppow"),
     "export": ("target", "export"),
 }
 _REPEATABLE = ("evaluate", "export")  # cheap and harmless to do again with other settings
@@ -111,6 +111,15 @@ def build(settings: Settings, workdir: pathlib.Path) -> Experiment:
         workdir / "target.json", {"path": settings.target.path, "fingerprint": name, "shape": shape}
     )
     return Experiment(settings, workdir, mesh, Target(config), params, tokens, name)
+
+
+def exact(experiment: Experiment) -> Experiment:
+    """The experiment with a target that computes in float32, whatever its weights are stored in.
+
+    Passes of any number of tokens then differ by float32 rounding only (`decode.exact`).
+    """
+    config = dataclasses.replace(experiment.target.config, dtype="float32")
+    return dataclasses.replace(experiment, target=Target(config))
 
 
 def load_target(settings: TargetSettings) -> tuple[TargetConfig, dict, Tokenizer]:

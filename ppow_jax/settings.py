@@ -153,6 +153,7 @@ class DecodeSettings:
     """The shape of drafts, and what is decoded with them. See `configs/base.py` for what each key means."""
 
     shape: str
+    exact: bool
     sampling: SamplingSettings
 
 

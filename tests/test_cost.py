@@ -87,11 +87,8 @@ def test_auto_decodes_with_what_it_finds_and_the_report_shows_what_it_expected(
     shutil.copytree(finished.workdir, workdir)
     for name in ("train", "chat", "maths"):
         shutil.copy(finished.workdir.parent / f"{name}.jsonl", tmp_path)
-    stages = json.loads((workdir / "stages.json").read_text())
     monkeypatch.setattr(cost, "measure", lambda *_: costs(0.01, 0.05))
-    changes = {"stages": ("evaluate",), "decode__shape": "auto"}
-    del stages["evaluate"]
-    (workdir / "stages.json").write_text(json.dumps(stages))
+    changes = {"stages": ("evaluate",), "decode__shape": "auto"}  # evaluated already, but not so
     runs.run(workdir, **changes)
     report = json.loads((workdir / "report.json").read_text())
     shape = shapes.parse(report["decode_shape"])

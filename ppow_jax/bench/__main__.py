@@ -4,12 +4,14 @@
   python -m ppow_jax.bench respond    batched writing against the matrix-product rate
   python -m ppow_jax.bench cost       what decoding is made of, and the shapes of drafts that it favours
   python -m ppow_jax.bench decode     decoders against each other and against what their parts would allow
+  python -m ppow_jax.bench parting    where drafted and batched texts part from autoregressive ones
 
-`cost` and `decode` want a trained drafter: --workdir=DIR of a run. Floors: operations over the float32
-matrix-product rate, or bytes that must be read over the memory's rate, whichever is longer; both rates are
-measured in the same run. What the figures mean: docs/performance.md.
+`cost`, `decode` and `parting` want a trained drafter: --workdir=DIR of a run. Floors: operations over the
+float32 matrix-product rate, or bytes that must be read over the memory's rate, whichever is longer; both
+rates are measured in the same run. What the figures mean: docs/performance.md.
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -20,7 +22,7 @@ from absl import app, flags
 
 from configs import smollm2_135m
 from ppow_jax import console, experiment, memory, settings
-from ppow_jax.bench import decoding, stages
+from ppow_jax.bench import decoding, parting, stages
 from ppow_jax.bench.machine import Machine
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
@@ -47,6 +49,9 @@ _TORCH = flags.DEFINE_string(
     "",
     "A Python that has torch, transformers, accelerate and gguf; empty: this one, if it has.",
 )
+_DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Of the target; empty: the workdir's.")
+_EXACT = flags.DEFINE_bool("exact", False, "As config.decode.exact, for `decode` and `parting`.")
+_ROWS = flags.DEFINE_integer("rows", 8, "Prompts that `parting` decodes side by side.")
 _BATCH = flags.DEFINE_integer("batch", 0, "Prompts of `respond`; 0: the config's default.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Batches that `respond` times, a row each.")
 
@@ -70,13 +75,18 @@ def _decode(run: Experiment, machine: Machine) -> None:
     decoding.race(run, _STAGE.value, race)
 
 
-COMMANDS = {"parts": _parts, "respond": _respond, "cost": _cost, "decode": _decode}
+def _parting(run: Experiment, machine: Machine) -> None:
+    decoders = decoding.sessions(run, _STAGE.value, tuple(_SHAPES.value.split()), _TOKENS.value)
+    parting.compare(run, decoders, _ROWS.value, _PROMPTS.value, _COUNT.value, _TOKENS.value)
+
+
+COMMANDS = {"parts": _parts, "respond": _respond, "cost": _cost, "decode": _decode, "parting": _parting}
 
 
 def _configuration(command: str) -> settings.Settings:
     """The workdir's own, or that of smollm2_135m."""
     if not _WORKDIR.value:
-        if command in ("cost", "decode"):
+        if command in ("cost", "decode", "parting"):
             raise UserError(f"{command}: found no --workdir, expected one of a run with a trained drafter")
         config = smollm2_135m.get_config()
         config.target.path = _TARGET.value
@@ -84,7 +94,9 @@ def _configuration(command: str) -> settings.Settings:
     path = pathlib.Path(_WORKDIR.value) / "config.json"
     if not path.exists():
         raise UserError(f"{path}: not there, expected the workdir of a run")
-    return settings.from_config(json.loads(path.read_text()))
+    chosen = settings.from_config(json.loads(path.read_text()))
+    target = dataclasses.replace(chosen.target, dtype=_DTYPE.value or chosen.target.dtype)
+    return dataclasses.replace(chosen, target=target)
 
 
 def main(argv: list[str]) -> None:
@@ -95,6 +107,7 @@ def main(argv: list[str]) -> None:
     chosen = _configuration(argv[1])
     with tempfile.TemporaryDirectory() as scratch:
         run = experiment.build(chosen, pathlib.Path(_WORKDIR.value or scratch))
+        run = experiment.exact(run) if _EXACT.value else run
         machine = Machine()
         name = jax.devices()[0].device_kind
         print(f"{name}: {machine.operations / 1e9:.0f}e9 operations/s, {machine.bytes / 1e9:.1f}e9 bytes/s")

@@ -127,6 +127,14 @@ def _prompts(run: Experiment, about: Race) -> list[list[int]]:
     return [i for of in ids.values() for i in [i for i in of if bucket(len(i)) == common][: about.count]]
 
 
+def sessions(run: Experiment, stage: str, names: Sequence[str], tokens: int) -> dict[str, Session]:
+    """Sessions with the trained drafter in several shapes, and with prompt lookup, by name."""
+    config = DecodeConfig(tokens, run.tokenizer.stop_ids)
+    plain = Session(run.target, run.target_params, config)
+    found = _drafters(run, _candidate(run, stage), names)
+    return {name: dataclasses.replace(plain, drafting=d, weights=w) for name, (d, w) in found.items()}
+
+
 def _drafters(
     run: Experiment, candidate: evaluate.Candidate, names: Sequence[str]
 ) -> dict[str, tuple[Drafting, Any]]:

@@ -25,7 +25,7 @@ from ppow_jax.decode.sampling import Sampling
 from ppow_jax.decode.session import Session, bucket
 from ppow_jax.decode.simulate import simulate
 from ppow_jax.errors import UserError
-from ppow_jax.experiment import Experiment
+from ppow_jax.experiment import Experiment, exact
 from ppow_jax.models.drafter import Drafter, DrafterWeights, weights_of
 from ppow_jax.stages import curves, respond, training
 
@@ -59,6 +59,8 @@ class Candidate:
 
 def run(experiment: Experiment) -> None:
     """Writes report.json, report.md and plots."""
+    if experiment.settings.decode.exact:
+        experiment = exact(experiment)
     candidates = find_candidates(experiment)
     drafter = training.drafter_of(experiment)
     name, prediction = experiment.settings.decode.shape, None
@@ -171,7 +173,7 @@ def _benchmark(
     identity = [
         dataclasses.asdict(settings) | {"prompts": None},
         shape,
-        experiment.settings.decode.sampling,
+        experiment.settings.decode,
         [(p.id, p.turns) for p in benchmark],
         [c.sha256 for c in candidates],
     ]
@@ -203,7 +205,8 @@ def _benchmark(
 def write_texts(experiment: Experiment, name: str, benchmark: list[prompts.Prompt]) -> list[Turn]:
     """The target's greedy answers, turn by turn; responses of a single token have no rounds."""
     settings = experiment.settings.evaluate
-    identity = repr([settings.max_new_tokens, [(p.id, p.turns) for p in benchmark]])
+    identity = [settings.max_new_tokens, [(p.id, p.turns) for p in benchmark]]
+    identity = repr(identity + ["exact"] * experiment.settings.decode.exact)
     mark = hashlib.sha256(identity.encode()).hexdigest()[:12]
     directory = experiment.workdir / "evaluate" / f"{name}-{mark}"
     tokens, size, seen = settings.max_new_tokens, settings.batch_size, directory / "features"

@@ -1,0 +1,103 @@
+"""The commands that set decoders against each other, on the Markov target: what they print is so."""
+
+import dataclasses
+import re
+import shutil
+
+import numpy as np
+import pytest
+import runs
+import small
+
+from ppow_jax.bench import decoding, parting
+from ppow_jax.decode import cost, shapes
+from ppow_jax.decode.cost import Costs
+from ppow_jax.decode.loop import DecodeConfig
+from ppow_jax.decode.session import Session
+from ppow_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+SOURCES = "maths=builtin:maths/eval[:3],chat=builtin:chat/eval[:3]"
+
+
+@pytest.fixture
+def run(finished, tmp_path, monkeypatch):
+    """An experiment with trained drafters, in a workdir of its own; costs are given."""
+    shutil.copytree(finished.workdir, tmp_path / "workdir")
+    flat = Costs(1.0, {n: 1.0 for n in cost._SIZES}, 0.1, {1: 0.1, 2: 0.1, 4: 0.1, 10: 0.1}, {1: 0.0})
+    monkeypatch.setattr(cost, "measure", lambda *_: flat)
+    return runs.build(tmp_path / "workdir")
+
+
+def test_all_decoders_write_the_same_texts(run, capsys):
+    decoding.race(run, "cst", decoding.Race(SOURCES, 2, 24, ("chain:2", "tree:6x3x2", "auto"), ""))
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("│")]
+    names = (
+        "autoregressive",
+        "chain:2",
+        "tree:6x3x2",
+        "auto",
+        "prompt lookup of 3",
+        "lookahead",
+        "chain:3 and prompt",
+    )
+    for name in names:
+        assert any(row.startswith(f"│ {name}") for row in rows), name
+    same = [re.search(r" (\d+)/(\d+) ", row) for row in rows]
+    assert [m[1] == m[2] != "0" for m in same if m] == [True] * len(names)
+    assert "drafter of cst" in out
+
+
+def test_costs_and_shapes_are_listed(run, capsys):
+    decoding.costs(run, "")
+    out = capsys.readouterr().out
+    assert "target pass, 16 tokens" in out and "predicted speedup" in out
+    found = [
+        line.split("│")[1].strip() for line in out.splitlines() if line.startswith(("│ chain:", "│ tree:"))
+    ]
+    assert len(found) == 12 and all(shapes.parse(name) for name in found)
+
+
+def test_a_drafter_that_the_workdir_lacks_is_named(run):
+    with pytest.raises(UserError, match="--stage: found 'ppow', expected one of supervise, cst"):
+        decoding.costs(run, "ppow")
+
+
+def test_in_float32_no_text_parts(run, capsys):
+    decoders = decoding.sessions(run, "cst", ("tree:6x3x2",), 24)
+    parting.compare(run, decoders, 2, SOURCES, 2, 24)
+    out = capsys.readouterr().out
+    assert "5 turns of at most 24 tokens in float32" in out  # one of the four has two
+    assert out.count(" 0/5 ") == 2 * len(decoders) + 1
+
+
+def test_a_text_that_parts_is_found_with_the_logits_that_decided(run, chain, capsys):
+    """A decoder of another chain: it parts where the two chains' likeliest letters differ first."""
+    other = small.markov_chain(seed=1)
+    law, strange = chain.law, Session(other.target, other.params, DecodeConfig(24, (1,)))
+    context, best = [3, 9], law.argmax(-1)
+    text = small.walk(9, 24)
+    drifted = np.asarray(strange([context]).tokens)[0].tolist()
+    at = next(i for i in range(24) if text[i] != drifted[i])
+    found = parting.parting(chain.target, chain.params, context, text, drifted)
+    before = [9, *text][at]
+    assert found.position == at
+    assert found.gap == pytest.approx(np.log(law[before].max() / law[before, drifted[at]]), rel=1e-4)
+    assert best[before] == text[at]
+    half = dataclasses.replace(chain.target.config, dtype="bfloat16")
+    coarse = parting.parting(type(chain.target)(half), chain.params, context, text, drifted)
+    assert coarse.rounding == pytest.approx(found.rounding * 2**16)
+
+
+def test_an_exact_target_computes_in_float32(finished, tmp_path):
+    from ppow_jax import experiment
+
+    shutil.copytree(finished.workdir, tmp_path / "workdir")
+    half = runs.build(tmp_path / "workdir", target__dtype="bfloat16")
+    whole = experiment.exact(half)
+    assert whole.target_params["head"]["weight"].dtype == "bfloat16"
+    tokens = np.array([[3, 5, 9, 7]], np.int32)
+    coarse, fine = (small.forward(x.target, half.target_params, tokens)[1] for x in (half, whole))
+    rounded = lambda x: (np.asarray(x) == np.asarray(x.astype("bfloat16").astype("float32"))).all()  # noqa: E731
+    assert rounded(coarse) and not rounded(fine)
