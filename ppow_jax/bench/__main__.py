@@ -39,10 +39,11 @@ _PROMPTS = flags.DEFINE_string(
 )
 _COUNT = flags.DEFINE_integer("count", 4, "Prompts of each source that `decode` decodes.")
 _TOKENS = flags.DEFINE_integer("tokens", 128, "Tokens that `respond` and `decode` write at most.")
-_SHAPES = flags.DEFINE_string(
-    "shapes",
-    "chain:3 tree:16x4x4 tree:60x8x10 auto",
-    "Shapes that `decode` decodes with, as config.decode.shape.",
+_DECODERS = flags.DEFINE_string(
+    "decoders",
+    "chain:3 tree:16x4x4 tree:60x8x10 auto lookup:3 lookahead chain:3+lookup:3",
+    "What `decode` and `parting` decode with: shapes of drafts as config.decode.shape, lookup:K, lookahead, or two "
+    "of them with a +.",
 )
 _TORCH = flags.DEFINE_string(
     "torch_python",
@@ -70,13 +71,13 @@ def _cost(run: Experiment, machine: Machine) -> None:
 
 def _decode(run: Experiment, machine: Machine) -> None:
     race = decoding.Race(
-        _PROMPTS.value, _COUNT.value, _TOKENS.value, tuple(_SHAPES.value.split()), _TORCH.value
+        _PROMPTS.value, _COUNT.value, _TOKENS.value, tuple(_DECODERS.value.split()), _TORCH.value
     )
     decoding.race(run, _STAGE.value, race)
 
 
 def _parting(run: Experiment, machine: Machine) -> None:
-    decoders = decoding.sessions(run, _STAGE.value, tuple(_SHAPES.value.split()), _TOKENS.value)
+    decoders = decoding.sessions(run, _STAGE.value, tuple(_DECODERS.value.split()), _TOKENS.value)
     parting.compare(run, decoders, _ROWS.value, _PROMPTS.value, _COUNT.value, _TOKENS.value)
 
 

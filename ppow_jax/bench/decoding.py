@@ -29,7 +29,7 @@ from ppow_jax.experiment import Experiment
 from ppow_jax.interop import gguf
 from ppow_jax.stages import evaluate, training
 
-_LOOKUP = 3  # tokens that prompt lookup drafts: four in a pass suit a CPU
+_LOOKAHEAD = (2, 3, 1)  # columns, n-gram and candidates: seven tokens in a pass
 _TORCH_LOOKUP = 10  # of transformers, its documentation's
 _PAUSE = 0.1  # seconds after which threads of another library have stopped spinning
 
@@ -63,12 +63,12 @@ def costs(run: Experiment, stage: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Race:
-    """What is raced: `count` prompts of each source, all of one bucket of lengths; shapes; torch's Python."""
+    """What is raced: `count` prompts of each source, all of one bucket of lengths; decoders; torch's Python."""
 
     prompts: str
     count: int
     tokens: int
-    shapes: tuple[str, ...]
+    decoders: tuple[str, ...]
     torch_python: str
 
 
@@ -89,7 +89,7 @@ def race(run: Experiment, stage: str, about: Race) -> None:
     length = bucket(len(ids[0]))
     config = DecodeConfig(about.tokens, run.tokenizer.stop_ids)
     plain = Session(run.target, run.target_params, config)
-    ours = _drafters(run, candidate, about.shapes)
+    ours = _drafters(run, candidate, about.decoders)
     decoders: dict[str, Decoder] = {"autoregressive": _ours(plain)}
     for name, (drafting, weights) in ours.items():
         decoders[name] = _ours(dataclasses.replace(plain, drafting=drafting, weights=weights))
@@ -128,7 +128,7 @@ def _prompts(run: Experiment, about: Race) -> list[list[int]]:
 
 
 def sessions(run: Experiment, stage: str, names: Sequence[str], tokens: int) -> dict[str, Session]:
-    """Sessions with the trained drafter in several shapes, and with prompt lookup, by name."""
+    """A session for each decoder named."""
     config = DecodeConfig(tokens, run.tokenizer.stop_ids)
     plain = Session(run.target, run.target_params, config)
     found = _drafters(run, _candidate(run, stage), names)
@@ -138,20 +138,26 @@ def sessions(run: Experiment, stage: str, names: Sequence[str], tokens: int) -> 
 def _drafters(
     run: Experiment, candidate: evaluate.Candidate, names: Sequence[str]
 ) -> dict[str, tuple[Drafting, Any]]:
-    """Who drafts, with weights: the trained one in several shapes, n-grams, and both."""
+    """Who drafts, with weights, by name: a shape of the trained one, `lookup:K`, `lookahead`, or two with a +."""
     drafter, found = training.drafter_of(run), {}
     for name in names:
-        shape, label = None, name
         if name == "auto":
             shape, _ = evaluate.choose_shape(run, drafter, candidate)
-            label = f"auto ({shapes.name(shape)})"
-        eagle = Eagle(drafter, shape or shapes.parse(name, "--shapes"))
-        found[label] = (eagle, candidate.weights)
-    lookup = Lookup(_LOOKUP)
-    found[f"prompt lookup of {_LOOKUP}"] = (lookup, None)
-    found["lookahead"] = (Lookahead(run.target.config.vocab_size, columns=2, ngram=3, candidates=1), None)
-    narrow = Eagle(drafter, shapes.chain(_LOOKUP))
-    found[f"chain:{_LOOKUP} and prompt lookup"] = (Together(narrow, lookup), (candidate.weights, None))
+            found[f"auto ({shapes.name(shape)})"] = (Eagle(drafter, shape), candidate.weights)
+            continue
+        drafters = []
+        for part in name.split("+"):
+            kind, _, size = part.partition(":")
+            if kind == "lookup" and size.isdecimal() and int(size):
+                drafters.append((Lookup(int(size)), None))
+            elif part == "lookahead":
+                drafters.append((Lookahead(run.target.config.vocab_size, *_LOOKAHEAD), None))
+            else:
+                drafters.append((Eagle(drafter, shapes.parse(part, "--decoders")), candidate.weights))
+        if len(drafters) > 2:
+            raise UserError(f"--decoders: found {name!r}, expected one drafter or two")
+        one, *other = drafters
+        found[name] = (Together(one[0], other[0][0]), (one[1], other[0][1])) if other else one
     return found
 
 

@@ -1,0 +1,107 @@
+"""Drafted decoding of the real target, with a drafter that begins as a piece of it."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from ppow_jax.decode import shapes
+from ppow_jax.decode.drafting import Eagle, Together
+from ppow_jax.decode.loop import DecodeConfig
+from ppow_jax.decode.ngrams import Lookahead, Lookup
+from ppow_jax.decode.sampling import Sampling, log_law
+from ppow_jax.decode.session import Session
+from ppow_jax.models import tokenizer
+from ppow_jax.models.drafter import Drafter, drafter_config, init_params, weights_of
+
+pytestmark = pytest.mark.slow
+ROWS, TOP, COUNT = 768, 3, 3
+NEVER = (-1,)
+
+
+@pytest.fixture(scope="module")
+def text(smollm2) -> tokenizer.Tokenizer:
+    return tokenizer.from_gguf(smollm2.metadata)
+
+
+@pytest.fixture(scope="module")
+def beginner(smollm2):
+    """A fresh drafter over the 4,096 first ids: those of frequent tokens."""
+    config = drafter_config(smollm2.target.config, 4096, 0, "float32", 9)
+    vocab = jnp.arange(4096)
+    params = init_params(config, smollm2.target.config, smollm2.params, vocab, jax.random.key(0))
+    return Drafter(config), weights_of(params, smollm2.params, vocab)
+
+
+def law_of_texts(smollm2, prompt: list[int], how: Sampling) -> dict[tuple[int, ...], float]:
+    """Probability of every text of `COUNT` tokens after the prompt, by whole passes over each beginning."""
+    found = {(): 1.0}
+    for length in range(COUNT):
+        rows = np.array([prompt + list(begun) for begun in found], np.int32)
+        logits = small.forward(smollm2.target, smollm2.params, rows)[1][:, len(prompt) - 1 + length]
+        laws, longer = np.exp(np.asarray(log_law(logits, how))), {}
+        for (begun, chance), law in zip(found.items(), laws, strict=True):
+            for token in np.flatnonzero(law):
+                longer[(*begun, int(token))] = chance * float(law[token])
+        found = longer
+    return found
+
+
+@pytest.mark.parametrize("name", ["chain:2", "group:2x2", "tree:5x2x2"])
+def test_sampled_texts_follow_the_targets_law(smollm2, beginner, text, name):
+    """768 texts of three tokens, of 27 that are possible: chi-square, once in a thousand wrong by chance."""
+    drafter, weights = beginner
+    prompt, how = text.encode("The best way to learn is"), Sampling(1.0, top_k=TOP)
+    law = law_of_texts(smollm2, prompt, how)
+    assert len(law) == TOP**COUNT and sum(law.values()) == pytest.approx(1, abs=1e-4)
+    eagle = Eagle(drafter, shapes.parse(name))
+    decoder = Session(smollm2.target, smollm2.params, DecodeConfig(COUNT, NEVER, how), eagle, weights)
+    counts, accepted = dict.fromkeys(law, 0), 0
+    for part in range(ROWS // 256):
+        keys = jax.random.split(jax.random.key(part), 256)
+        out = decoder([prompt] * 256, keys)
+        for row in out.tokens.tolist():
+            counts[tuple(row)] += 1  # a text that is impossible is a KeyError
+        accepted += int((out.emitted_by_round > 1).sum())
+    often = [t for t in law if law[t] * ROWS >= 5]
+    rest = [t for t in law if law[t] * ROWS < 5]
+    pairs = [(counts[t], law[t] * ROWS) for t in often]
+    pairs.append((sum(counts[t] for t in rest), sum(law[t] for t in rest) * ROWS))
+    chi2 = sum((seen - expected) ** 2 / expected for seen, expected in pairs)
+    freedom = len(pairs) - 1
+    assert (
+        chi2 < freedom * (1 - 2 / (9 * freedom) + 3.09 * np.sqrt(2 / (9 * freedom))) ** 3
+    )  # Wilson, Hilferty
+    assert accepted > ROWS / 20
+
+
+def test_greedy_texts_are_the_same_whatever_is_drafted_and_however_many_are_decoded(smollm2, beginner, text):
+    drafter, weights = beginner
+    questions = [
+        "Name three colours.",
+        "What is 12 times 7?",
+        "Write a function that adds two numbers.",
+        "Hi!",
+    ]
+    prompts = [text.first_turn(q) for q in questions]
+    config = DecodeConfig(48, text.stop_ids)
+    plain = Session(smollm2.target, smollm2.params, config)
+    answers = [np.asarray(plain([p]).tokens)[0].tolist() for p in prompts]
+    eagle = Eagle(drafter, shapes.parse("tree:16x4x4"))
+    drafters = (
+        (eagle, weights),
+        (Lookup(4, 2), None),
+        (Lookahead(smollm2.target.config.vocab_size), None),
+        (Together(Eagle(drafter, shapes.chain(3)), Lookup(3)), (weights, None)),
+    )
+    for drafting, own in drafters:
+        decoder = Session(smollm2.target, smollm2.params, config, drafting, own)
+        whole = decoder(prompts)
+        assert whole.tokens.tolist() == answers
+        assert whole.emitted_by_round.max() > 1
+        alone = decoder(prompts[:1])
+        assert alone.tokens.tolist() == answers[:1]
+        assert list(itertools.chain(*alone.emitted_by_round.tolist())) == whole.emitted_by_round[0].tolist()
