@@ -63,7 +63,7 @@ def costs(run: Experiment, stage: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Race:
-    """What is raced: `count` prompts of each source, all of one bucket of lengths; decoders; torch's Python."""
+    """What is raced: `count` prompts of each source, of one bucket of lengths; decoders; torch's Python."""
 
     prompts: str
     count: int
@@ -138,7 +138,7 @@ def sessions(run: Experiment, stage: str, names: Sequence[str], tokens: int) -> 
 def _drafters(
     run: Experiment, candidate: evaluate.Candidate, names: Sequence[str]
 ) -> dict[str, tuple[Drafting, Any]]:
-    """Who drafts, with weights, by name: a shape of the trained one, `lookup:K`, `lookahead`, or two with a +."""
+    """Who drafts, with weights, by name: a shape, `lookup:K`, `lookahead`, or two of them with a +."""
     drafter, found = training.drafter_of(run), {}
     for name in names:
         if name == "auto":
