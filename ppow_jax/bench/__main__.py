@@ -42,7 +42,7 @@ _TOKENS = flags.DEFINE_integer("tokens", 128, "Tokens that `respond` and `decode
 _DECODERS = flags.DEFINE_string(
     "decoders",
     "chain:3 tree:16x4x4 tree:60x8x10 auto lookup:3 lookahead chain:3+lookup:3",
-    "What `decode` and `parting` decode with: shapes as config.decode.shape, lookup:K, lookahead; two with a +.",
+    "Of `decode` and `parting`: shapes as in config.decode.shape, lookup:K, lookahead, or two with a +.",
 )
 _TORCH = flags.DEFINE_string(
     "torch_python",

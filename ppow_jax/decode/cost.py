@@ -23,7 +23,7 @@ from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.drafter import Drafter, DrafterWeights
 from ppow_jax.models.layers import KeyValues, likeliest
 from ppow_jax.models.target import Target
-from ppow_jax.windows import Start, prefix_pass
+from ppow_jax.windows import Start
 
 _SLOTS = 256
 _REPEATS = 20
@@ -126,36 +126,34 @@ def measure_gamma(target: Target, params: dict, drafter: Drafter, weights: Draft
 
 
 def time_target(target: Target, params: dict, tokens: int, slots: int = _SLOTS) -> float:
-    """Seconds (median) of a target pass over `tokens` tokens with logits and the likeliest of each."""
+    """Seconds (median) of a target pass over `tokens` tokens with the likeliest after each, in a loop."""
     c = target.config
     cache = kv_cache.empty(c.layers, 1, c.kv_heads, slots, c.head_size, jnp.dtype(c.dtype))
-    ids = jnp.zeros((1, 1, tokens), jnp.int32)
+    positions = slots // 2 + jnp.arange(tokens)[None, None]
+    visible = kv_cache.visible(jnp.full(1, slots // 2), slots)
 
-    @jax.jit
-    def run(params: dict, cache: kv_cache.Cache) -> Any:
-        positions = slots // 2 + jnp.arange(tokens)[None, None]
-        visible = kv_cache.visible(jnp.full(1, slots // 2), slots)
+    def once(ids: jax.Array, params: dict, cache: kv_cache.Cache) -> jax.Array:
         out = target.apply({"params": params}, ids, positions, cache, visible)
-        logits = target.apply({"params": params}, out.hidden, method=Target.logits)
-        return likeliest(logits), out.taps, out.new
+        best = likeliest(target.apply({"params": params}, out.hidden, method=Target.logits))
+        # whatever a round uses is asked for, or the compiler would leave it out
+        return best + (sum(x.sum() for x in jax.tree.leaves((out.taps, out.new))) == jnp.inf)
 
-    return median_seconds(functools.partial(run, params, cache))
+    return _seconds_in_loop(once, jnp.zeros((1, 1, tokens), jnp.int32), params, cache)
 
 
 def time_draft(drafter: Drafter, weights: DrafterWeights, shape: Shape, slots: int = _SLOTS) -> float:
-    """Seconds (median) of drafting, greedily."""
+    """Seconds (median) of drafting, greedily, in a loop."""
     c = drafter.config
     (prefix,) = kv_cache.empty(1, 1, c.kv_heads, slots, c.head_size, jnp.dtype(c.dtype))
     at = jnp.full((1, 1), slots // 2, jnp.int32)
-    start = Start(jnp.ones((1, 1, c.width), jnp.dtype(c.dtype)), at * 0, at)
-
     keys_B = jax.random.split(jax.random.key(0), 1)
 
-    @jax.jit
-    def run(weights: DrafterWeights, prefix: KeyValues) -> Any:
-        return tree.draft(drafter, weights, prefix, start, shape, GREEDY, keys_B)[:2]
+    def once(token: jax.Array, weights: DrafterWeights, prefix: KeyValues) -> jax.Array:
+        start = Start(jnp.ones((1, 1, c.width), jnp.dtype(c.dtype)), token, at)
+        found = tree.draft(drafter, weights, prefix, start, shape, GREEDY, keys_B)
+        return (found.tokens + found.parents).sum().reshape(1, 1) % len(weights.embedding)
 
-    return median_seconds(functools.partial(run, weights, prefix))
+    return _seconds_in_loop(once, at * 0, weights, prefix)
 
 
 def time_round(
@@ -182,12 +180,18 @@ def time_round(
     return (seconds(many) - seconds(few)) / (many - few)
 
 
-def time_prefix(drafter: Drafter, weights: DrafterWeights, tokens: int) -> float:
-    """Seconds (median) of reading `tokens` verified tokens into the drafter's prefix."""
-    taps = jnp.ones((1, tokens, drafter.config.taps_width))
-    ids = jnp.zeros((1, tokens), jnp.int32)
-    run = jax.jit(functools.partial(prefix_pass, drafter))
-    return median_seconds(functools.partial(run, weights, taps, ids, ids))
+def _seconds_in_loop(once: Callable[..., Any], begin: Any, *arguments: Any) -> float:
+    """Seconds of `once`, which feeds on its own result, within a compiled loop: as decoding runs it."""
+    few, many = 2, 12
+
+    @jax.jit
+    def run(times: jax.Array, begin: Any, *arguments: Any) -> Any:
+        return jax.lax.fori_loop(0, times, lambda _, carry: once(carry, *arguments), begin)
+
+    def seconds(times: int) -> float:
+        return median_seconds(functools.partial(run, jnp.int32(times), begin, *arguments), 7)
+
+    return max(0.0, (seconds(many) - seconds(few)) / (many - few))
 
 
 def median_seconds(call: Callable[[], Any], repeats: int = _REPEATS) -> float:

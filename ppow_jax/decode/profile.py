@@ -42,8 +42,9 @@ class Profile(NamedTuple):
     """What a beam of one width finds.
 
     Attributes:
-      needed: int32 `[B, T, D, D]`: at an anchor (a position of the text), for trees of at most i + 1 levels,
-        the tokens that a tree must have to hold the text's next j + 1 tokens; `NEVER` where none does.
+      needed: int32 `[B, A, D, D]`: at an anchor (the first is the position before the response), for trees
+        of at most i + 1 levels, the tokens that a tree must have to hold the text's next j + 1 tokens;
+        `NEVER` where none does.
       start, end: as in `Texts`.
     """
 
@@ -53,35 +54,39 @@ class Profile(NamedTuple):
 
     def tau(self, tokens: int, depth: int) -> float:
         """Tokens a verification pass, of trees of `tokens` tokens and `depth` levels."""
-        accepted_BxT = (self.needed[:, :, depth - 1, :depth] <= tokens).cumprod(-1).sum(-1)
+        accepted_BxA = (self.needed[:, :, depth - 1, :depth] <= tokens).cumprod(-1).sum(-1)
         emitted = rounds = 0
-        for accepted_T, start, end in zip(
-            accepted_BxT.tolist(), self.start.tolist(), self.end.tolist(), strict=True
+        for accepted_A, start, end in zip(
+            accepted_BxA.tolist(), self.start.tolist(), self.end.tolist(), strict=True
         ):
             anchor = start - 1
             while anchor + 2 < end:
-                step = min(accepted_T[anchor] + 1, end - anchor - 2)
+                step = min(accepted_A[anchor - start + 1] + 1, end - anchor - 2)
                 anchor, emitted, rounds = anchor + step, emitted + step, rounds + 1
         return emitted / max(1, rounds)
 
 
 def measure(drafter: Drafter, weights: DrafterWeights, texts: Texts, depth: int, top_k: int) -> Profile:
     """The profile of a beam of `top_k` on `depth` levels; with top_k 1 it is a chain's."""
-    needed = _needed(drafter, weights, texts.taps, texts.tokens, texts.end, depth, top_k)
-    return Profile(np.asarray(needed), np.asarray(texts.start), np.asarray(texts.end))
+    start, end = np.asarray(texts.start), np.asarray(texts.end)
+    anchors = -(-int((end - start).max()) // _AT_ONCE) * _AT_ONCE
+    needed = _needed(drafter, weights, texts.taps, texts.tokens, start, end, anchors, depth, top_k)
+    return Profile(np.asarray(needed), start, end)
 
 
-@functools.partial(jax.jit, static_argnames=("drafter", "depth", "top_k"))
+@functools.partial(jax.jit, static_argnames=("drafter", "anchors", "depth", "top_k"))
 def _needed(
     drafter: Drafter,
     weights: DrafterWeights,
     taps_BxTxC: jax.Array,
     tokens_BxT: jax.Array,
+    start_B: jax.Array,
     end_B: jax.Array,
+    anchors: int,
     depth: int,
     top_k: int,
 ) -> jax.Array:
-    B, T = tokens_BxT.shape
+    T = tokens_BxT.shape[1]
     prefix = text_prefix(drafter, weights, taps_BxTxC, tokens_BxT)
 
     def at(anchor_Bx1: jax.Array) -> jax.Array:
@@ -93,8 +98,8 @@ def _needed(
         real_BxD = ahead_BxD < end_B[:, None]
         return jax.vmap(functools.partial(_way, top_k=top_k))(found, text_BxD, real_BxD)
 
-    anchors_TxBx1 = jnp.broadcast_to(jnp.arange(T), (B, T)).T[..., None]
-    needed = jax.lax.map(at, jnp.minimum(anchors_TxBx1, T - 2), batch_size=_AT_ONCE)
+    anchors_AxBx1 = jnp.minimum(jnp.arange(anchors)[:, None] + start_B - 1, T - 2)[..., None]
+    needed = jax.lax.map(at, anchors_AxBx1, batch_size=_AT_ONCE)
     return needed.swapaxes(0, 1)
 
 
