@@ -75,7 +75,7 @@ def test_batches_are_cut_by_turns_and_length(experiment):
         Prompt("b", "", ("ab",)),
         Prompt("a", "", ("ba",)),
     ]
-    batches = respond.batches_of(prompts, respond.lengths_of(experiment, prompts, 8), 2)
+    batches = respond.batches_of(prompts, respond.lengths_of(experiment, prompts, 8), 2, 8)
     assert [[p.id for p in batch] for batch in batches] == [["a", "b"], ["long", "two"]]
 
 
@@ -83,6 +83,17 @@ def sampled(workdir, **changes):
     """Runs respond alone, at temperature 1, so that a batch's text depends on its key."""
     changes = dict(stages=("respond",), respond__temperature=1.0, ppow__temperature=1.0) | changes
     return runs.run(workdir, **changes)
+
+
+def test_batches_of_long_texts_hold_fewer_of_them():
+    prompts = [respond.Prompt(str(n), "", ("x",)) for n in range(20)]
+    lengths = {p.id: 10 if n < 9 else 200 if n < 15 else 500 for n, p in enumerate(prompts)}
+    batches = respond.batches_of(prompts, lengths, 6, 100)
+    assert [len(b) for b in batches] == [6, 3, 3, 3, 2, 2, 1]  # of 110, 300 (a half) and 600 tokens (a third)
+    assert [p.id for b in batches for p in b] == [
+        str(n) for n in sorted(range(20), key=lambda n: (lengths[str(n)], str(n)))
+    ]
+    assert [len(b) for b in respond.batches_of(prompts, lengths, 1, 10_000)] == [1] * 20
 
 
 def test_a_killed_run_repeats_only_the_batch_in_flight(tmp_path, monkeypatch):

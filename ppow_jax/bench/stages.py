@@ -62,7 +62,7 @@ def batch_writing(run: Experiment, machine: Machine, size: int, tokens: int, rep
     """
     work, size = Work(run), size or run.settings.respond.batch_size
     prompts = [p for kind in builtin.KINDS for p in builtin.generate(kind, "train")[: 4 * size]]
-    batches = respond.batches_of(prompts, respond.lengths_of(run, prompts, tokens), size)
+    batches = respond.batches_of(prompts, respond.lengths_of(run, prompts, tokens), size, tokens)
     middle = batches[len(batches) // 2]  # of twelve
     prompt_BxP, length_B = respond.pad([run.tokenizer.first_turn(p.turns[0]) for p in middle], size)
     keys_B = jax.random.split(jax.random.key(0), size)

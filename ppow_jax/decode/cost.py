@@ -68,7 +68,7 @@ class Costs:
 def measure(
     target: Target, params: dict, drafter: Drafter, weights: DrafterWeights, slots: int = _SLOTS
 ) -> Costs:
-    """Measures everything with half of `slots` known; takes a minute or two, mostly of compilation."""
+    """Measures everything with half of `slots` known; takes minutes, mostly of compilation."""
     passes = {n: time_target(target, params, n, slots) for n in _SIZES}
     draft = functools.partial(time_draft, drafter, weights, slots=slots)
     first = draft(chain(1))

@@ -114,7 +114,7 @@ def choose_shape(
     mark = [candidate.sha256, report.device()]
     known = records.read_json(path)
     if not known or known["mark"] != mark:
-        log.info("decode.shape auto: measuring costs and acceptance, a minute or two")
+        log.info("decode.shape auto: measuring costs and acceptance, a few minutes")
         costs = cost.measure(experiment.target, experiment.target_params, drafter, candidate.weights)
         best = cost.choices(costs, drafter, candidate.weights, held_out(experiment))[0]
         known = {"mark": mark, "shape": shapes.name(best.shape)}
