@@ -27,9 +27,9 @@ def parts(run: Experiment, machine: Machine) -> None:
         rows.append([name, *(f"{c:,.1f}" for c in cells), f"{floor / seconds:.0%}"])
 
     for tokens in (1, 2, 4, 8, 11, 16, 32):
-        seconds = cost.time_target(run.target, run.target_params, tokens)
+        seconds = cost.typical(cost.target_timer(run.target, run.target_params, tokens))
         row(f"target, {tokens} token{'s' * (tokens > 1)}", *work.target(tokens), seconds)
-    seconds = cost.time_draft(drafter, weights, chain(10)) / 10
+    seconds = cost.typical(cost.draft_timer(drafter, weights, chain(10))) / 10
     row("drafter step", 2.0 * work.step, 4.0 * work.step, seconds)
     for name, (operations, seconds) in _ppow_phases(run, work, state).items():
         row(f"PPOW {name}", operations, 0.0, seconds)

@@ -26,7 +26,7 @@ from ppow_jax.models.target import Target
 from ppow_jax.windows import Start
 
 _SLOTS = 256
-_REPEATS = 20
+_REPEATS = 7
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # tokens of the passes that are measured
 _WIDTHS = (1, 2, 4, 10)  # of beams
 _LEVELS = 8
@@ -69,16 +69,16 @@ def measure(
     target: Target, params: dict, drafter: Drafter, weights: DrafterWeights, slots: int = _SLOTS
 ) -> Costs:
     """Measures everything with half of `slots` known; takes minutes, mostly of compilation."""
-    passes = {n: time_target(target, params, n, slots) for n in _SIZES}
-    draft = functools.partial(time_draft, drafter, weights, slots=slots)
+    passes = {n: typical(target_timer(target, params, n, slots)) for n in _SIZES}
+    draft = lambda shape: typical(draft_timer(drafter, weights, shape, slots))  # noqa: E731
     first = draft(chain(1))
     level = {1: (draft(chain(4)) - first) / 3}
     for width in _WIDTHS[1:]:
         level[width] = (draft(Dynamic(2, 4, width)) - draft(Dynamic(2, 1, width))) / 3
-    costs = Costs(time_round(target, params, slots=slots), passes, first, level, {1: 0.0})
+    costs = Costs(typical(round_timer(target, params, slots=slots)), passes, first, level, {1: 0.0})
     overhead = {}
     for shape in _PROBES:
-        whole = time_round(target, params, Eagle(drafter, shape), weights, slots)
+        whole = typical(round_timer(target, params, Eagle(drafter, shape), weights, slots))
         overhead[shape.tokens] = max(0.0, whole - costs.round(shape.tokens, shape.depth, shape.ranks))
     return dataclasses.replace(costs, overhead=overhead)
 
@@ -122,11 +122,20 @@ def choices(costs: Costs, drafter: Drafter, weights: DrafterWeights, texts: Text
 def measure_gamma(target: Target, params: dict, drafter: Drafter, weights: DrafterWeights) -> float:
     """Time of a drafter step over that of a target step, 256 slots of context."""
     window = chain(8)
-    return time_draft(drafter, weights, window) / window.depth / time_target(target, params, 1)
+    step = typical(draft_timer(drafter, weights, window)) / window.depth
+    return step / typical(target_timer(target, params, 1))
 
 
-def time_target(target: Target, params: dict, tokens: int, slots: int = _SLOTS) -> float:
-    """Seconds (median) of a target pass over `tokens` tokens with the likeliest after each, in a loop."""
+Timer = Callable[[], float]  # measures anew at every call: seconds
+
+
+def typical(timer: Timer) -> float:
+    """Median of a few measurements."""
+    return float(np.median([timer() for _ in range(_REPEATS)]))
+
+
+def target_timer(target: Target, params: dict, tokens: int, slots: int = _SLOTS) -> Timer:
+    """Of a target pass over `tokens` tokens with the likeliest after each, half of the slots known."""
     c = target.config
     cache = kv_cache.empty(c.layers, 1, c.kv_heads, slots, c.head_size, jnp.dtype(c.dtype))
     positions = slots // 2 + jnp.arange(tokens)[None, None]
@@ -138,11 +147,11 @@ def time_target(target: Target, params: dict, tokens: int, slots: int = _SLOTS) 
         # whatever a round uses is asked for, or the compiler would leave it out
         return best + (sum(x.sum() for x in jax.tree.leaves((out.taps, out.new))) == jnp.inf)
 
-    return _seconds_in_loop(once, jnp.zeros((1, 1, tokens), jnp.int32), params, cache)
+    return _in_loop(once, jnp.zeros((1, 1, tokens), jnp.int32), params, cache)
 
 
-def time_draft(drafter: Drafter, weights: DrafterWeights, shape: Shape, slots: int = _SLOTS) -> float:
-    """Seconds (median) of drafting, greedily, in a loop."""
+def draft_timer(drafter: Drafter, weights: DrafterWeights, shape: Shape, slots: int = _SLOTS) -> Timer:
+    """Of drafting, greedily."""
     c = drafter.config
     (prefix,) = kv_cache.empty(1, 1, c.kv_heads, slots, c.head_size, jnp.dtype(c.dtype))
     at = jnp.full((1, 1), slots // 2, jnp.int32)
@@ -153,48 +162,45 @@ def time_draft(drafter: Drafter, weights: DrafterWeights, shape: Shape, slots: i
         found = tree.draft(drafter, weights, prefix, start, shape, GREEDY, keys_B)
         return (found.tokens + found.parents).sum().reshape(1, 1) % len(weights.embedding)
 
-    return _seconds_in_loop(once, at * 0, weights, prefix)
+    return _in_loop(once, at * 0, weights, prefix)
 
 
-def time_round(
+def round_timer(
     target: Target, params: dict, drafting: Drafting | None = None, weights: Any = None, slots: int = _SLOTS
-) -> float:
-    """Seconds (median) of a round within the decoding loop, halfway through the slots."""
+) -> Timer:
+    """Of a round of the decoding loop."""
     config, length = DecodeConfig(slots, (-1,)), slots // 2
     prompt, keys = jnp.zeros((1, length), jnp.int32), jax.random.split(jax.random.key(0), 1)
-    few, many = 2, min(18, length // (1 + (drafting.depth if drafting else 0)))
+    depth = drafting.depth if drafting else 0
+    state, _ = jax.jit(functools.partial(prefill, target, config=config, drafting=drafting))(
+        params, prompt, jnp.array([length]), keys, weights=weights
+    )
+    state = grow(state, slots + depth, drafting)
 
-    @jax.jit
-    def run(params: dict, weights: Any, rounds: jax.Array) -> jax.Array:
-        begin, _ = prefill(target, params, prompt, jnp.array([length]), keys, config, drafting, weights)
-        begin = grow(begin, slots + (drafting.depth if drafting else 0), drafting)
+    def once(state: State, params: dict, weights: Any) -> State:
+        return next_round(target, params, state, config, drafting, weights)[0]
 
-        def once(state: State) -> State:
-            return next_round(target, params, state, config, drafting, weights)[0]
-
-        return jax.lax.while_loop(lambda s: s.round < rounds, once, begin).tokens
-
-    def seconds(rounds: int) -> float:
-        return median_seconds(functools.partial(run, params, weights, jnp.int32(rounds)), 7)
-
-    return (seconds(many) - seconds(few)) / (many - few)
+    return _in_loop(once, state, params, weights, many=min(12, length // (depth + 1)))
 
 
-def _seconds_in_loop(once: Callable[..., Any], begin: Any, *arguments: Any) -> float:
-    """Seconds of `once`, which feeds on its own result, within a compiled loop: as decoding runs it."""
-    few, many = 2, 12
+def _in_loop(once: Callable[..., Any], begin: Any, *arguments: Any, many: int = 12) -> Timer:
+    """Of `once`, which feeds on its own result, within a compiled loop: as decoding runs it."""
+    few = 2
 
     @jax.jit
     def run(times: jax.Array, begin: Any, *arguments: Any) -> Any:
         return jax.lax.fori_loop(0, times, lambda _, carry: once(carry, *arguments), begin)
 
     def seconds(times: int) -> float:
-        return median_seconds(functools.partial(run, jnp.int32(times), begin, *arguments), 7)
+        began = time.perf_counter()
+        jax.block_until_ready(run(jnp.int32(times), begin, *arguments))
+        return time.perf_counter() - began
 
-    return max(0.0, (seconds(many) - seconds(few)) / (many - few))
+    seconds(few)
+    return lambda: max(0.0, (seconds(many) - seconds(few)) / (many - few))
 
 
-def median_seconds(call: Callable[[], Any], repeats: int = _REPEATS) -> float:
+def median_seconds(call: Callable[[], Any], repeats: int = 20) -> float:
     """Median wall-clock seconds of a call, its first (compilation) left out."""
     jax.block_until_ready(call())
     seconds = []
