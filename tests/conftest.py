@@ -42,6 +42,13 @@ def smollm2() -> small.Loaded:
     return small.Loaded(Target(config), jax.device_put(params), metadata)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_module_are_dropped_after_it():
+    """A process may map so much memory and no more; the programs of all modules together ended it."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Compiles in half the time, for modules of small arrays that compile much and run little."""

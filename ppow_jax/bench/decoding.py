@@ -31,7 +31,7 @@ from ppow_jax.stages import evaluate, training
 
 _LOOKAHEAD = (2, 3, 1)  # columns, n-gram and candidates: seven tokens in a pass
 _TORCH_LOOKUP = 10  # of transformers, its documentation's
-_PAUSE = 0.1  # seconds after which threads of another library have stopped spinning
+_PAUSE = 0.3  # seconds after which threads of another library have stopped spinning
 
 
 def _candidate(run: Experiment, stage: str) -> evaluate.Candidate:

@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=pathlib.Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    answers, sys.stdout = sys.stdout, sys.stderr  # what the libraries print stays out of the way
     import torch
     import transformers
 
@@ -28,7 +29,8 @@ def main() -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         args.gguf.parent, gguf_file=args.gguf.name, dtype=torch.float32
     ).eval()
-    print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__}), flush=True)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    print(json.dumps(versions), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         ids = torch.tensor([asked["ids"]])
@@ -44,7 +46,8 @@ def main() -> None:
             **lookup,
         )
         seconds = time.perf_counter() - began
-        print(json.dumps({"seconds": seconds, "ids": out[0, ids.shape[1] :].tolist()}), flush=True)
+        answer = {"seconds": seconds, "ids": out[0, ids.shape[1] :].tolist()}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ import argparse
 import hashlib
 import json
 import pathlib
-import sys
-import time
 import zipfile
 from collections.abc import Sequence
 from typing import Any
@@ -165,19 +163,4 @@ def write_reference(args: argparse.Namespace) -> int:
         }
         write_array(archive, "meta", np.frombuffer(json.dumps(meta).encode(), np.uint8))
     unfinished.replace(args.reference)
-    return 0
-
-
-def serve(args: argparse.Namespace) -> int:
-    """The `torch-worker` subcommand: times `generate` for each line {"ids", "tokens"} of stdin."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever the libraries print stays out of the way
-    model = Reference(args.gguf, "sdpa")  # the default of transformers, and its fastest without compiling
-    model.torch.set_num_threads(args.threads)
-    print(json.dumps(model.versions() | {"threads": model.torch.get_num_threads()}), file=answers, flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        began, worked = time.perf_counter(), time.process_time()
-        ids = model.greedy(request["ids"], request["tokens"])
-        spent = {"seconds": time.perf_counter() - began, "processor": time.process_time() - worked}
-        print(json.dumps(spent | {"ids": ids}), file=answers, flush=True)
     return 0

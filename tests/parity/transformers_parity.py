@@ -3,19 +3,16 @@
 Two environments will do, one of them may serve as both:
 
     pip install torch==2.13.0 transformers accelerate gguf     # for `reference`
-    pip install ppow_jax                                       # for `compare` and `time`
+    pip install ppow_jax                                       # for `compare`
 
     python transformers_parity.py reference --gguf MODEL.gguf --prompts A.jsonl B.jsonl \\
         --reference ref.npz
     python transformers_parity.py compare --gguf MODEL.gguf --reference ref.npz --report report.json
-    python transformers_parity.py time --gguf MODEL.gguf --prompts A.jsonl B.jsonl \\
-        --torch-python OTHER/bin/python
 
 `reference` writes token ids of every prompt and, for a few of them, greedy continuations with the
 logits and hidden states of each position (about 1 GB for 20 of them). `compare` recomputes all of
-it with ppow_jax, prints a table and ends with status 1 if anything is out of bounds. `time` sets
-autoregressive decoding of both side by side (see `timing`) and ends with status 1 if ours is slower,
-2 if the machine is too busy to tell.
+it with ppow_jax, prints a table and ends with status 1 if anything is out of bounds. `python -m
+ppow_jax.bench decode` sets the two against each other.
 `make_golden.py` makes the small file for `tests/test_target_golden.py` in the same way.
 """
 
@@ -27,7 +24,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import timing
 import torch_reference
 from torch_reference import TAPS, sha256
 
@@ -215,7 +211,7 @@ def compare(args: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     """Command line."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = top.add_subparsers(required=True, metavar="{reference,compare,time}")
+    commands = top.add_subparsers(required=True, metavar="{reference,compare}")
 
     def command(name: str, run: Any, **words: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, **words)
@@ -233,17 +229,6 @@ def parser() -> argparse.ArgumentParser:
     cmp = command("compare", compare, help="JAX environment: check ppow_jax against a reference")
     cmp.add_argument("--reference", type=pathlib.Path, required=True, help="from `reference`")
     cmp.add_argument("--report", type=pathlib.Path, help="JSON file to write the report to")
-    clock = command("time", timing.time_decoding, help="JAX environment: race against transformers")
-    clock.add_argument("--prompts", type=pathlib.Path, nargs="+", required=True, help="JSONL files")
-    clock.add_argument("--torch-python", required=True, help="interpreter of the torch environment")
-    clock.add_argument("--count", type=int, default=4, help="prompts (default: %(default)s)")
-    clock.add_argument("--rounds", type=int, default=3, help="over the prompts (default: %(default)s)")
-    clock.add_argument("--tokens", type=int, default=TOKENS, help="of each (default: %(default)s)")
-    clock.add_argument("--longest", type=int, default=96, help="prompt ids (default: %(default)s)")
-    clock.add_argument("--threads", type=int, default=2, help="of each library (default: %(default)s)")
-    clock.add_argument("--pause", type=float, default=0.5, help="seconds between runs (default: %(default)s)")
-    worker = command("torch-worker", torch_reference.serve)  # started by `time`
-    worker.add_argument("--threads", type=int, default=2)
     return top
 
 
