@@ -30,9 +30,7 @@ def run(finished, tmp_path, monkeypatch):
 
 
 def test_all_decoders_write_the_same_texts(run, capsys):
-    race = decoding.Race(
-        SOURCES, 2, 24, ("chain:2", "tree:6x3x2", "auto", "lookup:3", "lookahead", "chain:3+lookup:2"), ""
-    )
+    race = decoding.Race(SOURCES, 2, 24, ("chain:2", "auto", "lookahead", "chain:2+lookup:2"), "")
     decoding.race(run, "cst", race)
     out = capsys.readouterr().out
     rows = [line for line in out.splitlines() if line.startswith("│")]
@@ -66,7 +64,7 @@ def test_decoders_that_there_are_not_are_named(run, name):
 
 
 def test_in_float32_no_text_parts(run, capsys):
-    decoders = decoding.sessions(run, "cst", ("tree:6x3x2",), 24)
+    decoders = decoding.sessions(run, "cst", ("tree:4x2x2",), 24)
     parting.compare(run, decoders, 2, SOURCES, 2, 24)
     out = capsys.readouterr().out
     assert "5 turns of at most 24 tokens in float32" in out  # one of the four has two

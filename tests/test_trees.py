@@ -67,9 +67,21 @@ def test_wider_trees_accept_more(tiny, texts, pupil):
     assert rounds[0] > rounds[1] > rounds[2]
 
 
+def test_what_lies_beyond_a_text_is_not_accepted(tiny, texts, pupil):
+    """The target would have gone on so, but the text was cut."""
+    whole = profile_texts(tiny, texts)
+    rounds = simulate(tiny.drafter, pupil, *whole._replace(end=whole.end - 3), SHAPES["dynamic, all nodes"])
+    emitted, accepted = np.asarray(rounds.emitted), np.asarray(rounds.accepted)
+    live = emitted > 0
+    assert emitted.sum(1).tolist() == [L - 4] * len(PROMPTS)
+    assert (accepted <= rounds.offered)[live].all() and (accepted[~live] == -1).all()
+    left = (whole.end - 3 - whole.start - 1)[:, None] - np.cumsum(emitted, 1) + emitted
+    assert (np.asarray(rounds.offered) == np.where(live, np.minimum(3, left), 0)).all()
+
+
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_a_profile_tells_the_rounds_of_every_smaller_tree(tiny, texts, pupil, top_k):
-    texts_, levels = profile_texts(tiny, texts), 4
+    texts_, levels = profile_texts(tiny, texts), 3
     found = profile.measure(tiny.drafter, pupil, texts_, levels, top_k)
     nodes = lambda depth: 1 + top_k + (depth - 1) * top_k**2  # noqa: E731
     seen = set()
