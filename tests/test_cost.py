@@ -99,8 +99,10 @@ def test_auto_decodes_with_what_it_finds_and_the_report_shows_what_it_expected(
     assert (
         f"speedup {report['prediction']['speedup']:.2f}x (reading the prompt not counted), measured" in text
     )
-    for drafter in report["drafters"].values():
-        for benchmark in drafter["benchmarks"].values():
+    before = json.loads((finished.workdir / "report.json").read_text())
+    for stage, drafter in report["drafters"].items():
+        for name, benchmark in drafter["benchmarks"].items():
+            assert benchmark["tokens_per_s"] != before["drafters"][stage]["benchmarks"][name]["tokens_per_s"]
             assert benchmark["identical_outputs"] == benchmark["same_rounds_as_simulated"] == 2
     monkeypatch.setattr(cost, "measure", None)  # it is not asked again
     stages = json.loads((workdir / "stages.json").read_text())
