@@ -110,3 +110,9 @@ def test_auto_decodes_with_what_it_finds_and_the_report_shows_what_it_expected(
     (workdir / "stages.json").write_text(json.dumps(stages))
     runs.run(workdir, **changes)
     assert json.loads((workdir / "report.json").read_text())["decode_shape"] == report["decode_shape"]
+    runs.run(workdir, stages=("evaluate",), decode__shape="chain:1")  # another shape, another evaluation
+    again = json.loads((workdir / "report.json").read_text())
+    assert again["decode_shape"] == "chain:1" and again["prediction"] is None
+    for stage, drafter in again["drafters"].items():
+        for name, benchmark in drafter["benchmarks"].items():
+            assert benchmark["decode_tau"] < report["drafters"][stage]["benchmarks"][name]["decode_tau"]
