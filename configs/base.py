@@ -106,8 +106,9 @@ def get_config():
     # known token included; paths:0-0-1,0-1,2, a fixed tree by ranks of the drafter's tokens; or auto: what
     # suits the costs of this machine, which it measures, and the acceptance on held-out responses.
     c.decode.shape = "chain:3"  # suits two CPU cores; accelerators like more
-    # Compute in float32 even if the target's dtype is bfloat16: drafted texts then part from autoregressive ones
-    # as rarely as in float32. `python -m ppow_jax.bench parting` shows how often they do, with and without.
+    # Compute in float32 even if the target's dtype is bfloat16: drafted texts then part from autoregressive
+    # ones as rarely as in float32. `python -m ppow_jax.bench parting` shows how often they do, with and
+    # without.
     c.decode.exact = False
     # At temperature 0 texts are compared with autoregressive ones; above, their law is the same.
     c.decode.sampling = ConfigDict(dict(temperature=0.0, top_k=0, top_p=1.0))
