@@ -18,7 +18,7 @@ from ppow_jax.decode.drafting import Drafting, Eagle
 from ppow_jax.decode.loop import DecodeConfig, State, grow, next_round, prefill
 from ppow_jax.decode.profile import Texts
 from ppow_jax.decode.sampling import GREEDY
-from ppow_jax.decode.shapes import Dynamic, Shape, chain
+from ppow_jax.decode.shapes import Dynamic, Shape, beam_nodes, chain
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.drafter import Drafter, DrafterWeights
 from ppow_jax.models.layers import KeyValues, likeliest
@@ -114,7 +114,7 @@ def choices(costs: Costs, drafter: Drafter, weights: DrafterWeights, texts: Text
         wide = profile.measure(drafter, weights, texts, _LEVELS, width)
         for depth in range(1, _LEVELS + 1):
             for tokens in _SIZES:
-                if depth < tokens <= 1 + width + (depth - 1) * width**2:
+                if depth < tokens <= beam_nodes(depth, width):
                     add(Dynamic(tokens, depth, width), wide.tau(tokens, depth))
     return sorted(found, key=lambda choice: -choice.speedup)
 

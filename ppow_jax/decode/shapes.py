@@ -74,7 +74,7 @@ class Dynamic:
     top_k: int
 
     def __post_init__(self) -> None:
-        nodes = 1 + self.top_k + (self.depth - 1) * self.top_k**2
+        nodes = beam_nodes(self.depth, self.top_k)
         if min(self.depth, self.top_k) < 1 or not 2 <= self.tokens <= nodes:
             raise ConfigError(
                 f"found a tree of {self.tokens} tokens, expected 2 to {nodes}, all that "
@@ -85,6 +85,11 @@ class Dynamic:
     def ranks(self) -> int:
         """See `Fixed`."""
         return self.top_k
+
+
+def beam_nodes(depth: int, top_k: int) -> int:
+    """All that a dynamic tree can pick from: the root, `top_k` nodes, then `top_k ** 2` a level."""
+    return 1 + top_k + (depth - 1) * top_k**2
 
 
 Shape = Fixed | Dynamic
