@@ -72,10 +72,9 @@ def compare(
         turns.append(turn)
         if len(turns) % 20 == 0:
             log.info("parting: %d turns decoded autoregressively", len(turns))
-    jobs = {name: (session, 1) for name, session in decoders.items()}
-    jobs |= {
-        f"{name}, batch {batch}": (s, batch) for name, s in {"autoregressive": plain, **decoders}.items()
-    }
+    jobs = {f"autoregressive, batch {batch}": (plain, batch)}
+    for name, session in decoders.items():
+        jobs |= {name: (session, 1), f"{name}, batch {batch}": (session, batch)}
     rows = []
     for name, (session, size) in jobs.items():
         partings = _partings(run, session, turns, size, name)
