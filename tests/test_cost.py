@@ -3,15 +3,17 @@
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
 import small
 
-from ppow_jax.decode import cost, shapes
+from ppow_jax.decode import cost, profile, shapes
 from ppow_jax.decode.cost import Costs
 from ppow_jax.decode.profile import Texts
 from ppow_jax.decode.simulate import simulate
+from ppow_jax.decode.tree import Candidates
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -67,6 +69,23 @@ def test_what_is_predicted_of_a_shape_is_its_simulation(chain, texts_of):
         emitted = np.asarray(simulate(drafter, weights, *texts_of, choice.shape).emitted)
         assert choice.tau == pytest.approx(emitted.sum() / (emitted > 0).sum())
         assert choice.speedup == pytest.approx(choice.tau / choice.seconds)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equally_likely_candidates_enter_a_tree_in_their_order(seed):
+    rng, text, top_k = np.random.default_rng(seed), np.array([0, 1, 0]), 2
+    parents = np.array([0, 0, 1, 1, 2, 2, 3, 3, 6, 6])  # two of level 1, four of level 2 and of level 3
+    tokens, scores = np.tile([0, 1], 5), np.zeros(10)
+    for i, parent in enumerate(parents):
+        scores[i] = (scores[parent - 1] if parent else 0) - rng.integers(2)  # ties everywhere
+    found = Candidates(*map(jnp.asarray, (tokens, parents, scores)))
+    needed = np.asarray(profile._way(found, jnp.asarray(text), jnp.array([True, True, True]), top_k))
+    way = [0, 3, None]  # the text: candidate 1, then 4, whose continuations the beam has not
+    for levels, end in enumerate((2, 6, 10)):
+        order = sorted(range(end), key=lambda i: -scores[i]).index  # stable, as top_k is
+        for level, node in enumerate(way):
+            want = 2 + order(node) if node is not None and level <= levels else profile.NEVER
+            assert needed[levels, level] == want
 
 
 def test_measured_costs_are_times(tiny, monkeypatch):

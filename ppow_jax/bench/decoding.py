@@ -100,24 +100,30 @@ def race(run: Experiment, stage: str, about: Race) -> None:
     for name, decoder in decoders.items():
         log.info("decode: compiling and trying %s", name)
         decoder(ids[0])
-    timers = {name: _timers(run, *who, length + about.tokens) for name, who in ours.items()}
+    begin = _ours(dataclasses.replace(plain, config=dataclasses.replace(config, max_new_tokens=1)))
+    begin(ids[0])
+    slots = length + about.tokens
+    verifies = {
+        d.tokens: cost.target_timer(run.target, run.target_params, d.tokens, slots) for d, _ in ours.values()
+    }
+    drafts = {name: cost.draft_timer(run.target, *who, slots) for name, who in ours.items()}
     runs: dict[str, list[Run]] = {name: [] for name in decoders}
     parts: dict[str, list[float]] = {name: [] for name in ours}
+    prefills = []
     for number, prompt in enumerate(ids):
         for name in list(decoders)[:: 1 if number % 2 else -1]:
             time.sleep(_PAUSE)
             runs[name].append(decoders[name](prompt))
-            if name in timers:
-                parts[name].append(sum(timer() for timer in timers[name]))
+            if name in ours:  # beside each prompt: a machine's mood hits all alike
+                parts[name].append(verifies[ours[name][0].tokens]() + drafts[name]())
+        prefills.append(begin(prompt).seconds)
         log.info("decode: %d/%d prompts", number + 1, len(ids))
     if worker:
         worker.close()
-    begin = dataclasses.replace(plain, config=dataclasses.replace(config, max_new_tokens=1))
-    prefill = cost.median_seconds(lambda: begin([ids[0]]), 5)
     title = (
         f"{len(ids)} prompts padded to {length}, at most {about.tokens} tokens, drafter of {candidate.stage}"
     )
-    _report(title, runs, parts, prefill)
+    _report(title, runs, parts, np.array(prefills))
 
 
 def _prompts(run: Experiment, about: Race) -> list[list[int]]:
@@ -212,43 +218,34 @@ def _torch(run: Experiment, about: Race) -> _Worker | None:
     return _Worker(python, str(gguf.find(run.settings.target.path)), about.tokens, run.tokenizer.stop_ids)
 
 
-def _timers(run: Experiment, drafting: Drafting, weights: Any, slots: int) -> list[cost.Timer]:
-    """Of verification and of drafting, to be asked beside each prompt: a machine's mood hits all alike."""
-    timers = [cost.target_timer(run.target, run.target_params, drafting.tokens, slots)]
-    if isinstance(drafting, Together):
-        drafting, weights = drafting.first, weights[0]  # looking up costs next to nothing
-    if isinstance(drafting, Eagle):
-        timers.append(cost.draft_timer(drafting.drafter, weights, drafting.shape, slots))
-    return timers
-
-
-def _report(title: str, runs: dict[str, list[Run]], parts: dict[str, list[float]], prefill: float) -> None:
+def _report(
+    title: str, runs: dict[str, list[Run]], parts: dict[str, list[float]], prefills: np.ndarray
+) -> None:
     """Tokens/s from prompt to stop, ratios to autoregressive decoding, and of the rounds alone the share
-    that was reached of what verification and drafting would allow."""
+    that was reached of what verification and drafting would allow; medians over prompts."""
     plain, rows = runs["autoregressive"], []
-    tokens = lambda of: sum(len(r.ids) for r in of)  # noqa: E731
-    seconds = lambda of: sum(r.seconds for r in of)  # noqa: E731
-    step = (seconds(plain) - len(plain) * prefill) / (tokens(plain) - len(plain))
+    sums = lambda of: np.array([len(r.ids) for r in of])  # noqa: E731
+    clock = lambda of: np.array([r.seconds for r in of])  # noqa: E731
+    steps = (clock(plain) - prefills) / np.maximum(1, sums(plain) - 1)
+    rates = sums(plain) / clock(plain)
     for name, of in runs.items():
-        ratios = sorted(
-            (len(r.ids) / r.seconds) / (len(p.ids) / p.seconds) for r, p in zip(of, plain, strict=True)
-        )
-        low, middle, high = (float(np.quantile(ratios, q)) for q in (0.1, 0.5, 0.9))
-        whole = tokens(of) / seconds(of) * seconds(plain) / tokens(plain)
+        low, middle, high = np.quantile(sums(of) / clock(of) / rates, (0.1, 0.5, 0.9))
+        whole = sums(of).sum() / clock(of).sum()
         same = sum(r.ids == p.ids for r, p in zip(of, plain, strict=True))
         cells = [
-            f"{tokens(of) / seconds(of):.1f}",
-            f"{whole:.2f}x",
+            f"{whole:.1f}",
+            f"{whole * clock(plain).sum() / sums(plain).sum():.2f}x",
             f"{middle:.2f}x ({low:.2f} to {high:.2f})",
         ]
-        rounds, more = sum(len(r.emitted) for r in of), ["", "", "", ""]
+        more = [""] * 4
         if name in parts:
-            tau = sum(sum(r.emitted) for r in of) / rounds
-            needed = float(np.median(parts[name])) / step
-            ceiling = tau / needed
-            reached = tau / ((seconds(of) - len(of) * prefill) / rounds / step)
-            more = [f"{tau:.3f}", f"{needed:.2f}", f"{ceiling:.2f}x", f"{reached / ceiling:.0%}"]
+            rounds = np.array([len(r.emitted) for r in of])
+            tau = sum(sum(r.emitted) for r in of) / rounds.sum()
+            needed = float(np.median(parts[name] / steps))
+            reached = np.median(parts[name] * rounds / (clock(of) - prefills))
+            more = [f"{tau:.3f}", f"{needed:.2f}", f"{tau / needed:.2f}x", f"{reached:.0%}"]
         rows.append([name, *cells, f"{same}/{len(of)}", *more])
     columns = ["decoder", "tokens/s", "ratio", "median (10% to 90%)", "same text"]
     columns += ["tau", "parts (steps)", "ceiling", "reached"]
-    show(f"{title}; a step {step * 1e3:.1f} ms, prefill {prefill * 1e3:.0f} ms", columns, rows)
+    step, prefill = np.median(steps) * 1e3, np.median(prefills) * 1e3
+    show(f"{title}; a step {step:.1f} ms, prefill {prefill:.0f} ms", columns, rows)

@@ -10,6 +10,7 @@ from ppow_jax.bench.machine import Machine, Work, fresh_drafter, show
 from ppow_jax.data import builtin
 from ppow_jax.decode import cost
 from ppow_jax.decode.batch import decode_batch
+from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.decode.shapes import chain
 from ppow_jax.experiment import Experiment
@@ -29,7 +30,7 @@ def parts(run: Experiment, machine: Machine) -> None:
     for tokens in (1, 2, 4, 8, 11, 16, 32):
         seconds = cost.typical(cost.target_timer(run.target, run.target_params, tokens))
         row(f"target, {tokens} token{'s' * (tokens > 1)}", *work.target(tokens), seconds)
-    seconds = cost.typical(cost.draft_timer(drafter, weights, chain(10))) / 10
+    seconds = cost.typical(cost.draft_timer(run.target, Eagle(drafter, chain(10)), weights)) / 10
     row("drafter step", 2.0 * work.step, 4.0 * work.step, seconds)
     for name, (operations, seconds) in _ppow_phases(run, work, state).items():
         row(f"PPOW {name}", operations, 0.0, seconds)

@@ -13,17 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppow_jax.decode import profile, tree
-from ppow_jax.decode.drafting import Drafting, Eagle
+from ppow_jax.decode import profile
+from ppow_jax.decode.drafting import Drafting, Eagle, Seen
 from ppow_jax.decode.loop import DecodeConfig, State, grow, next_round, prefill
 from ppow_jax.decode.profile import Texts
 from ppow_jax.decode.sampling import GREEDY
 from ppow_jax.decode.shapes import Dynamic, Shape, beam_nodes, chain
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.drafter import Drafter, DrafterWeights
-from ppow_jax.models.layers import KeyValues, likeliest
+from ppow_jax.models.layers import likeliest
 from ppow_jax.models.target import Target
-from ppow_jax.windows import Start
 
 _SLOTS = 256
 _REPEATS = 7
@@ -42,10 +41,9 @@ class Costs:
       step: of an autoregressive round.
       target: of a target pass by its number of tokens; what lies between two sizes costs as much as the
         larger.
-      first: of a drafter's first step, which is one window wide.
+      first: of a drafter's first step, which is one window wide, and of its reading the verified tokens.
       level: of a further step by its width.
-      overhead: of the rest of a round (walk, bookkeeping, what the drafter reads of the verified tokens), by
-        the tokens of the pass; interpolated.
+      overhead: of the rest of a round (walk, bookkeeping), by the tokens of the pass; interpolated.
     """
 
     step: float
@@ -70,7 +68,7 @@ def measure(
 ) -> Costs:
     """Measures everything with half of `slots` known; takes minutes, mostly of compilation."""
     passes = {n: typical(target_timer(target, params, n, slots)) for n in _SIZES}
-    draft = lambda shape: typical(draft_timer(drafter, weights, shape, slots))  # noqa: E731
+    draft = lambda shape: typical(draft_timer(target, Eagle(drafter, shape), weights, slots))  # noqa: E731
     first = draft(chain(1))
     level = {1: (draft(chain(4)) - first) / 3}
     for width in _WIDTHS[1:]:
@@ -120,9 +118,12 @@ def choices(costs: Costs, drafter: Drafter, weights: DrafterWeights, texts: Text
 
 
 def measure_gamma(target: Target, params: dict, drafter: Drafter, weights: DrafterWeights) -> float:
-    """Time of a drafter step over that of a target step, 256 slots of context."""
+    """Time of a drafter step over that of a target step, 256 slots of context.
+
+    A step's share of reading the verified tokens is part of it: the mean over a window of 8.
+    """
     window = chain(8)
-    step = typical(draft_timer(drafter, weights, window)) / window.depth
+    step = typical(draft_timer(target, Eagle(drafter, window), weights)) / window.depth
     return step / typical(target_timer(target, params, 1))
 
 
@@ -150,19 +151,23 @@ def target_timer(target: Target, params: dict, tokens: int, slots: int = _SLOTS)
     return _in_loop(once, jnp.zeros((1, 1, tokens), jnp.int32), params, cache)
 
 
-def draft_timer(drafter: Drafter, weights: DrafterWeights, shape: Shape, slots: int = _SLOTS) -> Timer:
-    """Of drafting, greedily."""
-    c = drafter.config
-    (prefix,) = kv_cache.empty(1, 1, c.kv_heads, slots, c.head_size, jnp.dtype(c.dtype))
-    at = jnp.full((1, 1), slots // 2, jnp.int32)
-    keys_B = jax.random.split(jax.random.key(0), 1)
+def draft_timer(target: Target, drafting: Drafting, weights: Any, slots: int = _SLOTS) -> Timer:
+    """Of a drafter's part of a round, greedily: drafting, and reading the tokens that were verified."""
+    c, length, many = target.config, slots // 2, drafting.depth + 1
+    offset_B, keys_B = jnp.full(1, length), jax.random.split(jax.random.key(0), 1)
+    zeros = lambda *shape: jnp.zeros((1, *shape), jnp.int32)  # noqa: E731
+    taps = jnp.ones((1, length, len(c.taps) * c.width), jnp.dtype(c.dtype))
+    drafts = drafting.read(weights, None, Seen(taps, zeros(length), offset_B * 0, offset_B - 1))
 
-    def once(token: jax.Array, weights: DrafterWeights, prefix: KeyValues) -> jax.Array:
-        start = Start(jnp.ones((1, 1, c.width), jnp.dtype(c.dtype)), token, at)
-        found = tree.draft(drafter, weights, prefix, start, shape, GREEDY, keys_B)
-        return (found.tokens + found.parents).sum().reshape(1, 1) % len(weights.embedding)
+    def once(drafts: Any, weights: Any) -> Any:
+        tokens_BxJ = jnp.maximum(drafting.draft(weights, drafts, GREEDY, keys_B).tokens, 0)
+        way_BxE = jnp.broadcast_to(tokens_BxJ[:, -1:], (1, many))  # any tokens; the work is the same
+        # taps that hang on the draft, or reading them would leave the loop
+        new = taps[:, :many] * way_BxE[..., None].astype(taps.dtype)
+        seen = Seen(new, way_BxE, offset_B, offset_B * 0 + many - 1, True, tokens_BxJ)
+        return drafting.read(weights, drafts, seen)
 
-    return _in_loop(once, at * 0, weights, prefix)
+    return _in_loop(once, drafting.grow(drafts, slots), weights)
 
 
 def round_timer(

@@ -1,7 +1,7 @@
 """Drafts without training: n-grams of the text itself, and of what the target says beside it.
 
-Shape letters: B rows, S positions, T tokens just read, J nodes of a tree, K window, N n-gram, W columns, G
-  candidates, V vocabulary.
+Shape letters: B rows, S positions, T tokens just read, J nodes of a tree, K window, N n-gram, W columns,
+G candidates, V vocabulary.
 """
 
 import dataclasses
@@ -124,9 +124,8 @@ class Lookahead:
     """Lookahead decoding (Fu et al. 2024, arXiv 2402.02057): Jacobi iteration fills a pool of n-grams.
 
     Beside the candidates the tree holds W columns of guesses: the first row is a chain from the root, and
-      from
-    each of its nodes hangs a column. What the target says at a column's end makes an n-gram of it and the
-    next row of guesses.
+    from each of its nodes hangs a column. What the target says at a column's end makes an n-gram of it and
+    the next row of guesses.
 
     Attributes:
       vocab_size: V, of the target.

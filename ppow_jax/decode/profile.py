@@ -1,7 +1,9 @@
 """How far drafts of any shape would be accepted on texts that the target wrote greedily.
 
 One pass of a beam over all positions of the texts tells of every position how many tokens a tree must have
-for each next token of the text to be in it. From that the rounds of every smaller tree follow, exactly.
+for each next token of the text to be in it. From that the rounds of every smaller tree follow exactly, but
+for candidates that rounding alone parts: the beam is drafted for many anchors at once here, and for one in
+decoding.
 
 Shape letters: B texts, T positions, A anchors, D levels, M candidates, C taps width.
 """
