@@ -26,6 +26,7 @@ from ppow_jax.models.target import Target
 
 _SLOTS = 256
 _REPEATS = 7
+_LONG = 0.3  # seconds that a measurement may take, if it repeats three times
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # tokens of the passes that are measured
 _WIDTHS = (1, 2, 4, 10)  # of beams
 _LEVELS = 8
@@ -202,6 +203,7 @@ def _in_loop(once: Callable[..., Any], begin: Any, *arguments: Any, many: int = 
         return time.perf_counter() - began
 
     seconds(few)
+    many = few + min(many - few, max(3, int(_LONG / seconds(few) * few)))
     return lambda: max(0.0, (seconds(many) - seconds(few)) / (many - few))
 
 
