@@ -26,7 +26,7 @@ from ppow_jax.models.target import Target
 
 _SLOTS = 256
 _REPEATS = 7
-_LONG = 0.3  # seconds that a measurement may take, if it repeats three times
+_LONG = 0.3  # seconds of the repeats in a loop, of which there are at least three
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # tokens of the passes that are measured
 _WIDTHS = (1, 2, 4, 10)  # of beams
 _LEVELS = 8

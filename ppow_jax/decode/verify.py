@@ -9,8 +9,8 @@ probability min(1, P / Q), P giving way to what is left of it after every refusa
 2023, Chen et al. 2023; several candidates without replacement: Jeon et al. 2024, arXiv 2402.14160, and Yang
 et al. 2024, arXiv 2401.06706).
 
-Shape letters: B rows, J nodes of a tree, D its depth, E = D + 1 tokens that a round emits at most, V
-  vocabulary,
+Shape letters: B rows, J nodes of a tree, D its depth, E = D + 1 tokens that a round emits at most,
+V vocabulary,
 N draft vocabulary, C candidates.
 """
 
