@@ -10,8 +10,7 @@ probability min(1, P / Q), P giving way to what is left of it after every refusa
 et al. 2024, arXiv 2401.06706).
 
 Shape letters: B rows, J nodes of a tree, D its depth, E = D + 1 tokens that a round emits at most,
-V vocabulary,
-N draft vocabulary, C candidates.
+V vocabulary, N draft vocabulary, C candidates.
 """
 
 from collections.abc import Callable
