@@ -21,6 +21,7 @@ BATCH = ("fsdp", "data")
 TABLE: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(embedding/embedding)$", PartitionSpec("tensor", "fsdp")),
     (r"(query|key|value|gate|up|fuse|head)/weight$", PartitionSpec("tensor", "fsdp")),
+    (r"(query|key|value)/bias$", PartitionSpec("tensor")),
     (r"(out|down)/weight$", PartitionSpec("fsdp", "tensor")),
     (r"norm/scale$", PartitionSpec()),
     (r"(^|/)(count|step|scores|scored_at)$", PartitionSpec()),

@@ -146,14 +146,15 @@ def next_round(
     if drafting:
         keys_B = _keys_at(state.keys, state.known, 1)
         draft, depth = drafting.draft(weights, state.drafts, config.sampling, keys_B), drafting.depth
-        slot, visible = offset_B, kv_cache.visible(offset_B, state.cache[0].values.shape[2])
+        slot, places = offset_B, None
+        visible = kv_cache.visible(offset_B, state.cache[0].values.shape[2])
     else:
         draft, depth = Draft(state.last[:, None], jnp.zeros_like(offset_B)[:, None]), 0
-        slot, visible = _in_step(state)
+        slot, visible, places = _in_step(state)
     above_BxJxJ = verify.ancestors(draft.parents, depth)
     positions_BxJ = offset_B[:, None] + above_BxJxJ.sum(-1) - 1
     tokens_BxJ = jnp.maximum(draft.tokens, 0)  # where nothing is drafted, anything is read
-    inputs = (tokens_BxJ[:, None], positions_BxJ[:, None], state.cache, visible, above_BxJxJ[:, None])
+    inputs = (tokens_BxJ[:, None], positions_BxJ[:, None], state.cache, visible, above_BxJxJ[:, None], places)
     out = target.apply({"params": params}, *inputs)
     logits_BxJxV = target.apply({"params": params}, out.hidden[:, 0], method=Target.logits)
     choose = _chooser(state, config.sampling, draft, logits_BxJxV)
@@ -210,8 +211,9 @@ def _along(way: Walk, seen: Features, new: Cache) -> tuple[Features, Cache]:
     return Features(*map(along, seen)), kv_cache.pick(new, way.nodes)
 
 
-def _in_step(state: State) -> tuple[jax.Array, jax.Array]:
-    """The slot `[]` that a round without a drafter writes to, and the slots `[B, 1, S]` that it sees.
+def _in_step(state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The slot `[]` that a round without a drafter writes to, the slots `[B, 1, S]` that it sees, and the
+    positions `[B, S]` of all slots.
 
     Every row that goes on adds one token a round, so all of them write to the slot after the prompts' that
     the round counts. (A row that is done writes there too, and nobody reads it.)
@@ -219,7 +221,9 @@ def _in_step(state: State) -> tuple[jax.Array, jax.Array]:
     slots = jnp.arange(state.cache[0].values.shape[2])
     slot = state.prompt + state.round
     written = (slots >= state.prompt) & (slots < slot)
-    return slot, kv_cache.visible(state.known - state.count, len(slots)) | written
+    length_B = state.known - state.count
+    places_BxS = jnp.where(slots < state.prompt, slots, slots - state.prompt + length_B[:, None])
+    return slot, kv_cache.visible(length_B, len(slots)) | written, places_BxS
 
 
 def grow(state: State, slots: int, drafting: Drafting | None = None) -> State:

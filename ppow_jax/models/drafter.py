@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from ppow_jax.errors import ConfigError
 from ppow_jax.models.cache import as_prefix
-from ppow_jax.models.layers import Attention, GatedMLP, KeyValues, Linear, RMSNorm
+from ppow_jax.models.layers import Attention, GatedMLP, KeyValues, Linear, RMSNorm, Rotary
 from ppow_jax.models.target import TargetConfig, head_matrix
 
 
@@ -66,7 +66,7 @@ class Drafter(nn.Module):
         self.fuse = Linear(c.width, dtype)
         self.embedding_norm = RMSNorm(c.norm_epsilon)
         self.hidden_norm = RMSNorm(c.norm_epsilon)
-        self.attention = Attention(c.heads, c.kv_heads, c.head_size, c.width, c.rope_theta, dtype)
+        self.attention = Attention(c.heads, c.kv_heads, c.head_size, c.width, Rotary(c.rope_theta), dtype)
         self.mlp_norm = RMSNorm(c.norm_epsilon)
         self.mlp = GatedMLP(c.mlp_hidden, c.width, dtype)
         self.norm = RMSNorm(c.norm_epsilon)
@@ -184,10 +184,11 @@ def init_params(
             weight = _repeat_heads(weight, target.kv_heads, config.kv_heads)
         params["attention"][name]["weight"] = fresh.at[:, D:].set(weight)
     params["attention"]["out"] = last["attention"]["out"]
-    params["hidden_norm"] = last["attention_norm"]
-    params["norm"] = target_params["norm"]
+    norm = lambda of: {"scale": of["scale"].astype(jnp.float32) + target.norm_offset}  # noqa: E731
+    params["hidden_norm"] = norm(last["attention_norm"])
+    params["norm"] = norm(target_params["norm"])
     if config.mlp_hidden == target.mlp_hidden:
-        params["mlp"], params["mlp_norm"] = last["mlp"], last["mlp_norm"]
+        params["mlp"], params["mlp_norm"] = last["mlp"], norm(last["mlp_norm"])
     params["head"]["weight"] = head_matrix(target, target_params)[vocab_N]
     # A copy even where the dtype is the same: training donates the drafter's buffers.
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)

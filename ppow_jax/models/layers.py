@@ -10,6 +10,7 @@ and, causally or as a tree, their own window. Prefill is W = 1 with an empty pre
 W = K = 1, the verification of many drafted windows is the general case.
 """
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -72,37 +73,60 @@ class Linear(nn.Module):
 
     features: int
     dtype: jnp.dtype
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         start = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
         weight = self.param("weight", start, (self.features, x.shape[-1]))
-        return product(x.astype(self.dtype), weight.astype(self.dtype))
+        out = product(x.astype(self.dtype), weight.astype(self.dtype))
+        if self.bias:
+            out += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return out
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation, computed in float32 (Zhang and Sennrich 2019)."""
+    """Root-mean-square normalisation, computed in float32 (Zhang and Sennrich 2019).
+
+    `offset` is added to the scale: Gemma stores scales as their distance from 1.
+    """
 
     epsilon: float
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        scale = self.param("scale", nn.initializers.constant(1 - self.offset), (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.epsilon)
-        return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+        return (normed * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Wavelengths of a rotary position embedding.
+
+    Attributes:
+      theta: base of their geometric series.
+      divisors: of each of the E / 2 frequencies, for contexts beyond the original one; empty: all 1.
+    """
+
+    theta: float
+    divisors: tuple[float, ...] = ()
+
+
+def rotate(x: jax.Array, positions: jax.Array, rotary: Rotary) -> jax.Array:
     """Rotary position embedding (Su et al. 2021), halves convention, angles in float32.
 
     Args:
       x: `[..., heads, E]`.
       positions: int32 `[...]`, counted from 0.
-      theta: base of the geometric series of wavelengths.
+      rotary: the wavelengths.
     """
     half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies = rotary.theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if rotary.divisors:
+        frequencies /= jnp.array(rotary.divisors, jnp.float32)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -112,29 +136,33 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 def attend(
     queries_BxWxKxHxE: jax.Array,
     prefix: KeyValues | None,
-    visible_BxWxS: jax.Array | None,
+    visible: jax.Array | None,
     own: KeyValues | None,
     own_mask: jax.Array | None,
+    scale: float,
 ) -> jax.Array:
     """Softmax attention over a shared prefix and each window's own tokens, jointly normalised.
 
     Args:
       queries_BxWxKxHxE: rotated queries.
       prefix: keys and values of the S slots that all windows of a row share, or None.
-      visible_BxWxS: bool, the prefix slots that a window may see.
+      visible: bool `[B, W, S]`, or `[B, W, K, S]`: the prefix slots that a window, or each of its tokens,
+        may see.
       own: keys and values of the windows themselves, J tokens each, or None.
       own_mask: bool `[K, J]`, or `[B, W, K, J]`: which of its window's tokens each query may see.
+      scale: of the scores.
 
     Returns:
       `[B, W, K, H * E]`.
     """
     B, W, K, H, E = queries_BxWxKxHxE.shape
     G = (prefix or own).keys.shape[1]
-    q = (queries_BxWxKxHxE * E**-0.5).reshape(B, W, K, G, H // G, E).transpose(0, 3, 1, 4, 2, 5)
+    q = (queries_BxWxKxHxE * scale).reshape(B, W, K, G, H // G, E).transpose(0, 3, 1, 4, 2, 5)
     parts = []  # (scores, values' product): the two softmaxes are merged without concatenating them
     if prefix is not None:
         s = _prefix_scores(q, prefix.keys)
-        s = jnp.where(visible_BxWxS[:, None, :, None, None], s, -jnp.inf)
+        seen = visible[:, None, :, None, None] if visible.ndim == 3 else visible[:, None, :, None]
+        s = jnp.where(seen, s, -jnp.inf)
         parts.append((s, lambda p: jnp.einsum("bgwrks,bgse->bgwrke", p, prefix.values)))
     if own is not None:
         s = jnp.einsum("bgwrke,bgwej->bgwrkj", q, own.keys, preferred_element_type=jnp.float32)
@@ -159,25 +187,38 @@ def _prefix_scores(q_BxGxWxRxKxE: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; the input may be wider than the model."""
+    """Grouped-query attention with rotary positions; the input may be wider than the model.
+
+    Attributes:
+      bias: whether queries, keys and values have biases (Qwen2).
+      head_norm: of each head's queries and keys before they are rotated (Qwen3, Gemma 3): a norm's epsilon
+        and offset, or None.
+      scale: of the scores; 0: E ** -0.5.
+    """
 
     heads: int
     kv_heads: int
     head_size: int
     width: int
-    theta: float
+    rotary: Rotary
     dtype: jnp.dtype
+    bias: bool = False
+    head_norm: tuple[float, float] | None = None
+    scale: float = 0.0
 
     def setup(self) -> None:
-        self.query = Linear(self.heads * self.head_size, self.dtype)
-        self.key = Linear(self.kv_heads * self.head_size, self.dtype)
-        self.value = Linear(self.kv_heads * self.head_size, self.dtype)
+        self.query = Linear(self.heads * self.head_size, self.dtype, self.bias)
+        self.key = Linear(self.kv_heads * self.head_size, self.dtype, self.bias)
+        self.value = Linear(self.kv_heads * self.head_size, self.dtype, self.bias)
         self.out = Linear(self.width, self.dtype)
+        if self.head_norm:
+            self.query_norm, self.key_norm = RMSNorm(*self.head_norm), RMSNorm(*self.head_norm)
 
     def keys_values(self, x_BxWxKxI: jax.Array, positions_BxWxK: jax.Array) -> KeyValues:
         """Rotated keys and values of the given tokens, by window."""
         shape = (*x_BxWxKxI.shape[:3], self.kv_heads, self.head_size)
-        keys = rotate(self.key(x_BxWxKxI).reshape(shape), positions_BxWxK, self.theta)
+        keys = self.key(x_BxWxKxI).reshape(shape)
+        keys = rotate(self.key_norm(keys) if self.head_norm else keys, positions_BxWxK, self.rotary)
         values = self.value(x_BxWxKxI).reshape(shape)
         return KeyValues(keys.transpose(0, 3, 1, 4, 2), values.transpose(0, 3, 1, 2, 4))
 
@@ -186,22 +227,30 @@ class Attention(nn.Module):
         x_BxWxKxI: jax.Array,
         positions_BxWxK: jax.Array,
         prefix: KeyValues | None,
-        visible_BxWxS: jax.Array | None,
+        visible: jax.Array | None,
         own: KeyValues | None,
         own_mask: jax.Array | None,
     ) -> jax.Array:
         """Attention output `[B, W, K, D]`; see `attend` for the arguments."""
         shape = (*x_BxWxKxI.shape[:3], self.heads, self.head_size)
-        queries = rotate(self.query(x_BxWxKxI).reshape(shape), positions_BxWxK, self.theta)
-        return self.out(attend(queries, prefix, visible_BxWxS, own, own_mask))
+        queries = self.query(x_BxWxKxI).reshape(shape)
+        queries = rotate(
+            self.query_norm(queries) if self.head_norm else queries, positions_BxWxK, self.rotary
+        )
+        scale = self.scale or self.head_size**-0.5
+        return self.out(attend(queries, prefix, visible, own, own_mask, scale))
+
+
+_ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU feed-forward layer (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+    """Gated feed-forward layer (Shazeer 2020): down(act(gate(x)) * up(x)); SwiGLU with silu."""
 
     hidden: int
     width: int
     dtype: jnp.dtype
+    activation: str = "silu"
 
     def setup(self) -> None:
         self.gate = Linear(self.hidden, self.dtype)
@@ -209,4 +258,4 @@ class GatedMLP(nn.Module):
         self.down = Linear(self.width, self.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(nn.silu(self.gate(x)) * self.up(x))
+        return self.down(_ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))

@@ -1,9 +1,10 @@
-"""The target: a frozen Llama-style decoder with feature taps.
+"""The target: a frozen decoder with feature taps, of any of the families in `families`.
 
 Shape letters as in `layers`; T = K tokens of a text, C = 3 D width of the concatenated taps.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -12,15 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax.models.cache import Cache
-from ppow_jax.models.layers import Attention, GatedMLP, KeyValues, Linear, RMSNorm, product
+from ppow_jax.models.layers import Attention, GatedMLP, KeyValues, Linear, RMSNorm, Rotary, product
 
 
 @dataclasses.dataclass(frozen=True)
 class TargetConfig:
-    """Shape of a Llama-style decoder.
+    """Shape of a decoder; what `families` reads from a model's files. The defaults are Llama's.
 
-    `taps` are the layers whose *inputs* the drafter sees, 0-based, low to high; the convention of the
-    EAGLE-3 reference code: (2, n // 2, n - 3).
+    Attributes:
+      taps: the layers whose *inputs* the drafter sees, 0-based, low to high; the convention of the EAGLE-3
+        reference code: (2, n // 2, n - 3).
+      rope_divisors: see `layers.Rotary`.
+      attention_bias, head_norms, query_scale: see `layers.Attention`.
+      norm_offset: see `layers.RMSNorm`.
+      post_norms: whether attention and MLP have a norm behind them too (Gemma's sandwich).
+      activation: of the MLP.
+      embedding_scale: what embeddings are multiplied with.
+      spans: of each layer, how many tokens it sees, itself included, 0: all; empty: all layers see all.
+      local_theta: base of the wavelengths of layers with a span; 0: the wavelengths of the others.
     """
 
     vocab_size: int
@@ -36,6 +46,20 @@ class TargetConfig:
     tied_head: bool
     taps: tuple[int, ...]
     dtype: str = "float32"
+    rope_divisors: tuple[float, ...] = ()
+    attention_bias: bool = False
+    head_norms: bool = False
+    query_scale: float = 0.0
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    activation: str = "silu"
+    embedding_scale: float = 1.0
+    spans: tuple[int, ...] = ()
+    local_theta: float = 0.0
+
+    def span(self, layer: int) -> int:
+        """How many tokens a layer sees; 0: all."""
+        return self.spans[layer] if self.spans else 0
 
 
 def default_taps(layers: int) -> tuple[int, int, int]:
@@ -58,17 +82,25 @@ class TargetOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP with residuals."""
+    """Attention and MLP with residuals, a norm before each and perhaps one behind."""
 
     config: TargetConfig
+    span: int = 0
 
     def setup(self) -> None:
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        self.attention_norm = RMSNorm(c.norm_epsilon)
-        self.attention = Attention(c.heads, c.kv_heads, c.head_size, c.width, c.rope_theta, dtype)
-        self.mlp_norm = RMSNorm(c.norm_epsilon)
-        self.mlp = GatedMLP(c.mlp_hidden, c.width, dtype)
+        norm = functools.partial(RMSNorm, c.norm_epsilon, c.norm_offset)
+        rotary = Rotary(c.rope_theta, c.rope_divisors)
+        if self.span and c.local_theta:
+            rotary = Rotary(c.local_theta)
+        head_norm = (c.norm_epsilon, c.norm_offset) if c.head_norms else None
+        how = (rotary, dtype, c.attention_bias, head_norm, c.query_scale)
+        self.attention = Attention(c.heads, c.kv_heads, c.head_size, c.width, *how)
+        self.mlp = GatedMLP(c.mlp_hidden, c.width, dtype, c.activation)
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        if c.post_norms:
+            self.attention_post_norm, self.mlp_post_norm = norm(), norm()
 
     def __call__(
         self,
@@ -80,8 +112,10 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, KeyValues]:
         normed = self.attention_norm(x)
         own = self.attention.keys_values(normed, positions)
-        x = x + self.attention(normed, positions, prefix, visible, own, own_mask)
-        return x + self.mlp(self.mlp_norm(x)), own
+        attended = self.attention(normed, positions, prefix, visible, own, own_mask)
+        x = x + (self.attention_post_norm(attended) if self.config.post_norms else attended)
+        after = self.mlp(self.mlp_norm(x))
+        return x + (self.mlp_post_norm(after) if self.config.post_norms else after), own
 
 
 class Target(nn.Module):
@@ -93,8 +127,8 @@ class Target(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         self.embedding = nn.Embed(c.vocab_size, c.width, dtype=dtype)
-        self.layers = [Block(c) for _ in range(c.layers)]
-        self.norm = RMSNorm(c.norm_epsilon)
+        self.layers = [Block(c, c.span(i)) for i in range(c.layers)]
+        self.norm = RMSNorm(c.norm_epsilon, c.norm_offset)
         if not c.tied_head:
             self.head = Linear(c.vocab_size, dtype)
 
@@ -104,22 +138,31 @@ class Target(nn.Module):
         positions_BxWxK: jax.Array,
         cache: Cache | None = None,
         visible_BxWxS: jax.Array | None = None,
-        own_mask_BxWxKxK: jax.Array | None = None,
+        own_mask: jax.Array | None = None,
+        places_BxS: jax.Array | None = None,
     ) -> TargetOutput:
         """Runs the K tokens of every window, each window seeing `visible` slots of the row's cache.
 
-        Of its own window a token sees what the mask says; without one, itself and those before it.
+        Of its own window a token sees what the mask `[B, W, K, K]` says; without one, itself and those before
+        it. `places` are the positions of the slots, None: their numbers; layers with a span ask for them.
         """
+        c = self.config
         x = self.embedding(tokens_BxWxK)
+        if c.embedding_scale != 1:
+            x *= jnp.asarray(c.embedding_scale, x.dtype)
         K = tokens_BxWxK.shape[-1]
-        mask = jnp.tril(jnp.ones((K, K), bool)) if own_mask_BxWxKxK is None else own_mask_BxWxKxK
+        own_mask = jnp.tril(jnp.ones((K, K), bool)) if own_mask is None else own_mask
+        masks = {
+            span: _within(span, positions_BxWxK, visible_BxWxS, own_mask, places_BxS)
+            for span in {c.span(i) for i in range(c.layers)}
+        }
         inputs, new = {}, []
         for i, layer in enumerate(self.layers):
             inputs[i] = x
             prefix = None if cache is None else cache[i]
-            x, own = layer(x, positions_BxWxK, prefix, visible_BxWxS, mask)
+            x, own = layer(x, positions_BxWxK, prefix, *masks[c.span(i)])
             new.append(own)
-        taps = jnp.concatenate([inputs[i] for i in self.config.taps], -1)
+        taps = jnp.concatenate([inputs[i] for i in c.taps], -1)
         return TargetOutput(self.norm(x), taps, tuple(new))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -131,6 +174,23 @@ class Target(nn.Module):
     def everything(self, tokens_BxWxK: jax.Array, positions_BxWxK: jax.Array) -> jax.Array:
         """Logits of a text; touches every parameter, for `init`."""
         return self.logits(self(tokens_BxWxK, positions_BxWxK).hidden)
+
+
+def _within(
+    span: int,
+    positions_BxWxK: jax.Array,
+    visible_BxWxS: jax.Array | None,
+    own_mask: jax.Array,
+    places_BxS: jax.Array | None,
+) -> tuple[jax.Array | None, jax.Array]:
+    """`visible` and the own mask of a layer that sees `span` tokens; 0: no fewer than any other."""
+    if not span:
+        return visible_BxWxS, own_mask
+    own_mask = own_mask & (positions_BxWxK[..., None] - positions_BxWxK[..., None, :] < span)
+    if visible_BxWxS is None:
+        return None, own_mask
+    places = jnp.arange(visible_BxWxS.shape[-1]) if places_BxS is None else places_BxS[:, None, None]
+    return visible_BxWxS[:, :, None] & (positions_BxWxK[..., None] - places < span), own_mask
 
 
 def head_matrix(config: TargetConfig, params: dict) -> jax.Array:
@@ -155,7 +215,10 @@ def fingerprint(config: TargetConfig, params: dict) -> str:
     """
     import hashlib
 
+    plain = {f.name: f.default for f in dataclasses.fields(config)}
     shape = dataclasses.asdict(config) | {"dtype": None, "taps": None}
+    # what is as in Llama is not named: a field that is new to us changes no target's name
+    shape = {k: v for k, v in shape.items() if k == "dtype" or v != plain[k]}
     digest = hashlib.sha256(repr(sorted(shape.items(), key=str)).encode())
     for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda kv: str(kv[0])):
         step = max(1, leaf.size // 256)

@@ -1,0 +1,185 @@
+"""Targets from a Hugging Face directory: `config.json`, safetensors shards, tokenizer and chat template.
+
+Weights go slice by slice into arrays that are laid out over the mesh: every process reads what it holds.
+"""
+
+import contextlib
+import json
+import pathlib
+import re
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401  (lets NumPy, and so safetensors, know bfloat16)
+import safetensors
+from jax.sharding import Mesh
+
+from ppow_jax import partition
+from ppow_jax.errors import UserError
+from ppow_jax.models import families
+from ppow_jax.models.target import TargetConfig, abstract_params
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_MODULES = {
+    "self_attn.q_proj": "attention/query",
+    "self_attn.k_proj": "attention/key",
+    "self_attn.v_proj": "attention/value",
+    "self_attn.o_proj": "attention/out",
+    "self_attn.q_norm": "attention/query_norm",
+    "self_attn.k_norm": "attention/key_norm",
+    "mlp.gate_proj": "mlp/gate",
+    "mlp.up_proj": "mlp/up",
+    "mlp.down_proj": "mlp/down",
+    "input_layernorm": "attention_norm",
+}
+_NORMS = {  # the second norm of a layer stands before the MLP, or behind attention in a sandwich
+    False: {"post_attention_layernorm": "mlp_norm"},
+    True: {
+        "post_attention_layernorm": "attention_post_norm",
+        "pre_feedforward_layernorm": "mlp_norm",
+        "post_feedforward_layernorm": "mlp_post_norm",
+    },
+}
+_ENDS = {
+    "model.embed_tokens.weight": "embedding/embedding",
+    "model.norm.weight": "norm/scale",
+    "lm_head.weight": "head/weight",
+}
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$|^(model\.)?(vision_tower|multi_modal_projector)\.")
+
+
+def is_directory(path: str) -> bool:
+    """Whether a path names a Hugging Face directory, by its `config.json`."""
+    return (pathlib.Path(path).expanduser() / "config.json").is_file()
+
+
+def download(name: str) -> pathlib.Path:
+    """The directory of a model of the Hugging Face hub.
+
+    Raises:
+      UserError: huggingface_hub is not installed, or the model cannot be fetched.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as e:
+        raise UserError(f"target.path: {name!r} wants `pip install 'ppow_jax[hub]'`") from e
+    wanted = ["*.json", "*.safetensors", "*.jinja"]
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except Exception as e:  # no network, no such model, no access: as many kinds of error
+        reason = str(e).strip().split("\n")[0]
+        raise UserError(
+            f"target.path: {name!r} cannot be fetched from the Hugging Face hub ({reason}); a local "
+            "directory with the same files will do"
+        ) from e
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON file; {} if there is none.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: not a readable JSON file ({e})") from e
+
+
+def load(directory: pathlib.Path, dtype: str, mesh: Mesh) -> tuple[TargetConfig, dict]:
+    """Shape and parameters (on the mesh) of the model in a directory.
+
+    Raises:
+      UserError: a missing or truncated file, a tensor that has no place or another shape, or an
+        architecture that is not supported.
+    """
+    config_file = directory / "config.json"
+    with contextlib.ExitStack() as stack:
+        tensors = _tensors(directory, stack)
+        tied = "lm_head.weight" not in tensors
+        config = families.target_config(read_json(config_file), tied, dtype, str(config_file))
+        places = {_place(name, config, file): (name, file) for name, (file, _) in tensors.items()}
+        places.pop(None, None)
+
+        def leaf(path: tuple, like: jax.ShapeDtypeStruct) -> jax.Array:
+            at = partition.path_name(path)
+            if at not in places:
+                raise UserError(f"{directory}: found no tensor for {at}, which {config_file.name} asks for")
+            name, file = places.pop(at)
+            return _read(tensors[name][1], name, file, like, mesh, at)
+
+        params = jax.tree_util.tree_map_with_path(leaf, abstract_params(config))
+    if places:
+        name, file = next(iter(places.values()))
+        raise UserError(f"{file}: tensor {name!r} has no place in the decoder of {config_file.name}")
+    return config, params
+
+
+def _tensors(
+    directory: pathlib.Path, stack: contextlib.ExitStack
+) -> dict[str, tuple[pathlib.Path, safetensors.safe_open]]:
+    """Every tensor's name, without the prefix of a model that sees pictures, its file and the open reader."""
+    index = directory / "model.safetensors.index.json"
+    listed = read_json(index).get("weight_map")
+    names = sorted(set(listed.values())) if listed else ["model.safetensors"]
+    found = {}
+    for file in (directory / name for name in names):
+        if not file.is_file():
+            where = f", which {index.name} names" if listed else ""
+            raise UserError(f"{file}: not there{where}; expected the model's safetensors")
+        try:
+            reader = stack.enter_context(safetensors.safe_open(file, framework="numpy"))
+        except (safetensors.SafetensorError, OSError) as e:
+            size = file.stat().st_size
+            raise UserError(
+                f"{file}: not a complete safetensors file ({size} bytes; {e}); fetch it again"
+            ) from e
+        found |= {_plain(name): (file, (reader, name)) for name in reader.keys()}  # noqa: SIM118
+    return found
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"^(model\.)?language_model\.(model\.)?(?=embed|layers|norm)", "model.", name).replace(
+        "language_model.lm_head", "lm_head"
+    )
+
+
+def _place(name: str, config: TargetConfig, file: pathlib.Path) -> str | None:
+    """Our path of a tensor; None if it is not needed.
+
+    Raises:
+      UserError: there is no such path.
+    """
+    if _IGNORED.search(name) or (name == "lm_head.weight" and config.tied_head):
+        return None
+    if name in _ENDS:
+        return _ENDS[name]
+    modules = _MODULES | _NORMS[config.post_norms]
+    match = _LAYER.fullmatch(name)
+    if match is None or match[2] not in modules:
+        raise UserError(f"{file}: tensor {name!r} has no place in the decoder of config.json")
+    module = modules[match[2]]
+    kind = "scale" if module.endswith("norm") else match[3]
+    return f"layers_{match[1]}/{module}/{kind}"
+
+
+def _read(
+    source: tuple[Any, str],
+    name: str,
+    file: pathlib.Path,
+    like: jax.ShapeDtypeStruct,
+    mesh: Mesh,
+    path: str,
+) -> jax.Array:
+    """One tensor, laid out by the table; only the slices that this process holds are read."""
+    reader, stored = source
+    rows = reader.get_slice(stored)
+    if tuple(rows.get_shape()) != like.shape:
+        raise UserError(
+            f"{file}: tensor {name!r} has the shape {tuple(rows.get_shape())}, expected {like.shape} by "
+            "config.json"
+        )
+    layout = jax.sharding.NamedSharding(mesh, partition.spec(path, like.shape, mesh))
+    return jax.make_array_from_callback(like.shape, layout, lambda at: rows[at].astype(like.dtype))

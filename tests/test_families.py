@@ -1,0 +1,85 @@
+"""Every family against golden values that transformers + torch computed from the same random weights."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from ppow_jax import partition
+from ppow_jax.errors import UserError
+from ppow_jax.interop import huggingface
+from ppow_jax.models import families
+from ppow_jax.models import cache as kv_cache
+from ppow_jax.models.target import Target
+from ppow_jax.settings import MeshSettings
+
+HERE = pathlib.Path(__file__).parent
+GOLDEN = json.loads((HERE / "golden/families.json").read_text("utf-8"))["cases"]
+spec = importlib.util.spec_from_file_location("parity_families", HERE / "parity/families.py")
+parity = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(parity)
+POSITIONS, TEXT = list(parity.POSITIONS), parity.text()[None].astype(np.int32)
+TOLERANCE = 1e-4
+
+
+def write(directory: pathlib.Path, name: str, shards: int = 1) -> pathlib.Path:
+    """The family's model as transformers would save it."""
+    directory.mkdir(exist_ok=True)
+    case = GOLDEN[name]
+    tensors = {n: parity.weights(n, tuple(shape)) for n, shape in case["shapes"].items()}
+    (directory / "config.json").write_text(json.dumps(case["config"]))
+    if shards == 1:
+        safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+        return directory
+    where = {n: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, n in enumerate(tensors)}
+    for file in set(where.values()):
+        part = {n: tensors[n] for n in tensors if where[n] == file}
+        safetensors.numpy.save_file(part, directory / file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return directory
+
+
+def load(directory: pathlib.Path, dtype: str = "float32"):
+    config, params = huggingface.load(directory, dtype, partition.make_mesh(MeshSettings(-1, 1, 1)))
+    return Target(config), params
+
+
+def compare(name: str, logits: np.ndarray, taps: np.ndarray) -> None:
+    np.testing.assert_allclose(logits, GOLDEN[name]["logits"], atol=TOLERANCE)
+    np.testing.assert_allclose(taps, GOLDEN[name]["taps"], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_text_at_once_and_token_by_token(name, tmp_path):
+    target, params = load(write(tmp_path, name))
+    positions = jnp.arange(parity.LENGTH)[None, None]
+    out = target.apply({"params": params}, TEXT[:, None], positions)
+    logits = target.apply({"params": params}, out.hidden[0, 0], method=Target.logits)
+    assert target.config.taps == parity.TAPS
+    compare(name, np.asarray(logits)[POSITIONS], np.asarray(out.taps)[0, 0, POSITIONS])
+
+    @jax.jit
+    def step(params, token, at, cache):
+        visible = kv_cache.visible(at[None], parity.LENGTH)
+        out = target.apply({"params": params}, token[None, None, None], at[None, None, None], cache, visible)
+        logits = target.apply({"params": params}, out.hidden[0, 0, 0], method=Target.logits)
+        return kv_cache.write(cache, kv_cache.as_prefix(out.new), at), logits, out.taps[0, 0, 0]
+
+    c = target.config
+    first = 7  # of the text, read at once
+    out = target.apply({"params": params}, TEXT[:, None, :first], positions[..., :first])
+    cache = kv_cache.grow(kv_cache.as_prefix(out.new), parity.LENGTH)
+    logits, taps = {}, {}
+    for at in range(first, parity.LENGTH):
+        cache, logits[at], taps[at] = step(params, TEXT[0, at], jnp.int32(at), cache)
+    late = [p for p in POSITIONS if p >= first]
+    want = [POSITIONS.index(p) for p in late]
+    assert len(late) == 3 and c.context > parity.LENGTH
+    for found, key in ((logits, "logits"), (taps, "taps")):
+        wanted = np.array(GOLDEN[name][key])[want]
+        np.testing.assert_allclose(np.stack([found[p] for p in late]), wanted, atol=TOLERANCE)
