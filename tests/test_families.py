@@ -11,9 +11,7 @@ import pytest
 import safetensors.numpy
 
 from ppow_jax import partition
-from ppow_jax.errors import UserError
 from ppow_jax.interop import huggingface
-from ppow_jax.models import families
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.target import Target
 from ppow_jax.settings import MeshSettings
