@@ -15,7 +15,7 @@ from ppow_jax import partition
 from ppow_jax.console import log
 from ppow_jax.data import prompts, records
 from ppow_jax.errors import ConfigError, UserError
-from ppow_jax.interop import gguf
+from ppow_jax.interop import gguf, huggingface
 from ppow_jax.models import markov, tokenizer
 from ppow_jax.models.target import Target, TargetConfig, fingerprint
 from ppow_jax.models.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ def build(settings: Settings, workdir: pathlib.Path) -> Experiment:
       UserError: a missing or broken file, an impossible mesh, or a workdir of another target.
     """
     mesh = partition.make_mesh(settings.mesh)
-    config, params, tokens = load_target(settings.target)
+    config, params, tokens = load_target(settings.target, mesh)
     params = partition.shard(params, mesh)
     name = fingerprint(config, params)
     about = records.read_json(workdir / "target.json")
@@ -122,15 +122,25 @@ def exact(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, target=Target(config))
 
 
-def load_target(settings: TargetSettings) -> tuple[TargetConfig, dict, Tokenizer]:
-    """Shape, parameters (host arrays) and tokenizer of the target that the settings name."""
+def load_target(settings: TargetSettings, mesh: Mesh) -> tuple[TargetConfig, dict, Tokenizer]:
+    """Shape, parameters (on the mesh already, or host arrays) and tokenizer of the target that is named."""
     if settings.path.startswith("markov:"):
         seed = settings.path.removeprefix("markov:")
         if not seed.isdigit():
             raise ConfigError(f"config.target.path: found {settings.path!r}, expected 'markov:SEED'")
         return markov.build(int(seed), settings.dtype)
-    config, params, metadata = gguf.load(settings.path, settings.dtype)
-    return config, params, tokenizer.from_gguf(metadata)
+    if directory := huggingface.find(settings.path):
+        config, params = huggingface.load(directory, settings.dtype, mesh)
+        tokens = huggingface.tokenizer(directory)
+    else:
+        config, params, metadata = gguf.load(settings.path, settings.dtype)
+        tokens = tokenizer.from_gguf(metadata)
+    if tokens.size > config.vocab_size:
+        raise UserError(
+            f"{settings.path}: the tokenizer has {tokens.size} ids, expected at most {config.vocab_size}, "
+            "the rows of the embedding; the files are of two models"
+        )
+    return config, params, tokens
 
 
 def _plan(settings: Settings, workdir: pathlib.Path) -> list[str]:

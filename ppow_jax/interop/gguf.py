@@ -34,7 +34,10 @@ def find(path: str) -> pathlib.Path:
     if not path.startswith("package:"):
         file = pathlib.Path(path).expanduser()
         if not file.is_file():
-            raise UserError(f"target.path: no file {path!r}; expected a GGUF file or 'package:NAME'")
+            raise UserError(
+                f"target.path: no file {path!r}; expected a Hugging Face directory, a name of its hub "
+                "(ORGANISATION/MODEL), a GGUF file or 'package:NAME'"
+            )
         return file
     name = path.removeprefix("package:")
     spec = importlib.util.find_spec(name)

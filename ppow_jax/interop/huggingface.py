@@ -4,6 +4,7 @@ Weights go slice by slice into arrays that are laid out over the mesh: every pro
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import re
@@ -12,12 +13,14 @@ from typing import Any
 import jax
 import ml_dtypes  # noqa: F401  (lets NumPy, and so safetensors, know bfloat16)
 import safetensors
+import tokenizers
 from jax.sharding import Mesh
 
 from ppow_jax import partition
 from ppow_jax.errors import UserError
 from ppow_jax.models import families
 from ppow_jax.models.target import TargetConfig, abstract_params
+from ppow_jax.models.tokenizer import ENDS, Tokenizer, chat_template
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _MODULES = {
@@ -48,12 +51,17 @@ _ENDS = {
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$|^(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
-def is_directory(path: str) -> bool:
-    """Whether a path names a Hugging Face directory, by its `config.json`."""
-    return (pathlib.Path(path).expanduser() / "config.json").is_file()
+def find(path: str) -> pathlib.Path | None:
+    """The directory that a path or a name of the hub (`ORGANISATION/MODEL`) means; None: neither."""
+    directory = pathlib.Path(path).expanduser()
+    if (directory / "config.json").is_file():
+        return directory
+    if directory.is_dir():
+        raise UserError(f"target.path: {path!r} has no config.json; expected a Hugging Face directory")
+    return _download(path) if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not directory.exists() else None
 
 
-def download(name: str) -> pathlib.Path:
+def _download(name: str) -> pathlib.Path:
     """The directory of a model of the Hugging Face hub.
 
     Raises:
@@ -74,7 +82,7 @@ def download(name: str) -> pathlib.Path:
         ) from e
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def _json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON file; {} if there is none.
 
     Raises:
@@ -99,7 +107,7 @@ def load(directory: pathlib.Path, dtype: str, mesh: Mesh) -> tuple[TargetConfig,
     with contextlib.ExitStack() as stack:
         tensors = _tensors(directory, stack)
         tied = "lm_head.weight" not in tensors
-        config = families.target_config(read_json(config_file), tied, dtype, str(config_file))
+        config = families.target_config(_json(config_file), tied, dtype, str(config_file))
         places = {_place(name, config, file): (name, file) for name, (file, _) in tensors.items()}
         places.pop(None, None)
 
@@ -122,7 +130,7 @@ def _tensors(
 ) -> dict[str, tuple[pathlib.Path, safetensors.safe_open]]:
     """Every tensor's name, without the prefix of a model that sees pictures, its file and the open reader."""
     index = directory / "model.safetensors.index.json"
-    listed = read_json(index).get("weight_map")
+    listed = _json(index).get("weight_map")
     names = sorted(set(listed.values())) if listed else ["model.safetensors"]
     found = {}
     for file in (directory / name for name in names):
@@ -183,3 +191,49 @@ def _read(
         )
     layout = jax.sharding.NamedSharding(mesh, partition.spec(path, like.shape, mesh))
     return jax.make_array_from_callback(like.shape, layout, lambda at: rows[at].astype(like.dtype))
+
+
+def tokenizer(directory: pathlib.Path) -> Tokenizer:
+    """The tokenizer of a directory: `tokenizer.json`, `tokenizer_config.json`, the chat template.
+
+    Raises:
+      UserError: a file is missing or cannot be read, or there is no chat template.
+    """
+    file = directory / "tokenizer.json"
+    try:
+        core = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as e:  # the library raises nothing more specific
+        raise UserError(f"{file}: no readable tokenizer ({e}); expected the model's tokenizer.json") from e
+    about = _json(directory / "tokenizer_config.json")
+    text = lambda key: _content(about.get(f"{key}_token")) or ""  # noqa: E731
+    written = [core.token_to_id(text("eos"))]
+    for name in ("generation_config.json", "config.json"):
+        ids = _json(directory / name).get("eos_token_id")
+        written += ids if isinstance(ids, list) else [ids]
+    written += [core.token_to_id(token) for token in ENDS]
+    stops = tuple(dict.fromkeys(i for i in written if i is not None))
+    if not stops:
+        raise UserError(f"{directory}: found no eos_token_id in its files, expected the ids that end a text")
+    found = Tokenizer(core, chat_template(_template(directory, about)), stops, text("bos"), text("eos"))
+    first = found.next_turn("?")[0]  # what the template writes behind a response
+    return dataclasses.replace(found, stop_ids=tuple(sorted(stops, key=lambda i: i != first)))
+
+
+def _content(token: Any) -> str | None:
+    """A token's text, which the files hold alone or as one of its properties."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _template(directory: pathlib.Path, about: dict[str, Any]) -> str:
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text("utf-8")
+    found = about.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        found = {t["name"]: t["template"] for t in found}.get("default")
+    if not found:
+        raise UserError(
+            f"{directory}: found no chat_template.jinja and no 'chat_template' in tokenizer_config.json; "
+            "write the model's template into chat_template.jinja"
+        )
+    return found

@@ -13,6 +13,7 @@ from ppow_jax.errors import UserError
 
 # Stands for a response while the text after it is rendered; no letters, which a template may fold.
 _TURN = "\ufffe0\ufffe"
+ENDS = ("<|endoftext|>",)  # end a text whatever the files say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Tokenizer:
         """The conversation as text, ending where the assistant's next turn begins."""
         return self.template.render(
             messages=list(messages),
+            tools=None,
+            documents=None,
             add_generation_prompt=True,
             bos_token=self.bos,
             eos_token=self.eos,
@@ -61,15 +64,16 @@ class Tokenizer:
     def next_turn(self, user: str) -> list[int]:
         """Ids between the end of a response and the start of the next one.
 
-        The response's own ids are kept as the target emitted them, never decoded and re-encoded; the
-        text here begins with the end-of-turn token, so the split is at a token boundary.
+        The response's own ids are kept as the target emitted them, never decoded and re-encoded; what is
+        here begins with the end-of-turn token, so the split is at a token boundary.
         """
         messages = [
             {"role": "user", "content": "x"},
             {"role": "assistant", "content": _TURN},
             {"role": "user", "content": user},
         ]
-        return self.encode(self.render(messages).split(_TURN, 1)[1])
+        ids = self.encode(self.render(messages).split(_TURN, 1)[1])
+        return ids[next((at for at, i in enumerate(ids) if i in self.stop_ids), 0) :]
 
 
 def _refuse(message: str) -> None:
@@ -78,7 +82,9 @@ def _refuse(message: str) -> None:
 
 def chat_template(source: str) -> jinja2.Template:
     """Compiles a chat template in jinja2's sandbox, with the settings that model authors assume."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.globals["raise_exception"] = _refuse
     return environment.from_string(source)
 
@@ -120,4 +126,4 @@ def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
 
 def _ends(tokens: Sequence[str]) -> list[int]:
     """Tokens that end a text whatever the metadata says."""
-    return [i for i, t in enumerate(tokens) if t == "<|endoftext|>"]
+    return [i for i, t in enumerate(tokens) if t in ENDS]
