@@ -206,10 +206,9 @@ def tokenizer(directory: pathlib.Path) -> Tokenizer:
         raise UserError(f"{file}: no readable tokenizer ({e}); expected the model's tokenizer.json") from e
     about = _json(directory / "tokenizer_config.json")
     text = lambda key: _content(about.get(f"{key}_token")) or ""  # noqa: E731
-    written = [core.token_to_id(text("eos"))]
-    for name in ("generation_config.json", "config.json"):
-        ids = _json(directory / name).get("eos_token_id")
-        written += ids if isinstance(ids, list) else [ids]
+    ends = [_json(directory / f"{name}.json").get("eos_token_id") for name in ("generation_config", "config")]
+    ends = next((e for e in ends if e is not None), [])
+    written = [core.token_to_id(text("eos")), *(ends if isinstance(ends, list) else [ends])]
     written += [core.token_to_id(token) for token in ENDS]
     stops = tuple(dict.fromkeys(i for i in written if i is not None))
     if not stops:
