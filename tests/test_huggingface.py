@@ -19,8 +19,8 @@ from ppow_jax.models import families
 from ppow_jax.settings import MeshSettings, TargetSettings
 
 CHATML = (
-    "{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }} <|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}<|start|>{{ m.role|upper }}\n{{ m.content }} <|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>ASSISTANT\n{% endif %}"
 )
 
 
@@ -80,9 +80,9 @@ def test_shards_are_one_file_and_the_dtype_is_the_one_asked_for(tmp_path, direct
 def test_the_tokenizer_of_a_directory(directory):
     tokens = target(str(directory))[2]
     assert tokens.stop_ids == (69, 67)  # the one that the template writes comes first
-    assert tokens.decode(tokens.first_turn("!")) == "<|begin|><|start|>user\n! <|end|>\n<|start|>assistant\n"
+    assert tokens.decode(tokens.first_turn("!")) == "<|begin|><|start|>USER\n! <|end|>\n<|start|>ASSISTANT\n"
     after = tokens.next_turn("!")  # the blank before the end of the turn was the template's, not the target's
-    assert tokens.decode(after) == "<|end|>\n<|start|>user\n! <|end|>\n<|start|>assistant\n"
+    assert tokens.decode(after) == "<|end|>\n<|start|>USER\n! <|end|>\n<|start|>ASSISTANT\n"
     assert tokens.size == 70
     (directory / "chat_template.jinja").write_text("{{ messages[0].content }}<|eot|>")
     assert target(str(directory))[2].first_turn("AB") == [32, 33, 67]  # a file of its own is preferred
