@@ -84,11 +84,18 @@ def test_the_tokenizer_of_a_directory(directory):
     after = tokens.next_turn("!")  # the blank before the end of the turn was the template's, not the target's
     assert tokens.decode(after) == "<|end|>\n<|start|>USER\n! <|end|>\n<|start|>ASSISTANT\n"
     assert tokens.size == 70
-    (directory / "chat_template.jinja").write_text("{{ messages[0].content }}<|eot|>")
+    (directory / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}<|eot|>{% endfor %}"
+    )
     assert target(str(directory))[2].first_turn("AB") == [32, 33, 67]  # a file of its own is preferred
     write_tokenizer(directory, [{"name": "tools", "template": "x"}, {"name": "default", "template": CHATML}])
     (directory / "chat_template.jinja").unlink()
     assert target(str(directory))[2].first_turn("!") == tokens.first_turn("!")
+
+
+def test_a_template_that_forgets(directory):
+    (directory / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    refused(directory, "chat template", "all turns")
 
 
 def test_a_missing_file(directory):

@@ -72,7 +72,10 @@ class Tokenizer:
             {"role": "assistant", "content": _TURN},
             {"role": "user", "content": user},
         ]
-        ids = self.encode(self.render(messages).split(_TURN, 1)[1])
+        _, found, after = self.render(messages).partition(_TURN)
+        if not found:
+            raise UserError("chat template: it leaves out what the assistant said before, expected all turns")
+        ids = self.encode(after)
         return ids[next((at for at, i in enumerate(ids) if i in self.stop_ids), 0) :]
 
 
