@@ -272,7 +272,8 @@ def bpe() -> tokenizer.Tokenizer:
             "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
             "tokenizer.ggml.tokens": ["a", "b", "ab", "<end>"], "tokenizer.ggml.merges": ["a b"],
             "tokenizer.ggml.token_type": [1, 1, 1, 3], "tokenizer.ggml.eos_token_id": 3,
-            "tokenizer.ggml.bos_token_id": 3, "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+            "tokenizer.ggml.bos_token_id": 3,
+            "tokenizer.chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
         }
     )  # fmt: skip
 

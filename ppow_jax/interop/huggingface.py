@@ -4,7 +4,6 @@ Weights go slice by slice into arrays that are laid out over the mesh: every pro
 """
 
 import contextlib
-import dataclasses
 import json
 import pathlib
 import re
@@ -20,7 +19,7 @@ from ppow_jax import partition
 from ppow_jax.errors import UserError
 from ppow_jax.models import families
 from ppow_jax.models.target import TargetConfig, abstract_params
-from ppow_jax.models.tokenizer import ENDS, Tokenizer, chat_template
+from ppow_jax.models.tokenizer import ENDS, Tokenizer, chat_template, with_stops
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _MODULES = {
@@ -213,9 +212,8 @@ def tokenizer(directory: pathlib.Path) -> Tokenizer:
     stops = tuple(dict.fromkeys(i for i in written if i is not None))
     if not stops:
         raise UserError(f"{directory}: found no eos_token_id in its files, expected the ids that end a text")
-    found = Tokenizer(core, chat_template(_template(directory, about)), stops, text("bos"), text("eos"))
-    first = found.next_turn("?")[0]  # what the template writes behind a response
-    return dataclasses.replace(found, stop_ids=tuple(sorted(stops, key=lambda i: i != first)))
+    template = chat_template(_template(directory, about))
+    return with_stops(Tokenizer(core, template, stops, text("bos"), text("eos")))
 
 
 def _content(token: Any) -> str | None:

@@ -92,6 +92,30 @@ def chat_template(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
+_CONTROL, _ADDED = 3, 4  # kinds of tokens in GGUF files
+_WORDS = (  # of llama 3 and, with another number of digits at once, of Qwen2
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _words(digits: str) -> list[pre_tokenizers.PreTokenizer]:
+    expression = tokenizers.Regex(_WORDS % digits)
+    return [
+        pre_tokenizers.Split(expression, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+
+
+_BYTES = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+_PRE = {  # tokenizer.ggml.pre -> how text is split before merges
+    "gpt-2": _BYTES,
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), *_BYTES],
+    "llama-bpe": _words("{1,3}"),
+    "qwen2": _words(""),
+}
+
+
 def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
     """Rebuilds a byte-level BPE tokenizer from GGUF metadata.
 
@@ -99,31 +123,44 @@ def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
       UserError: a tokenizer or pre-tokenizer of another kind, or no chat template.
     """
     get = lambda key: metadata.get(f"tokenizer.ggml.{key}")  # noqa: E731
-    if get("model") != "gpt2" or get("pre") not in ("smollm", "gpt-2"):
+    if get("model") != "gpt2" or get("pre") not in _PRE:
         raise UserError(
-            f"GGUF tokenizer {get('model')!r} with pre-tokenizer {get('pre')!r} is not supported; "
-            "expected 'gpt2' with 'smollm' or 'gpt-2'"
+            f"GGUF tokenizer {get('model')!r} with pre-tokenizer {get('pre')!r} is not supported; expected "
+            f"'gpt2' with one of {', '.join(_PRE)}; the model's Hugging Face directory has its tokenizer.json"
         )
     if "tokenizer.chat_template" not in metadata:
         raise UserError("the GGUF file has no chat template; use an instruct model")
     tokens = get("tokens")
     merges = [tuple(pair.split(" ")) for pair in get("merges")]
     core = tokenizers.Tokenizer(
-        models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, fuse_unk=False)
+        models.BPE(
+            vocab={t: i for i, t in enumerate(tokens)},
+            merges=merges,
+            fuse_unk=False,
+            ignore_merges=get("pre") == "llama-bpe",
+        )
     )
-    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-    if get("pre") == "smollm":
-        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    core.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    core.pre_tokenizer = pre_tokenizers.Sequence(_PRE[get("pre")])
     core.decoder = decoders.ByteLevel()
-    control = [t for t, kind in zip(tokens, get("token_type"), strict=True) if kind == 3]
+    control = [t for t, kind in zip(tokens, get("token_type"), strict=True) if kind in (_CONTROL, _ADDED)]
     core.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in control])
-    return Tokenizer(
-        core=core,
-        template=chat_template(metadata["tokenizer.chat_template"]),
-        stop_ids=tuple(dict.fromkeys([get("eos_token_id"), *_ends(tokens)])),
-        bos=tokens[get("bos_token_id")],
-        eos=tokens[get("eos_token_id")],
+    written = [get("eos_token_id"), get("eot_token_id"), *_ends(tokens)]
+    return with_stops(
+        Tokenizer(
+            core=core,
+            template=chat_template(metadata["tokenizer.chat_template"]),
+            stop_ids=tuple(dict.fromkeys(i for i in written if i is not None)),
+            bos="" if get("bos_token_id") is None else tokens[get("bos_token_id")],
+            eos=tokens[get("eos_token_id")],
+        )
+    )
+
+
+def with_stops(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with that stop id first which its template writes behind a response."""
+    first = next(iter(tokenizer.next_turn("?")), None)
+    return dataclasses.replace(
+        tokenizer, stop_ids=tuple(sorted(tokenizer.stop_ids, key=lambda i: i != first))
     )
 
 
