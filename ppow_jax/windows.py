@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppow_jax.models.cache import Cache, append, as_prefix
+from ppow_jax.models.cache import Cache, as_prefix
+from ppow_jax.models.cache import visible as visible_slots
 from ppow_jax.models.drafter import Drafter, DrafterWeights
 from ppow_jax.models.layers import KeyValues, likeliest
 from ppow_jax.models.target import Target
@@ -41,9 +42,9 @@ class Start(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """The target-conditioned prefix: keys and values of S slots, fused features `[B, S, D]`."""
+    """The target-conditioned prefix: keys and values of S slots by layer, fused features `[B, S, D]`."""
 
-    keys_values: KeyValues
+    keys_values: Cache
     hidden: jax.Array
 
 
@@ -53,6 +54,7 @@ def prefix_pass(
     taps_BxTxC: jax.Array,
     next_tokens_BxT: jax.Array,
     positions_BxT: jax.Array,
+    before: Cache | None = None,
 ) -> Prefix:
     """Keys, values and fused features of target-conditioned positions.
 
@@ -62,16 +64,15 @@ def prefix_pass(
       taps_BxTxC: the target's taps at these positions.
       next_tokens_BxT: the token *after* each position (see `models.drafter`).
       positions_BxT: int32, counted from 0.
+      before: what was read of the positions before these; only drafters of several layers ask for it.
     """
-    apply = lambda method, *args: drafter.apply({"params": weights.params}, *args, method=method)  # noqa: E731
-    hidden = apply(Drafter.features, taps_BxTxC)
-    kv = apply(
-        Drafter.keys_values,
-        weights.embedding[next_tokens_BxT][:, None],
-        hidden[:, None],
-        positions_BxT[:, None],
-    )
-    return Prefix(as_prefix([kv])[0], hidden)
+    variables, positions_Bx1xT = {"params": weights.params}, positions_BxT[:, None]
+    hidden = drafter.apply(variables, taps_BxTxC, method=Drafter.features)
+    inputs = (weights.embedding[next_tokens_BxT][:, None], hidden[:, None], positions_Bx1xT)
+    visible = before and visible_slots(positions_BxT[:, 0], before[0].values.shape[2])
+    T = positions_BxT.shape[1]
+    _, read = drafter.apply(variables, *inputs, before, visible, None, jnp.tril(jnp.ones((T, T), bool)))
+    return Prefix(as_prefix(read), hidden)
 
 
 def text_prefix(
@@ -102,20 +103,20 @@ class Windows(NamedTuple):
     hidden: jax.Array
     position: jax.Array
     visible: jax.Array
-    own: KeyValues | None
+    own: Cache | None
 
 
-def begin(drafter: Drafter, weights: DrafterWeights, prefix: KeyValues, start: Start) -> Windows:
+def begin(drafter: Drafter, weights: DrafterWeights, prefix: Cache, start: Start) -> Windows:
     """The first step from every anchor: A windows a row."""
-    visible_BxAxS = jnp.arange(prefix.values.shape[2]) <= start.position[..., None]
-    hidden = drafter.apply(
+    visible_BxAxS = jnp.arange(prefix[0].values.shape[2]) <= start.position[..., None]
+    hidden, _ = drafter.apply(
         {"params": weights.params},
         weights.embedding[start.token][:, :, None],
         start.hidden[:, :, None],
         start.position[..., None],
         prefix,
         visible_BxAxS,
-        None,
+        in_prefix=True,
     )
     return Windows(hidden, start.position[..., None], visible_BxAxS, None)
 
@@ -135,26 +136,24 @@ def branch(windows: Windows, parents_BxW: jax.Array) -> Windows:
         return jnp.take_along_axis(leaf, parents_BxW.reshape(shape), axis)
 
     w = windows
-    own = w.own and KeyValues(pick(w.own.keys, 2), pick(w.own.values, 2))
+    own = w.own and tuple(KeyValues(pick(kv.keys, 2), pick(kv.values, 2)) for kv in w.own)
     return Windows(pick(w.hidden, 1), pick(w.position, 1), pick(w.visible, 1), own)
 
 
 def advance(
-    drafter: Drafter, weights: DrafterWeights, prefix: KeyValues, windows: Windows, tokens_BxW: jax.Array
+    drafter: Drafter, weights: DrafterWeights, prefix: Cache, windows: Windows, tokens_BxW: jax.Array
 ) -> Windows:
     """A further step: every window reads its next token."""
-    variables = {"params": weights.params}
     embeddings, position = weights.embedding[tokens_BxW][:, :, None], windows.position + 1
-    inputs = (embeddings, windows.hidden, position)
-    own = append(windows.own, drafter.apply(variables, *inputs, method=Drafter.keys_values))
-    hidden = drafter.apply(variables, *inputs, prefix, windows.visible, own)
+    inputs = (embeddings, windows.hidden, position, prefix, windows.visible, windows.own)
+    hidden, own = drafter.apply({"params": weights.params}, *inputs)
     return Windows(hidden, position, windows.visible, own)
 
 
 def window_pass(
     drafter: Drafter,
     weights: DrafterWeights,
-    prefix: KeyValues,
+    prefix: Cache,
     start: Start,
     choose: Choose,
     steps: int,
@@ -164,7 +163,7 @@ def window_pass(
     Args:
       drafter: the module.
       weights: its weights.
-      prefix: S slots; slot p holds position p, and a window sees the slots <= its anchor.
+      prefix: S slots by layer; slot p holds position p, and a window sees the slots <= its anchor.
       start: the anchors.
       choose: picks (or is given) the tokens; its statistics are `[B, A, G]` leaves. In
         the backward pass everything but its matrix products is computed again, so that of the arrays

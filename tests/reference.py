@@ -101,13 +101,24 @@ def drafter_window(
             ]
         )
 
-    features = np.asarray(taps, np.float64) @ p["fuse"]["weight"].T
-    inputs = [pair(tokens[t + 1], features[t]) for t in range(anchor + 1)]
-    feature, logits = features[anchor], []
+    def layers(residuals: list, pairs: list) -> np.ndarray:
+        """The hidden state of the last position, after all layers; every position sees those before it."""
+        x, inputs, deeper = list(residuals), pairs, [p]
+        deeper += [p[f"further_{i}"] for i in range(shape.layers - 1)]
+        for number, layer in enumerate(deeper):
+            if number:
+                inputs = [rms_norm(h, layer["attention_norm"]["scale"], eps) for h in x]
+            for t in range(len(x)):
+                at = list(range(t + 1))
+                x[t] = x[t] + attention(layer["attention"], inputs[t], inputs[: t + 1], at, shape)
+                x[t] = x[t] + mlp(layer["mlp"], rms_norm(x[t], layer["mlp_norm"]["scale"], eps))
+        return x[-1]
+
+    features = list(np.asarray(taps, np.float64) @ p["fuse"]["weight"].T)[: anchor + 1]
+    pairs, logits = [pair(tokens[t + 1], features[t]) for t in range(anchor + 1)], []
     for step in range(steps):
-        at = list(range(anchor + step + 1))
-        feature = feature + attention(p["attention"], inputs[-1], inputs, at, shape)
-        feature = feature + mlp(p["mlp"], rms_norm(feature, p["mlp_norm"]["scale"], eps))
-        logits.append(rms_norm(feature, p["norm"]["scale"], eps) @ p["head"]["weight"].T)
-        inputs.append(pair(choose(step, logits[-1]), feature))
+        normed = [rms_norm(f, p["hidden_norm"]["scale"], eps) for f in features]
+        features.append(layers(normed if shape.normed_residual else features, pairs))
+        logits.append(rms_norm(features[-1], p["norm"]["scale"], eps) @ p["head"]["weight"].T)
+        pairs.append(pair(choose(step, logits[-1]), features[-1]))
     return np.stack(logits)

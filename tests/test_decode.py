@@ -1,5 +1,7 @@
 """Lossless decoding: the text is the target's own, whatever drafts it; and simulation is decoding."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.decode.sampling import Sampling
 from ppow_jax.decode.simulate import simulate
+from ppow_jax.models import drafter as drafters
 
 PROMPTS, L, NEVER, LETTERS = small.PROMPTS, small.L, small.NEVER, small.LETTERS
 FEW = np.concatenate([[0, 1, 3], np.delete(LETTERS, [2, 11, 23])])  # three letters it cannot draft
@@ -51,7 +54,7 @@ def test_drafted_text_is_the_targets_own_and_simulation_counts_the_same_rounds(t
         out = small.generate(tiny, PROMPTS, greedy(), Eagle(tiny.drafter, shapes.chain(window)), w)
         assert out.tokens.tolist() == texts
         assert (out.emitted_by_round.sum(1) == out.count - 1).all()
-        assert simulated(tiny, tiny.drafter, w, texts, window) == [
+        assert simulated(tiny, tiny.drafter, w, texts, shapes.chain(window)) == [
             small.rounds_of(out, row) for row in range(len(PROMPTS))
         ]
         if number == 2:  # else nothing but refusals would have been seen
@@ -59,7 +62,23 @@ def test_drafted_text_is_the_targets_own_and_simulation_counts_the_same_rounds(t
             assert longest > min(window, 2)
 
 
-def simulated(pair, drafter, weights, texts, window, prompts=PROMPTS) -> list[list[int]]:
+@pytest.mark.parametrize("shape", ["chain:3", "tree:8x3x3"])
+def test_a_drafter_of_two_layers_drafts_as_in_the_simulation(tiny, texts, pupil, shape):
+    """Its second layer attends to what the first made of the text, read piece by piece or at once."""
+    config = dataclasses.replace(tiny.drafter.config, layers=2)
+    further = small.randomise(drafters.abstract_params(config)["further_0"], 4)
+    weights = pupil._replace(params=pupil.params | {"further_0": further})
+    drafter = drafters.Drafter(config)
+    out = small.generate(tiny, PROMPTS, greedy(), Eagle(drafter, shapes.parse(shape)), weights)
+    assert out.tokens.tolist() == texts
+    rounds = [small.rounds_of(out, row) for row in range(len(PROMPTS))]
+    assert simulated(tiny, drafter, weights, texts, shapes.parse(shape)) == rounds
+    assert max(map(max, rounds)) > 2
+    shallow = small.generate(tiny, PROMPTS, greedy(), Eagle(tiny.drafter, shapes.parse(shape)), pupil)
+    assert rounds != [small.rounds_of(shallow, row) for row in range(len(PROMPTS))]
+
+
+def simulated(pair, drafter, weights, texts, shape, prompts=PROMPTS) -> list[list[int]]:
     """Emitted counts of the simulated rounds of every text."""
     tokens = np.zeros((len(texts), 8 + L), np.int32)
     for row, prompt, text in zip(tokens, prompts, texts, strict=True):
@@ -67,13 +86,13 @@ def simulated(pair, drafter, weights, texts, window, prompts=PROMPTS) -> list[li
     start = np.array([len(p) for p in prompts], np.int32)
     end = start + np.array([len(t) for t in texts], np.int32)
     taps = small.forward(pair.target, pair.params, tokens)[0].taps[:, 0]
-    rounds = simulate(drafter, weights, taps, tokens, start, end, shapes.chain(window))
+    rounds = simulate(drafter, weights, taps, tokens, start, end, shape)
     emitted, accepted = np.asarray(rounds.emitted), np.asarray(rounds.accepted)
     live = emitted > 0
     assert (accepted[~live] == -1).all()
     assert (accepted <= rounds.offered)[live].all()
     ahead = end[:, None] - start[:, None] - 1 - np.cumsum(emitted, 1) + emitted
-    assert (np.asarray(rounds.offered) == np.where(live, np.minimum(window, ahead), 0)).all()
+    assert (np.asarray(rounds.offered) == np.where(live, np.minimum(shape.depth, ahead), 0)).all()
     assert (emitted == np.minimum(accepted + 1, ahead))[live].all()
     return [row[row > 0].tolist() for row in emitted]
 
@@ -89,7 +108,7 @@ def test_rounds_of_drafters_with_known_flaws_are_those_walked_by_hand(chain):
             rounds_by_hand(prompt, text, 3, wrong, vocab) for prompt, text in zip(prompts, texts, strict=True)
         ]
         assert [small.rounds_of(out, row) for row in range(4)] == walked
-        assert simulated(chain, drafter, weights, texts, 3, prompts) == walked
+        assert simulated(chain, drafter, weights, texts, shapes.chain(3), prompts) == walked
 
 
 def test_a_perfect_drafter_emits_whole_windows(chain):
@@ -116,7 +135,7 @@ def test_a_stop_token_ends_the_text_wherever_it_falls_in_a_window(chain):
     assert walked[4] == [4]
     assert walked[6] == [4, 2]
     assert [small.rounds_of(drafted, row) for row in range(9)] == walked
-    assert simulated(chain, drafter, weights, texts, 3, prompts) == walked
+    assert simulated(chain, drafter, weights, texts, shapes.chain(3), prompts) == walked
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -130,7 +149,7 @@ def test_a_text_is_cut_at_max_new_tokens_inside_a_window(chain, count):
     assert not out.finished.any()
     walked = [rounds_by_hand(p, t, 3, (9,)) for p, t in zip(prompts, texts, strict=True)]
     assert [small.rounds_of(out, row) for row in range(4)] == walked
-    assert simulated(chain, drafter, weights, texts, 3, prompts) == walked
+    assert simulated(chain, drafter, weights, texts, shapes.chain(3), prompts) == walked
 
 
 def test_a_prompt_decoded_alone_and_without_padding_gives_the_text_of_its_row(tiny, pupil, texts):

@@ -1,5 +1,6 @@
 """The one primitive against EAGLE-3 written out in NumPy, and who sees what."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,8 @@ import reference
 import small
 
 from ppow_jax import windows
-from ppow_jax.models.drafter import DrafterWeights
+from ppow_jax.models import drafter as drafters
+from ppow_jax.models.drafter import Drafter, DrafterWeights
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -66,6 +68,17 @@ def test_logits_of_every_window_are_those_of_eagle_3_in_numpy(tiny, logits):
     for b, a, g in np.ndindex(B, A, G):
         want = slowly(tiny, b, a, lambda step, _, given=GIVEN[b, a, g]: given[step])
         np.testing.assert_allclose(logits[b, a, g], want, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("layers", "normed"), [(3, False), (1, True), (2, True)])
+def test_drafters_of_more_layers_or_with_another_residual(tiny, layers, normed):
+    shape = dataclasses.replace(tiny.drafter.config, layers=layers, normed_residual=normed)
+    weights = tiny.weights._replace(params=small.randomise(drafters.abstract_params(shape), 3))
+    found = forced(Drafter(shape), weights, TAPS, TOKENS, ANCHORS, GIVEN)
+    for b, a, g in np.ndindex(B, A, G):
+        inputs = (weights.params, shape, weights.embedding, TAPS[b], TOKENS[b].tolist(), ANCHORS[b, a], K)
+        want = reference.drafter_window(*inputs, lambda step, _, given=GIVEN[b, a, g]: given[step])
+        np.testing.assert_allclose(found[b, a, g], want, atol=2e-4, rtol=0)
 
 
 def test_a_greedy_chain_feeds_on_its_own_tokens_and_names_them_by_target_id(tiny):

@@ -15,8 +15,8 @@ from ppow_jax.decode.shapes import Shape
 from ppow_jax.decode.verify import Draft
 from ppow_jax.errors import ConfigError
 from ppow_jax.models import cache as kv_cache
+from ppow_jax.models.cache import Cache
 from ppow_jax.models.drafter import Drafter, DrafterWeights
-from ppow_jax.models.layers import KeyValues
 from ppow_jax.windows import Start, prefix_pass
 
 
@@ -65,7 +65,7 @@ class Drafting(Protocol):
 class EagleState(NamedTuple):
     """The target-conditioned prefix of every row, and its next anchor."""
 
-    prefix: KeyValues
+    prefix: Cache
     start: Start
 
 
@@ -101,10 +101,11 @@ class Eagle:
     def read(self, weights: DrafterWeights, state: EagleState | None, seen: Seen) -> EagleState:
         """See `Drafting`."""
         positions_BxT = seen.offset[:, None] + jnp.arange(seen.next.shape[1])
-        read = prefix_pass(self.drafter, weights, seen.taps, seen.next, positions_BxT)
+        before = None if state is None else state.prefix
+        read = prefix_pass(self.drafter, weights, seen.taps, seen.next, positions_BxT, before)
         prefix = read.keys_values
         if state is not None:
-            (prefix,) = kv_cache.write((state.prefix,), (prefix,), seen.offset, seen.going_on)
+            prefix = kv_cache.write(state.prefix, prefix, seen.offset, seen.going_on)
         last_Bx1 = seen.last[:, None]
         hidden = jnp.take_along_axis(read.hidden, last_Bx1[..., None], 1)
         token_Bx1 = jnp.take_along_axis(seen.next, last_Bx1, 1)
@@ -118,7 +119,7 @@ class Eagle:
 
     def grow(self, state: EagleState, slots: int) -> EagleState:
         """See `Drafting`."""
-        return state._replace(prefix=kv_cache.grow((state.prefix,), slots)[0])
+        return state._replace(prefix=kv_cache.grow(state.prefix, slots))
 
 
 @dataclasses.dataclass(frozen=True)

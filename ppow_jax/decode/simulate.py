@@ -15,8 +15,9 @@ from ppow_jax.decode import tree, verify
 from ppow_jax.decode.sampling import GREEDY
 from ppow_jax.decode.shapes import Shape, chain
 from ppow_jax.models import cache as kv_cache
+from ppow_jax.models.cache import Cache
 from ppow_jax.models.drafter import Drafter, DrafterWeights
-from ppow_jax.models.layers import KeyValues, likeliest
+from ppow_jax.models.layers import likeliest
 from ppow_jax.windows import Prefix, text_prefix, text_starts, window_pass
 
 
@@ -41,7 +42,7 @@ class _Walk(NamedTuple):
     step: jax.Array  # [B], of the window
     round: jax.Array  # [B]
     hidden: jax.Array  # [B, D], the drafter's own, from the step before
-    context: KeyValues  # the text's T slots, then the window's own: step j's in slot T + j
+    context: Cache  # the text's T slots, then the window's own: step j's in slot T + j
     rounds: Rounds
 
 
@@ -106,30 +107,29 @@ def _simulate_chain(
         )
 
     zeros, zero_B = jnp.zeros((B, T), jnp.int32), jnp.zeros(B, jnp.int32)
-    (context,) = kv_cache.grow((prefix.keys_values,), T + window)
+    context = kv_cache.grow(prefix.keys_values, T + window)
     start = _Walk(start_B - 1, zero_B, zero_B, prefix.hidden[:, 0], context, Rounds(zeros, zeros - 1, zeros))
     return jax.lax.while_loop(lambda w: jnp.any(w.anchor + 2 < end_B), walk, start).rounds
 
 
 def _draft(
     drafter: Drafter, weights: DrafterWeights, prefix: Prefix, tokens_BxT: jax.Array, w: _Walk
-) -> tuple[jax.Array, KeyValues, jax.Array]:
+) -> tuple[jax.Array, Cache, jax.Array]:
     """One step of each row's window along the text: hidden state `[B, D]`, context, drafted token `[B]`."""
     B, T = tokens_BxT.shape
     rows, position_B = jnp.arange(B), w.anchor + w.step
-    apply = lambda *args, **kw: drafter.apply({"params": weights.params}, *args, **kw)  # noqa: E731
+    variables = {"params": weights.params}
     token_B = tokens_BxT[rows, jnp.minimum(position_B + 1, T - 1)]
     hidden_BxD = jnp.where((w.step == 0)[:, None], prefix.hidden[rows, w.anchor], w.hidden)
-    inputs = (weights.embedding[token_B], hidden_BxD, position_B)
-    inputs = tuple(x[:, None, None] for x in inputs)
-    new = kv_cache.as_prefix([apply(*inputs, method=Drafter.keys_values)])
-    (context,) = kv_cache.write((w.context,), new, T + w.step)
-    slots = jnp.arange(context.values.shape[2])
-    own_BxS = (slots > T) & (slots <= T + w.step[:, None])  # the anchor's key is the text's
-    visible_BxS = (slots <= w.anchor[:, None]) | own_BxS
-    hidden = apply(*inputs, context, visible_BxS[:, None], None)
-    drafted_B = weights.vocab[likeliest(apply(hidden, method=Drafter.logits))][:, 0, 0]
-    return hidden[:, 0, 0], context, drafted_B
+    inputs = tuple(x[:, None, None] for x in (weights.embedding[token_B], hidden_BxD, position_B))
+    slots = jnp.arange(w.context[0].values.shape[2])
+    own_BxS = (slots > T) & (slots < T + w.step[:, None])
+    text_BxS = slots < (w.anchor + (w.step > 0))[:, None]  # an anchor's own key is computed once more
+    visible_BxWxS = (text_BxS | own_BxS)[:, None]
+    hidden, new = drafter.apply(variables, *inputs, w.context, visible_BxWxS)
+    context = kv_cache.write(w.context, kv_cache.as_prefix(new), T + w.step)
+    logits = drafter.apply(variables, hidden, method=Drafter.logits)
+    return hidden[:, 0, 0], context, weights.vocab[likeliest(logits)][:, 0, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("drafter", "shape"))

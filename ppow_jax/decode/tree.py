@@ -12,15 +12,16 @@ from ppow_jax import windows
 from ppow_jax.decode.sampling import Sampling, log_law
 from ppow_jax.decode.shapes import Dynamic, Fixed, Shape
 from ppow_jax.decode.verify import Draft, Drawn
+from ppow_jax.models.cache import Cache
 from ppow_jax.models.drafter import Drafter, DrafterWeights
-from ppow_jax.models.layers import KeyValues, likeliest
+from ppow_jax.models.layers import likeliest
 from ppow_jax.windows import Start, Windows
 
 
 def draft(
     drafter: Drafter,
     weights: DrafterWeights,
-    prefix: KeyValues,
+    prefix: Cache,
     start: Start,
     shape: Shape,
     sampling: Sampling,
@@ -52,7 +53,7 @@ def _logits(drafter: Drafter, weights: DrafterWeights, at: Windows) -> jax.Array
 def _fixed(
     drafter: Drafter,
     weights: DrafterWeights,
-    prefix: KeyValues,
+    prefix: Cache,
     start: Start,
     shape: Fixed,
     sampling: Sampling,
@@ -120,7 +121,7 @@ class Candidates(NamedTuple):
 def candidates(
     drafter: Drafter,
     weights: DrafterWeights,
-    prefix: KeyValues,
+    prefix: Cache,
     start: Start,
     depth: int,
     top_k: int,
@@ -150,7 +151,7 @@ def candidates(
 def _dynamic(
     drafter: Drafter,
     weights: DrafterWeights,
-    prefix: KeyValues,
+    prefix: Cache,
     start: Start,
     shape: Dynamic,
     sampling: Sampling,

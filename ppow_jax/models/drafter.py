@@ -1,4 +1,4 @@
-"""The drafter: EAGLE-3 (Li et al. 2025), one decoder layer fed with the target's features.
+"""The drafter: EAGLE-3 (Li et al. 2025), a decoder layer (or more) fed with the target's features.
 
 At position p it pairs the target's features at p with the embedding of token p + 1; its prediction is
 token p + 2. Beyond the anchor of a window it feeds on its own hidden state. The embedding is the
@@ -8,21 +8,30 @@ Shape letters as in `layers`; C width of the target's taps, N size of the draft 
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ppow_jax.errors import ConfigError
-from ppow_jax.models.cache import as_prefix
-from ppow_jax.models.layers import Attention, GatedMLP, KeyValues, Linear, RMSNorm, Rotary
+from ppow_jax.models.cache import Cache, append
+from ppow_jax.models.layers import Attention, GatedMLP, Linear, RMSNorm, Rotary
 from ppow_jax.models.target import TargetConfig, head_matrix
 
 
 @dataclasses.dataclass(frozen=True)
 class DrafterConfig:
-    """Shape of an EAGLE-3 drafter; `vocab_size` is the draft vocabulary's."""
+    """Shape of an EAGLE-3 drafter; `vocab_size` is the draft vocabulary's.
+
+    Attributes:
+      embedding_size: V of an embedding of its own; 0: it reads the target's.
+      layers: decoder layers; those after the first read hidden states alone.
+      rope_divisors: see `layers.Rotary`.
+      normed_residual: whether what the first layer adds to is the hidden state after its norm (the
+        speculators library's `norm_before_residual`) and not, as in EAGLE-3, before it.
+    """
 
     vocab_size: int
     width: int
@@ -34,6 +43,10 @@ class DrafterConfig:
     rope_theta: float
     norm_epsilon: float
     dtype: str = "float32"
+    embedding_size: int = 0
+    layers: int = 1
+    rope_divisors: tuple[float, ...] = ()
+    normed_residual: bool = False
 
 
 class DrafterWeights(NamedTuple):
@@ -41,7 +54,7 @@ class DrafterWeights(NamedTuple):
 
     Attributes:
       params: the trained parameters, a nested dict.
-      embedding: `[V, D]`, the target's, frozen.
+      embedding: `[V, D]`, its own or the target's, which is frozen.
       vocab: int32 `[N]`, target ids of the draft ids, ascending.
     """
 
@@ -51,12 +64,29 @@ class DrafterWeights(NamedTuple):
 
 
 def weights_of(params: dict, target_params: dict, vocab_N: jax.Array) -> DrafterWeights:
-    """The drafter's parameters with the target's frozen embedding."""
-    return DrafterWeights(params, target_params["embedding"]["embedding"], vocab_N)
+    """The drafter's parameters with the embedding that it reads."""
+    embedding = params.get("embedding", target_params["embedding"])["embedding"]
+    return DrafterWeights(params, embedding, vocab_N)
+
+
+class Further(nn.Module):
+    """A decoder layer after the first: Llama's."""
+
+    config: DrafterConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.attention_norm, self.mlp_norm = RMSNorm(c.norm_epsilon), RMSNorm(c.norm_epsilon)
+        self.attention, self.mlp = _attention(c), GatedMLP(c.mlp_hidden, c.width, jnp.dtype(c.dtype))
+
+
+def _attention(c: DrafterConfig) -> Attention:
+    rotary = Rotary(c.rope_theta, c.rope_divisors)
+    return Attention(c.heads, c.kv_heads, c.head_size, c.width, rotary, jnp.dtype(c.dtype))
 
 
 class Drafter(nn.Module):
-    """One decoder layer on concat(norm(embedding), norm(hidden)), with its own head."""
+    """Decoder layers, the first on concat(norm(embedding), norm(hidden)), with its own head."""
 
     config: DrafterConfig
 
@@ -66,44 +96,66 @@ class Drafter(nn.Module):
         self.fuse = Linear(c.width, dtype)
         self.embedding_norm = RMSNorm(c.norm_epsilon)
         self.hidden_norm = RMSNorm(c.norm_epsilon)
-        self.attention = Attention(c.heads, c.kv_heads, c.head_size, c.width, Rotary(c.rope_theta), dtype)
+        self.attention = _attention(c)
         self.mlp_norm = RMSNorm(c.norm_epsilon)
         self.mlp = GatedMLP(c.mlp_hidden, c.width, dtype)
+        self.further = [Further(c) for _ in range(c.layers - 1)]
         self.norm = RMSNorm(c.norm_epsilon)
         self.head = Linear(c.vocab_size, dtype)
+        if c.embedding_size:
+            self.embedding = nn.Embed(c.embedding_size, c.width, dtype=dtype)
 
     def features(self, taps: jax.Array) -> jax.Array:
         """The target's taps `[..., C]` fused to the drafter's width `[..., D]`."""
         return self.fuse(taps.astype(self.config.dtype))
 
     def inputs(self, embeddings: jax.Array, hidden: jax.Array) -> jax.Array:
-        """What attention reads of a token, `[..., 2 D]`: its embedding and the hidden state, normed."""
+        """What the first attention reads of a token, `[..., 2 D]`: embedding and hidden state, normed."""
         embeddings = embeddings.astype(self.config.dtype)
         return jnp.concatenate([self.embedding_norm(embeddings), self.hidden_norm(hidden)], -1)
 
-    def keys_values(self, embeddings: jax.Array, hidden: jax.Array, positions: jax.Array) -> KeyValues:
-        """Keys and values of tokens `[B, W, K, D]`, by window; all that a prefix needs."""
-        return self.attention.keys_values(self.inputs(embeddings, hidden), positions)
-
     def __call__(
         self,
-        embeddings_BxWx1xD: jax.Array,
-        hidden_BxWx1xD: jax.Array,
-        positions_BxWx1: jax.Array,
-        prefix: KeyValues,
-        visible_BxWxS: jax.Array,
-        own: KeyValues | None,
-    ) -> jax.Array:
-        """One step: the next hidden state, before the final norm, `[B, W, 1, D]`.
+        embeddings_BxWxKxD: jax.Array,
+        hidden_BxWxKxD: jax.Array,
+        positions_BxWxK: jax.Array,
+        prefix: Cache | None,
+        visible_BxWxS: jax.Array | None,
+        own: Cache | None = None,
+        own_mask: jax.Array | None = None,
+        in_prefix: bool = False,
+    ) -> tuple[jax.Array, Cache | None]:
+        """A step, or the reading of a text.
 
-        `own` holds the window's keys so far, this token's included; None at the anchor, whose key is
-        in the prefix already.
+        Args:
+          embeddings_BxWxKxD: of the tokens after the given positions.
+          hidden_BxWxKxD: what is known there: fused features, or the hidden state of the step before.
+          positions_BxWxK: int32.
+          prefix: what all windows of a row share, by layer.
+          visible_BxWxS: bool, the slots of it that a window sees.
+          own: what the windows have read of their own so far, by layer.
+          own_mask: of `own` and the tokens now read; None: all of both.
+          in_prefix: whether keys and values of these tokens (anchors) are in the prefix already.
+
+        Returns:
+          Hidden states before the final norm `[B, W, K, D]`, and `own` with the tokens now read.
         """
-        x = self.inputs(embeddings_BxWx1xD, hidden_BxWx1xD)
-        mask = None if own is None else jnp.ones((1, own.values.shape[3]), bool)
-        attended = self.attention(x, positions_BxWx1, prefix, visible_BxWxS, own, mask)
-        hidden = hidden_BxWx1xD + attended
-        return hidden + self.mlp(self.mlp_norm(hidden))
+        x = self.hidden_norm(hidden_BxWxKxD) if self.config.normed_residual else hidden_BxWxKxD
+        inputs, read = self.inputs(embeddings_BxWxKxD, hidden_BxWxKxD), []
+        for i, layer in enumerate((self, *self.further)):
+            if i:
+                inputs = layer.attention_norm(x)
+            mine = own and own[i]
+            if not in_prefix:
+                mine = append(mine, layer.attention.keys_values(inputs, positions_BxWxK))
+                read.append(mine)
+            mask = own_mask
+            if mine is not None and mask is None:
+                mask = jnp.ones((inputs.shape[2], mine.values.shape[3]), bool)
+            shared = prefix and prefix[i]
+            x = x + layer.attention(inputs, positions_BxWxK, shared, visible_BxWxS, mine, mask)
+            x = x + layer.mlp(layer.mlp_norm(x))
+        return x, tuple(read) or None
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits `[..., N]` over the draft vocabulary."""
@@ -112,10 +164,9 @@ class Drafter(nn.Module):
     def everything(self, taps: jax.Array, positions: jax.Array) -> jax.Array:
         """Touches every parameter, for `init`; taps `[B, 1, T, C]`."""
         hidden = self.features(taps)
-        own = self.keys_values(hidden, hidden, positions)
-        (prefix,) = as_prefix([own])
-        visible = jnp.ones((1, 1, taps.shape[2]), bool)
-        return self.logits(self(hidden[:, :, :1], hidden[:, :, :1], positions, prefix, visible, own))
+        if self.config.embedding_size:
+            self.embedding(positions)
+        return self.logits(self(hidden, hidden, positions, None, None)[0])
 
 
 def drafter_config(
@@ -147,6 +198,11 @@ def drafter_config(
         norm_epsilon=target.norm_epsilon,
         dtype=dtype,
     )
+
+
+def config_from(values: Mapping[str, Any]) -> DrafterConfig:
+    """A shape as JSON has kept it."""
+    return DrafterConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def abstract_params(config: DrafterConfig) -> dict:

@@ -17,7 +17,7 @@ from ppow_jax.data import records
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.interop import checkpoint
-from ppow_jax.models.drafter import DrafterConfig, abstract_params
+from ppow_jax.models.drafter import DrafterConfig, abstract_params, config_from
 from ppow_jax.stages import training
 from ppow_jax.stages.evaluate import params_sha256
 
@@ -66,7 +66,7 @@ def load(directory: pathlib.Path, fingerprint: str) -> tuple[DrafterConfig, dict
             f"{directory}: this drafter belongs to target {trained_for[:12]} "
             f"({manifest['target']['path']}), not to {fingerprint[:12]}; its drafts would be refused"
         )
-    config = DrafterConfig(**manifest["drafter"])
+    config = config_from(manifest["drafter"])
     params = checkpoint.load_params(directory / "drafter", abstract_params(config))
     if params_sha256(params) != manifest["params_sha256"]:
         raise UserError(f"{directory}: the parameters are not those of the manifest; export again")

@@ -20,6 +20,7 @@ from ppow_jax.metrics import Writer
 from ppow_jax.models.drafter import (
     Drafter,
     DrafterConfig,
+    config_from,
     drafter_config,
     init_params,
 )
@@ -133,7 +134,7 @@ def load_drafter(experiment: Experiment, stage: str) -> tuple[State, dict[str, A
             f"{experiment.workdir}/checkpoints/{stage}: drafter of target {about['target'][:12]}, "
             f"this target is {experiment.fingerprint[:12]}; use the target that it was trained for"
         )
-    config = DrafterConfig(**about["drafter"])
+    config = config_from(about["drafter"])
     vocab = np.arange(config.vocab_size, dtype=np.int32)
     blank = init_params(
         config,
