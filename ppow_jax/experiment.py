@@ -98,6 +98,7 @@ def build(settings: Settings, workdir: pathlib.Path) -> Experiment:
     """
     mesh = partition.make_mesh(settings.mesh)
     config, params, tokens = load_target(settings.target, mesh)
+    config = _with_taps(config, settings.target.taps)
     params = partition.shard(params, mesh)
     name = fingerprint(config, params)
     about = records.read_json(workdir / "target.json")
@@ -141,6 +142,18 @@ def load_target(settings: TargetSettings, mesh: Mesh) -> tuple[TargetConfig, dic
             "the rows of the embedding; the files are of two models"
         )
     return config, params, tokens
+
+
+def _with_taps(config: TargetConfig, taps: tuple[int, ...]) -> TargetConfig:
+    """The target with other taps; none: its own."""
+    if not taps:
+        return config
+    if list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] > config.layers:
+        raise ConfigError(
+            f"config.target.taps: found {taps}, expected ascending layers from 0 to {config.layers}, "
+            "the number of the target's"
+        )
+    return dataclasses.replace(config, taps=taps)
 
 
 def _plan(settings: Settings, workdir: pathlib.Path) -> list[str]:

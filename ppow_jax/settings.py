@@ -18,10 +18,11 @@ STAGES = ("respond", "supervise", "cst", "ppow", "evaluate", "export")
 
 @dataclasses.dataclass(frozen=True)
 class TargetSettings:
-    """Which target. `path`: a GGUF file, `package:NAME`, or `markov:SEED` (generated, tiny)."""
+    """Which target, and which of its layers the drafter sees. See `configs/base.py`."""
 
     path: str
     dtype: str
+    taps: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +57,11 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DrafterSettings:
-    """Draft vocabulary size, MLP width and key/value heads (0: the target's), whether some of them begin as
-    induction heads, and compute dtype."""
+    """Draft vocabulary size, layers, MLP width and key/value heads (0: the target's), whether some of them
+    begin as induction heads, and compute dtype."""
 
     vocab_size: int
+    layers: int
     mlp_hidden: int
     kv_heads: int
     induction: bool
@@ -225,8 +227,9 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, path)
     if typing.get_origin(kind) is tuple:
-        if not isinstance(value, tuple | list) or not all(isinstance(v, str) for v in value):
-            raise ConfigError(f"{path}: found {value!r}, expected a tuple of strings")
+        of = typing.get_args(kind)[0]
+        if not isinstance(value, tuple | list) or not all(type(v) is of for v in value):
+            raise ConfigError(f"{path}: found {value!r}, expected a tuple of {of.__name__}")
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -302,7 +305,7 @@ def _check(s: Settings) -> None:
 
 
 _POSITIVE = {
-    "steps", "batch_size", "anchors", "window", "length", "vocab_size", "max_new_tokens",
+    "steps", "layers", "batch_size", "anchors", "window", "length", "vocab_size", "max_new_tokens",
     "updates", "rescore_every", "every_steps", "curve_points", "checkpoint_every_steps",
     "keep_checkpoints", "decode_prompts",
 }  # fmt: skip

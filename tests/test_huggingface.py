@@ -47,7 +47,7 @@ def directory(tmp_path) -> pathlib.Path:
 
 def target(path: str):
     return experiment.load_target(
-        TargetSettings(path, "float32"), partition.make_mesh(MeshSettings(-1, 1, 1))
+        TargetSettings(path, "float32", ()), partition.make_mesh(MeshSettings(-1, 1, 1))
     )
 
 

@@ -170,7 +170,7 @@ class Drafter(nn.Module):
 
 
 def drafter_config(
-    target: TargetConfig, vocab_size: int, mlp_hidden: int, dtype: str, kv_heads: int = 0
+    target: TargetConfig, vocab_size: int, mlp_hidden: int, dtype: str, kv_heads: int = 0, layers: int = 1
 ) -> DrafterConfig:
     """The drafter's shape for a target; what is 0 is as in the target's layers.
 
@@ -197,6 +197,7 @@ def drafter_config(
         rope_theta=target.rope_theta,
         norm_epsilon=target.norm_epsilon,
         dtype=dtype,
+        layers=layers,
     )
 
 
@@ -246,6 +247,10 @@ def init_params(
     if config.mlp_hidden == target.mlp_hidden:
         params["mlp"], params["mlp_norm"] = last["mlp"], norm(last["mlp_norm"])
     params["head"]["weight"] = head_matrix(target, target_params)[vocab_N]
+    for i in range(config.layers - 1):  # adds nothing at first
+        for module, leaf in (("attention", "out"), ("mlp", "down")):
+            weight = params[f"further_{i}"][module][leaf]["weight"]
+            params[f"further_{i}"][module][leaf]["weight"] = jnp.zeros_like(weight)
     # A copy even where the dtype is the same: training donates the drafter's buffers.
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
 

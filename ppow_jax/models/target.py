@@ -22,7 +22,7 @@ class TargetConfig:
 
     Attributes:
       taps: the layers whose *inputs* the drafter sees, 0-based, low to high; the convention of the EAGLE-3
-        reference code: (2, n // 2, n - 3).
+        reference code: (2, n // 2, n - 3). n, the number of layers, stands for the output of the last one.
       rope_divisors: see `layers.Rotary`.
       attention_bias, head_norms, query_scale: see `layers.Attention`.
       norm_offset: see `layers.RMSNorm`.
@@ -162,6 +162,7 @@ class Target(nn.Module):
             prefix = None if cache is None else cache[i]
             x, own = layer(x, positions_BxWxK, prefix, *masks[c.span(i)])
             new.append(own)
+        inputs[c.layers] = x
         taps = jnp.concatenate([inputs[i] for i in c.taps], -1)
         return TargetOutput(self.norm(x), taps, tuple(new))
 

@@ -89,7 +89,8 @@ def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTra
 def shape_of_drafter(experiment: Experiment) -> DrafterConfig:
     """The drafter's shape by the settings."""
     d = experiment.settings.drafter
-    return drafter_config(experiment.target.config, d.vocab_size, d.mlp_hidden, d.dtype, d.kv_heads)
+    sizes = (d.vocab_size, d.mlp_hidden, d.dtype, d.kv_heads, d.layers)
+    return drafter_config(experiment.target.config, *sizes)
 
 
 def fresh_state(experiment: Experiment, optimizer: optax.GradientTransformation, vocab: np.ndarray) -> State:
