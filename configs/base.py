@@ -51,6 +51,9 @@ def get_config():
     c.data.feature_dtype = "float16"  # or bfloat16, float32
 
     c.drafter = ConfigDict()
+    # Directory of an EAGLE-3 drafter for this target (config.json, model.safetensors) that training goes on
+    # from; its shape and vocabulary take the place of what follows. Empty: a fresh one.
+    c.drafter.path = ""
     c.drafter.vocab_size = 8192  # draft vocabulary: the most frequent tokens of the responses
     c.drafter.layers = 1  # EAGLE-3's; further ones begin as if they were not there
     c.drafter.mlp_hidden = 0  # 0: as wide as the target's
@@ -124,7 +127,11 @@ def get_config():
     c.evaluate.window = 10  # K of tau, by exact simulation on all prompts
     c.evaluate.decode_prompts = 22  # a benchmark, decoded for real as `decode` says: 66 of three
 
-    c.export = ConfigDict(dict(drafter="ppow"))
+    c.export = ConfigDict()
+    c.export.drafter = "ppow"  # or supervise, cst
+    # Beside our own checkpoint, files for a server: sglang, vllm, vllm_tpu; empty: none.
+    c.export.server = "sglang"
+    c.export.dtype = "bfloat16"  # of those files; or float16, float32
 
     c.log = ConfigDict()
     c.log.every_steps = 20

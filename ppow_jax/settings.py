@@ -12,6 +12,7 @@ from typing import Any
 from ppow_jax.data import prompts
 from ppow_jax.decode import shapes
 from ppow_jax.errors import ConfigError
+from ppow_jax.interop import eagle3
 
 STAGES = ("respond", "supervise", "cst", "ppow", "evaluate", "export")
 
@@ -57,9 +58,10 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DrafterSettings:
-    """Draft vocabulary size, layers, MLP width and key/value heads (0: the target's), whether some of them
-    begin as induction heads, and compute dtype."""
+    """Files to begin with; or of a fresh drafter draft vocabulary size, layers, MLP width and key/value heads
+    (0: the target's), and whether some of these begin as induction heads. Compute dtype."""
 
+    path: str
     vocab_size: int
     layers: int
     mlp_hidden: int
@@ -161,9 +163,11 @@ class DecodeSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ExportSettings:
-    """Which stage's drafter is exported."""
+    """Which stage's drafter is exported, for which server, and in which dtype."""
 
     drafter: str
+    server: str
+    dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +267,11 @@ def _check(s: Settings) -> None:
     require(_is_gamma(s.ppow.gamma), "ppow.gamma", s.ppow.gamma, "'measured' or a number >= 0")
     drafters = ("supervise", "cst", "ppow")
     require(s.export.drafter in drafters, "export.drafter", s.export.drafter, ", ".join(drafters))
+    servers = (*eagle3.SERVERS, "")
+    require(
+        s.export.server in servers, "export.server", s.export.server, f"{', '.join(servers[:-1])}, or empty"
+    )
+    require(s.export.dtype in stored, "export.dtype", s.export.dtype, ", ".join(stored))
     require(
         s.ppow.temperature > 0 or s.respond.temperature == 0,
         "ppow.temperature",

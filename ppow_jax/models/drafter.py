@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from ppow_jax.errors import ConfigError
 from ppow_jax.models.cache import Cache, append
+from ppow_jax.models.families import divisors
 from ppow_jax.models.layers import Attention, GatedMLP, Linear, RMSNorm, Rotary
 from ppow_jax.models.target import TargetConfig, head_matrix
 
@@ -28,9 +29,14 @@ class DrafterConfig:
     Attributes:
       embedding_size: V of an embedding of its own; 0: it reads the target's.
       layers: decoder layers; those after the first read hidden states alone.
-      rope_divisors: see `layers.Rotary`.
+      rope_scaling: keys and values of `rope_scaling` as files have it (see `families.divisors`).
+      attention_bias, head_norms: see `layers.Attention`.
+      taps: how many there are.
+      tap_norms: norms of the taps before they are fused: "each", one a tap; "all", one over all; or none.
       normed_residual: whether what the first layer adds to is the hidden state after its norm (the
         speculators library's `norm_before_residual`) and not, as in EAGLE-3, before it.
+      feeds_normed: whether a step is fed with the hidden state after the final norm (`norm_output` of the
+        speculators library) and not, as in EAGLE-3, before it.
     """
 
     vocab_size: int
@@ -45,8 +51,13 @@ class DrafterConfig:
     dtype: str = "float32"
     embedding_size: int = 0
     layers: int = 1
-    rope_divisors: tuple[float, ...] = ()
+    rope_scaling: tuple[tuple[str, Any], ...] = ()
+    attention_bias: bool = False
+    head_norms: bool = False
+    taps: int = 3
+    tap_norms: str = ""
     normed_residual: bool = False
+    feeds_normed: bool = False
 
 
 class DrafterWeights(NamedTuple):
@@ -81,8 +92,9 @@ class Further(nn.Module):
 
 
 def _attention(c: DrafterConfig) -> Attention:
-    rotary = Rotary(c.rope_theta, c.rope_divisors)
-    return Attention(c.heads, c.kv_heads, c.head_size, c.width, rotary, jnp.dtype(c.dtype))
+    rotary = Rotary(c.rope_theta, divisors(dict(c.rope_scaling), c.rope_theta, c.head_size))
+    how = (rotary, jnp.dtype(c.dtype), c.attention_bias, (c.norm_epsilon, 0.0) if c.head_norms else None)
+    return Attention(c.heads, c.kv_heads, c.head_size, c.width, *how)
 
 
 class Drafter(nn.Module):
@@ -104,10 +116,18 @@ class Drafter(nn.Module):
         self.head = Linear(c.vocab_size, dtype)
         if c.embedding_size:
             self.embedding = nn.Embed(c.embedding_size, c.width, dtype=dtype)
+        self.tap_norms = [
+            RMSNorm(c.norm_epsilon) for _ in range({"each": c.taps, "all": 1, "": 0}[c.tap_norms])
+        ]
 
     def features(self, taps: jax.Array) -> jax.Array:
         """The target's taps `[..., C]` fused to the drafter's width `[..., D]`."""
-        return self.fuse(taps.astype(self.config.dtype))
+        taps = taps.astype(self.config.dtype)
+        if self.tap_norms:
+            parts = jnp.split(taps, len(self.tap_norms), -1)
+            normed = [norm(part) for norm, part in zip(self.tap_norms, parts, strict=True)]
+            taps = jnp.concatenate(normed, -1)
+        return self.fuse(taps)
 
     def inputs(self, embeddings: jax.Array, hidden: jax.Array) -> jax.Array:
         """What the first attention reads of a token, `[..., 2 D]`: embedding and hidden state, normed."""
@@ -138,7 +158,8 @@ class Drafter(nn.Module):
           in_prefix: whether keys and values of these tokens (anchors) are in the prefix already.
 
         Returns:
-          Hidden states before the final norm `[B, W, K, D]`, and `own` with the tokens now read.
+          Hidden states `[B, W, K, D]`, before the final norm unless that is fed on, and `own` with the tokens
+          now read.
         """
         x = self.hidden_norm(hidden_BxWxKxD) if self.config.normed_residual else hidden_BxWxKxD
         inputs, read = self.inputs(embeddings_BxWxKxD, hidden_BxWxKxD), []
@@ -155,11 +176,11 @@ class Drafter(nn.Module):
             shared = prefix and prefix[i]
             x = x + layer.attention(inputs, positions_BxWxK, shared, visible_BxWxS, mine, mask)
             x = x + layer.mlp(layer.mlp_norm(x))
-        return x, tuple(read) or None
+        return self.norm(x) if self.config.feeds_normed else x, tuple(read) or None
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits `[..., N]` over the draft vocabulary."""
-        return self.head(self.norm(hidden)).astype(jnp.float32)
+        return self.head(hidden if self.config.feeds_normed else self.norm(hidden)).astype(jnp.float32)
 
     def everything(self, taps: jax.Array, positions: jax.Array) -> jax.Array:
         """Touches every parameter, for `init`; taps `[B, 1, T, C]`."""
@@ -198,12 +219,14 @@ def drafter_config(
         norm_epsilon=target.norm_epsilon,
         dtype=dtype,
         layers=layers,
+        taps=len(target.taps),
     )
 
 
 def config_from(values: Mapping[str, Any]) -> DrafterConfig:
     """A shape as JSON has kept it."""
-    return DrafterConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    scaling = tuple((key, value) for key, value in values.get("rope_scaling", ()))
+    return DrafterConfig(**dict(values) | {"rope_scaling": scaling})
 
 
 def abstract_params(config: DrafterConfig) -> dict:

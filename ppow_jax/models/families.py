@@ -98,7 +98,7 @@ def _config(c: Json, kind: str, tied: bool, dtype: str) -> TargetConfig:
     act = c.get("hidden_activation") or c.get("hidden_act") or "silu"
     if act not in _ACTIVATIONS:
         raise UserError(f"found the activation {act!r}, expected one of {', '.join(_ACTIVATIONS)}")
-    theta, divisors = _rotary(c, head_size)
+    theta, scaling = rotary(c)
     traits = {"activation": _ACTIVATIONS[act]} | FAMILIES[kind](c)
     if not any(traits.get("spans", ())):
         traits["spans"] = ()
@@ -116,7 +116,7 @@ def _config(c: Json, kind: str, tied: bool, dtype: str) -> TargetConfig:
         tied_head=c.get("tie_word_embeddings", tied),
         taps=default_taps(layers),
         dtype=dtype,
-        rope_divisors=divisors,
+        rope_divisors=divisors(scaling, theta, head_size),
         **traits,
     )
 
@@ -134,20 +134,28 @@ def _spans(c: Json, span: int, local: Callable[[int], bool]) -> tuple[int, ...]:
     return tuple(span if kind == "sliding_attention" else 0 for kind in kinds)
 
 
-def _rotary(c: Json, head_size: int) -> tuple[float, tuple[float, ...]]:
-    """Base and divisors of the wavelengths of layers that see everything."""
+def rotary(c: Json) -> tuple[float, Json]:
+    """Base and scaling of the wavelengths of layers that see everything, from newer or older keys."""
     about = c.get("rope_parameters") or {}
     about = about.get("full_attention", about)
-    theta = float(about.get("rope_theta") or c.get("rope_theta", 10_000.0))
-    about = about or c.get("rope_scaling") or {}
-    kind = about.get("rope_type") or about.get("type") or "default"
+    theta = float(about.get("rope_theta") or c.get("rope_theta") or 10_000.0)
+    return theta, about or c.get("rope_scaling") or {}
+
+
+def divisors(scaling: Json, theta: float, head_size: int) -> tuple[float, ...]:
+    """See `layers.Rotary`; of `rope_scaling` or `rope_parameters`, {}: no scaling.
+
+    Raises:
+      UserError: a kind of scaling that is not supported.
+    """
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
-        return theta, ()
+        return ()
     if kind == "linear":
-        return theta, (float(about["factor"]),) * (head_size // 2)
+        return (float(scaling["factor"]),) * (head_size // 2)
     if kind == "llama3":
         sizes = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        return theta, llama3_divisors(theta, head_size, *(about[key] for key in sizes))
+        return llama3_divisors(theta, head_size, *(scaling[key] for key in sizes))
     raise UserError(f"found rotary scaling {kind!r}, expected default, linear or llama3")
 
 

@@ -132,15 +132,15 @@ def held_out(experiment: Experiment) -> Texts:
 
 
 def find_candidates(experiment: Experiment) -> list[Candidate]:
-    """The drafters of the stages that have run.
+    """The drafter that was read from files, if any, and those of the stages that have run.
 
     Raises:
       UserError: there is none.
     """
     found = []
-    for stage in ("supervise", "cst", "ppow"):
-        if not (experiment.workdir / "checkpoints" / stage).exists():
-            continue
+    imported = ("imported",) if experiment.settings.drafter.path else ()
+    trained = [s for s in ("supervise", "cst", "ppow") if (experiment.workdir / "checkpoints" / s).exists()]
+    for stage in (*imported, *trained):
         state, about = training.load_drafter(experiment, stage)
         weights = weights_of(state["params"], experiment.target_params, state["vocab"])
         sha = params_sha256(state["params"])

@@ -1,7 +1,8 @@
-"""Stage `export`: a drafter as a parameters-only checkpoint with a manifest.
+"""Stage `export`: a drafter as a parameters-only checkpoint with a manifest, and as files for a server.
 
 `export/drafter/` is an orbax checkpoint of the parameters; `export/manifest.json` names the target, the
-draft vocabulary, the drafter's shape and the run's configuration.
+draft vocabulary, the drafter's shape and the run's configuration; `export/<server>/` is what
+`interop.eagle3` writes.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from ppow_jax.console import log
 from ppow_jax.data import records
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
-from ppow_jax.interop import checkpoint
+from ppow_jax.interop import checkpoint, eagle3
 from ppow_jax.models.drafter import DrafterConfig, abstract_params, config_from
 from ppow_jax.stages import training
 from ppow_jax.stages.evaluate import params_sha256
@@ -45,6 +46,12 @@ def run(experiment: Experiment) -> None:
     }
     records.write_json(directory / "manifest.json", manifest)
     log.info("export: the %s drafter is in %s", stage, directory)
+    chosen = experiment.settings.export
+    if chosen.server:
+        config, where = config_from(about["drafter"]), directory / chosen.server
+        about_target = (experiment.target.config, chosen.server, chosen.dtype, experiment.fingerprint)
+        eagle3.write(where, config, state["params"], vocab, *about_target)
+        log.info("export: files for %s are in %s", chosen.server, where)
 
 
 def load(directory: pathlib.Path, fingerprint: str) -> tuple[DrafterConfig, dict, jax.Array]:

@@ -1,4 +1,4 @@
-"""Stage `supervise`: EAGLE-3's training-time test, from fresh parameters.
+"""Stage `supervise`: EAGLE-3's training-time test, from fresh parameters or those of a drafter's files.
 
 Every sampled anchor is stepped through a window of the text itself, feeding on its own hidden states;
 step j's loss is the cross-entropy to the target's law, weighted decay ** j.
@@ -29,17 +29,14 @@ _INDUCTION_TEXTS, _INDUCTION_BATCH = 256, 16  # what the relation of features to
 
 
 def run(experiment: Experiment) -> None:
-    """Trains a drafter from scratch."""
+    """Trains a drafter from scratch, or on from files."""
     settings = experiment.settings.supervise
     corpus = training.corpus(experiment)
-    size, V = experiment.settings.drafter.vocab_size, experiment.target.config.vocab_size
-    vocab, coverage = texts.draft_vocabulary(experiment.responses, corpus.indices, size, V)
-    log.info("supervise: %d texts; draft vocabulary %d covers %.4f", len(corpus.train), size, coverage)
     optimizer = training.make_optimizer(settings.optimizer, settings.steps)
     training.train(
         experiment,
         "supervise",
-        fresh_state(experiment, corpus, optimizer, vocab),
+        _first_state(experiment, corpus, optimizer),
         corpus,
         settings.steps,
         settings.batch_size,
@@ -47,6 +44,18 @@ def run(experiment: Experiment) -> None:
         stepper(experiment, "supervise", optimizer, settings.anchors),
         curves.acceptance(experiment, corpus),
     )
+
+
+def _first_state(
+    experiment: Experiment, corpus: training.Corpus, optimizer: optax.GradientTransformation
+) -> State:
+    """What the stage begins with."""
+    if experiment.settings.drafter.path:
+        return training.place(experiment, training.load_drafter(experiment, "imported")[0], optimizer)
+    size, V = experiment.settings.drafter.vocab_size, experiment.target.config.vocab_size
+    vocab, coverage = texts.draft_vocabulary(experiment.responses, corpus.indices, size, V)
+    log.info("supervise: %d texts; draft vocabulary %d covers %.4f", len(corpus.train), size, coverage)
+    return fresh_state(experiment, corpus, optimizer, vocab)
 
 
 def fresh_state(

@@ -1,6 +1,8 @@
 """What the training stages share: state, batches, and the loop that saves, measures and resumes."""
 
 import dataclasses
+import functools
+import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,8 +15,9 @@ import optax
 from ppow_jax import partition, teacher
 from ppow_jax.console import log
 from ppow_jax.data import features, texts
-from ppow_jax.errors import UserError
+from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment
+from ppow_jax.interop import eagle3
 from ppow_jax.interop.checkpoint import Checkpoints, abstract
 from ppow_jax.metrics import Writer
 from ppow_jax.models.drafter import (
@@ -24,6 +27,7 @@ from ppow_jax.models.drafter import (
     drafter_config,
     init_params,
 )
+from ppow_jax.models.target import TargetConfig
 from ppow_jax.settings import OptimizerSettings
 
 State = dict[str, Any]  # params, opt_state, vocab and what a stage adds
@@ -86,9 +90,32 @@ def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTra
     )
 
 
+@functools.cache
+def imported(path: str, target: TargetConfig, fingerprint: str) -> eagle3.Imported:
+    """The drafter that `config.drafter.path` names.
+
+    Raises:
+      UserError: it cannot be read, is of another target, or sees other layers of it than `target.taps`.
+    """
+    found = eagle3.read(pathlib.Path(path).expanduser(), target, fingerprint)
+    if found.taps != target.taps:
+        raise ConfigError(
+            f"config.target.taps: found {target.taps}, expected {found.taps}, "
+            f"which the drafter in {path} sees"
+        )
+    return found
+
+
+def _imported(experiment: Experiment) -> eagle3.Imported | None:
+    path = experiment.settings.drafter.path
+    return imported(path, experiment.target.config, experiment.fingerprint) if path else None
+
+
 def shape_of_drafter(experiment: Experiment) -> DrafterConfig:
-    """The drafter's shape by the settings."""
+    """The drafter's shape by the settings, or by the files that it begins with."""
     d = experiment.settings.drafter
+    if found := _imported(experiment):
+        return dataclasses.replace(found.config, dtype=d.dtype)
     sizes = (d.vocab_size, d.mlp_hidden, d.dtype, d.kv_heads, d.layers)
     return drafter_config(experiment.target.config, *sizes)
 
@@ -123,11 +150,16 @@ def checkpoints(experiment: Experiment, stage: str) -> Checkpoints:
 def load_drafter(experiment: Experiment, stage: str) -> tuple[State, dict[str, Any]]:
     """The drafter that a finished stage left (params and vocab), and what is noted about it.
 
+    Before `supervise` has run, or for the name "imported", it is the one that was read from files.
+
     Raises:
       UserError: the stage has not run, or its checkpoint belongs to another target.
     """
     store = checkpoints(experiment, stage)
     if store.latest is None:
+        if (found := _imported(experiment)) and stage in ("supervise", "imported"):
+            about = {"drafter": dataclasses.asdict(found.config), "steps": 0, "seconds": 0.0}
+            return {"params": partition.shard(found.params, experiment.mesh), "vocab": found.vocab}, about
         raise UserError(f"{experiment.workdir}: no checkpoint of stage {stage!r}; add it to config.stages")
     about = store.about()
     if about["target"] != experiment.fingerprint:
