@@ -1,6 +1,7 @@
 """Benchmarks: what things cost, beside what the machine could do at best.
 
   python -m ppow_jax.bench parts      a target step, a verification, a drafter step, a PPOW step
+  python -m ppow_jax.bench load       reading a target: time, and host memory beyond the arrays themselves
   python -m ppow_jax.bench respond    batched writing against the matrix-product rate
   python -m ppow_jax.bench cost       what decoding is made of, and the shapes of drafts that it favours
   python -m ppow_jax.bench decode     decoders against each other and against what their parts would allow
@@ -22,7 +23,7 @@ from absl import app, flags
 
 from configs import smollm2_135m
 from ppow_jax import console, experiment, memory, settings
-from ppow_jax.bench import decoding, parting, stages
+from ppow_jax.bench import decoding, loading, parting, stages
 from ppow_jax.bench.machine import Machine
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
@@ -80,7 +81,13 @@ def _parting(run: Experiment, machine: Machine) -> None:
     parting.compare(run, decoders, _ROWS.value, _PROMPTS.value, _COUNT.value, _TOKENS.value)
 
 
-COMMANDS = {"parts": _parts, "respond": _respond, "cost": _cost, "decode": _decode, "parting": _parting}
+COMMANDS = {
+    "parts": _parts,
+    "respond": _respond,
+    "cost": _cost,
+    "decode": _decode,
+    "parting": _parting,
+}
 
 
 def _configuration(command: str) -> settings.Settings:
@@ -89,7 +96,7 @@ def _configuration(command: str) -> settings.Settings:
         if command in ("cost", "decode", "parting"):
             raise UserError(f"{command}: found no --workdir, expected one of a run with a trained drafter")
         config = smollm2_135m.get_config()
-        config.target.path = _TARGET.value
+        config.target.path, config.target.dtype = _TARGET.value, _DTYPE.value or config.target.dtype
         return settings.from_config(config)
     path = pathlib.Path(_WORKDIR.value) / "config.json"
     if not path.exists():
@@ -102,9 +109,13 @@ def _configuration(command: str) -> settings.Settings:
 def main(argv: list[str]) -> None:
     """Runs one command."""
     console.setup()
-    if len(argv) != 2 or argv[1] not in COMMANDS:
-        raise UserError(f"found {' '.join(argv[1:])!r}, expected one of {', '.join(COMMANDS)}; see --help")
+    if len(argv) != 2 or argv[1] not in ("load", *COMMANDS):
+        expected = ", ".join(("load", *COMMANDS))
+        raise UserError(f"found {' '.join(argv[1:])!r}, expected one of {expected}; see --help")
     chosen = _configuration(argv[1])
+    if argv[1] == "load":  # before anything else is in memory
+        loading.load(chosen)
+        return
     with tempfile.TemporaryDirectory() as scratch:
         run = experiment.build(chosen, pathlib.Path(_WORKDIR.value or scratch))
         run = experiment.exact(run) if _EXACT.value else run

@@ -189,7 +189,9 @@ def _read(
             "config.json"
         )
     layout = jax.sharding.NamedSharding(mesh, partition.spec(path, like.shape, mesh))
-    return jax.make_array_from_callback(like.shape, layout, lambda at: rows[at].astype(like.dtype))
+    return jax.make_array_from_callback(
+        like.shape, layout, lambda at: rows[at].astype(like.dtype, copy=False)
+    )
 
 
 def tokenizer(directory: pathlib.Path) -> Tokenizer:
