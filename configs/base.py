@@ -56,6 +56,8 @@ def get_config():
     c.drafter.path = ""
     c.drafter.vocab_size = 8192  # draft vocabulary: the most frequent tokens of the responses
     c.drafter.layers = 1  # EAGLE-3's; further ones begin as if they were not there
+    # 0: the target's width; else a multiple of the size of its heads, with an embedding of its own.
+    c.drafter.width = 0
     c.drafter.mlp_hidden = 0  # 0: as wide as the target's
     # 0: as many as the target's; else a multiple of those that divides the target's query heads. The values
     # of attention are the one way by which a token's embedding gets in: few narrow heads let little through.

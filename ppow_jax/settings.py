@@ -58,12 +58,13 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DrafterSettings:
-    """Files to begin with; or of a fresh drafter draft vocabulary size, layers, MLP width and key/value heads
-    (0: the target's), and whether some of these begin as induction heads. Compute dtype."""
+    """Files to begin with; or of a fresh drafter draft vocabulary size, layers, width, MLP width and key/value
+    heads (0: the target's), and whether some of these begin as induction heads. Compute dtype."""
 
     path: str
     vocab_size: int
     layers: int
+    width: int
     mlp_hidden: int
     kv_heads: int
     induction: bool
@@ -272,6 +273,12 @@ def _check(s: Settings) -> None:
         s.export.server in servers, "export.server", s.export.server, f"{', '.join(servers[:-1])}, or empty"
     )
     require(s.export.dtype in stored, "export.dtype", s.export.dtype, ", ".join(stored))
+    require(
+        not (s.drafter.width and s.drafter.induction),
+        "drafter.induction",
+        s.drafter.induction,
+        "False for a drafter of a width of its own: the heads read the target's embedding",
+    )
     require(
         s.ppow.temperature > 0 or s.respond.temperature == 0,
         "ppow.temperature",

@@ -8,6 +8,7 @@ Shape letters as in `layers`; C width of the target's taps, N size of the draft 
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -191,33 +192,49 @@ class Drafter(nn.Module):
 
 
 def drafter_config(
-    target: TargetConfig, vocab_size: int, mlp_hidden: int, dtype: str, kv_heads: int = 0, layers: int = 1
+    target: TargetConfig,
+    vocab_size: int,
+    mlp_hidden: int,
+    dtype: str,
+    kv_heads: int = 0,
+    layers: int = 1,
+    width: int = 0,
 ) -> DrafterConfig:
     """The drafter's shape for a target; what is 0 is as in the target's layers.
 
     More key/value heads than the target's widen the one way by which a token's embedding enters a hidden
-    state, the values of attention.
+    state, the values of attention. Of another width than the target it has an embedding of its own, and fewer
+    or more heads of the same size.
 
     Raises:
-      ConfigError: `kv_heads` does not fit between the target's key/value and query heads.
+      ConfigError: heads of the target's size do not make up `width`, or `kv_heads` does not fit.
     """
-    kv_heads = kv_heads or target.kv_heads
-    if kv_heads % target.kv_heads or target.heads % kv_heads:
+    width = width or target.width
+    same = width == target.width
+    heads = target.heads if same else width // target.head_size
+    if not same and (heads < 1 or width % target.head_size):
         raise ConfigError(
-            f"config.drafter.kv_heads: found {kv_heads}, expected 0 or a multiple of {target.kv_heads} "
-            f"that divides {target.heads} (the target's key/value and query heads)"
+            f"config.drafter.width: found {width}, expected 0 or a multiple of {target.head_size}, the "
+            "size of the target's heads"
+        )
+    kv_heads, least = kv_heads or math.gcd(target.kv_heads, heads), target.kv_heads if same else 1
+    if kv_heads % least or heads % kv_heads:
+        raise ConfigError(
+            f"config.drafter.kv_heads: found {kv_heads}, expected 0 or a multiple of {least} that divides "
+            f"{heads} (the target's key/value and the drafter's query heads)"
         )
     return DrafterConfig(
         vocab_size=vocab_size,
-        width=target.width,
+        width=width,
         taps_width=target.width * len(target.taps),
-        heads=target.heads,
+        heads=heads,
         kv_heads=kv_heads,
         head_size=target.head_size,
-        mlp_hidden=mlp_hidden or target.mlp_hidden,
+        mlp_hidden=mlp_hidden or target.mlp_hidden * width // target.width,
         rope_theta=target.rope_theta,
         norm_epsilon=target.norm_epsilon,
         dtype=dtype,
+        embedding_size=0 if same else target.vocab_size,
         layers=layers,
         taps=len(target.taps),
     )
@@ -251,31 +268,47 @@ def init_params(
 
     The fused feature is the highest tap, the decoder layer is the target's last one (it reads the feature;
     what it makes of the embedding is random), norm and head are the target's, the head on `vocab`'s rows:
-    see docs/experiments.md for what that wins. The MLP stays random if it is not as wide as the target's.
+    see docs/experiments.md for what that wins. The MLP stays random if it is not as wide as the target's;
+    further layers add nothing at first. A drafter of another width begins with the target's embedding,
+    highest tap and head in a random subspace, its layers at random.
     """
     params = _init(config, key)
-    last, D = target_params[f"layers_{target.layers - 1}"], config.width
-    fuse = params["fuse"]["weight"]
-    params["fuse"]["weight"] = jnp.zeros_like(fuse).at[:, -D:].set(jnp.eye(D))
-    for name in ("query", "key", "value"):
-        fresh = params["attention"][name]["weight"]  # [..., 2 D]: embedding first, then feature
-        weight = last["attention"][name]["weight"]
-        if name != "query":
-            weight = _repeat_heads(weight, target.kv_heads, config.kv_heads)
-        params["attention"][name]["weight"] = fresh.at[:, D:].set(weight)
-    params["attention"]["out"] = last["attention"]["out"]
-    norm = lambda of: {"scale": of["scale"].astype(jnp.float32) + target.norm_offset}  # noqa: E731
-    params["hidden_norm"] = norm(last["attention_norm"])
-    params["norm"] = norm(target_params["norm"])
-    if config.mlp_hidden == target.mlp_hidden:
-        params["mlp"], params["mlp_norm"] = last["mlp"], norm(last["mlp_norm"])
-    params["head"]["weight"] = head_matrix(target, target_params)[vocab_N]
+    D, head = target.width, head_matrix(target, target_params)[vocab_N]
+    fuse, subspace = jnp.zeros_like(params["fuse"]["weight"]), jnp.eye(D)
+    if config.width == D:
+        params |= _last_layer(params, config, target, target_params)
+    else:
+        square = jax.random.normal(jax.random.fold_in(key, 1), (max(D, config.width),) * 2)
+        subspace = jnp.linalg.qr(square)[0][:D, : config.width]  # [the target's width, its own]
+        params["embedding"]["embedding"] = target_params["embedding"]["embedding"] @ subspace
+        head = head @ subspace
+    params["fuse"]["weight"] = fuse.at[:, -D:].set(subspace.T)
+    params["head"]["weight"] = head
     for i in range(config.layers - 1):  # adds nothing at first
         for module, leaf in (("attention", "out"), ("mlp", "down")):
             weight = params[f"further_{i}"][module][leaf]["weight"]
             params[f"further_{i}"][module][leaf]["weight"] = jnp.zeros_like(weight)
     # A copy even where the dtype is the same: training donates the drafter's buffers.
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+
+
+def _last_layer(params: dict, config: DrafterConfig, target: TargetConfig, target_params: dict) -> dict:
+    """What a drafter of the target's width takes of its last layer and its final norm."""
+    last, D = target_params[f"layers_{target.layers - 1}"], config.width
+    attention = dict(params["attention"])
+    for name in ("query", "key", "value"):
+        fresh = attention[name]["weight"]  # [..., 2 D]: embedding first, then feature
+        weight = last["attention"][name]["weight"]
+        if name != "query":
+            weight = _repeat_heads(weight, target.kv_heads, config.kv_heads)
+        attention[name] = attention[name] | {"weight": fresh.at[:, D:].set(weight)}
+    attention["out"] = last["attention"]["out"]
+    norm = lambda of: {"scale": of["scale"].astype(jnp.float32) + target.norm_offset}  # noqa: E731
+    taken = {"attention": attention, "hidden_norm": norm(last["attention_norm"])}
+    taken["norm"] = norm(target_params["norm"])
+    if config.mlp_hidden == target.mlp_hidden:
+        taken |= {"mlp": last["mlp"], "mlp_norm": norm(last["mlp_norm"])}
+    return taken
 
 
 def _repeat_heads(weight_GExD: jax.Array, heads: int, wanted: int) -> jax.Array:

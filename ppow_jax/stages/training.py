@@ -116,7 +116,7 @@ def shape_of_drafter(experiment: Experiment) -> DrafterConfig:
     d = experiment.settings.drafter
     if found := _imported(experiment):
         return dataclasses.replace(found.config, dtype=d.dtype)
-    sizes = (d.vocab_size, d.mlp_hidden, d.dtype, d.kv_heads, d.layers)
+    sizes = (d.vocab_size, d.mlp_hidden, d.dtype, d.kv_heads, d.layers, d.width)
     return drafter_config(experiment.target.config, *sizes)
 
 
