@@ -58,8 +58,8 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DrafterSettings:
-    """Files to begin with; or of a fresh drafter draft vocabulary size, layers, width, MLP width and key/value
-    heads (0: the target's), and whether some of these begin as induction heads. Compute dtype."""
+    """Files to begin with; or of a fresh drafter draft vocabulary size, layers, width, MLP width and
+    key/value heads (0: the target's), and whether some of these begin as induction heads. Compute dtype."""
 
     path: str
     vocab_size: int

@@ -23,6 +23,7 @@ from ppow_jax.metrics import Writer
 from ppow_jax.models.drafter import (
     Drafter,
     DrafterConfig,
+    abstract_params,
     config_from,
     drafter_config,
     init_params,
@@ -167,20 +168,14 @@ def load_drafter(experiment: Experiment, stage: str) -> tuple[State, dict[str, A
             f"{experiment.workdir}/checkpoints/{stage}: drafter of target {about['target'][:12]}, "
             f"this target is {experiment.fingerprint[:12]}; use the target that it was trained for"
         )
-    config = config_from(about["drafter"])
-    vocab = np.arange(config.vocab_size, dtype=np.int32)
-    blank = init_params(
-        config,
-        experiment.target.config,
-        experiment.target_params,
-        jnp.asarray(vocab),
-        jax.random.key(0),
-    )
+    shapes = abstract_params(config_from(about["drafter"]))
+    laid_out = lambda like, layout: jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=layout)  # noqa: E731
+    vocab = jax.ShapeDtypeStruct((about["drafter"]["vocab_size"],), np.int32)
     state = {
-        "params": partition.shard(blank, experiment.mesh),
-        "vocab": jax.device_put(vocab, partition.replicated(experiment.mesh)),
+        "params": jax.tree.map(laid_out, shapes, partition.shardings(shapes, experiment.mesh)),
+        "vocab": laid_out(vocab, partition.replicated(experiment.mesh)),
     }
-    _, state, about = store.restore_part(abstract(state))
+    _, state, about = store.restore_part(state)
     store.close()
     return state, about
 
