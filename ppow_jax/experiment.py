@@ -15,7 +15,7 @@ from ppow_jax import partition
 from ppow_jax.console import log
 from ppow_jax.data import prompts, records
 from ppow_jax.errors import ConfigError, UserError
-from ppow_jax.interop import gguf, huggingface
+from ppow_jax.interop import gguf, huggingface, target_checkpoint
 from ppow_jax.models import markov, tokenizer
 from ppow_jax.models.target import Target, TargetConfig, fingerprint
 from ppow_jax.models.tokenizer import Tokenizer
@@ -130,7 +130,9 @@ def load_target(settings: TargetSettings, mesh: Mesh) -> tuple[TargetConfig, dic
         if not seed.isdigit():
             raise ConfigError(f"config.target.path: found {settings.path!r}, expected 'markov:SEED'")
         return markov.build(int(seed), settings.dtype)
-    if directory := huggingface.find(settings.path):
+    if directory := target_checkpoint.find(settings.path):
+        config, params, tokens = target_checkpoint.load(directory, settings.dtype, mesh)
+    elif directory := huggingface.find(settings.path):
         config, params = huggingface.load(directory, settings.dtype, mesh)
         tokens = huggingface.tokenizer(directory)
     else:

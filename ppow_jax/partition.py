@@ -78,6 +78,12 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     )
 
 
+def laid_out(tree: Any, mesh: Mesh) -> Any:
+    """Shapes and dtypes with their places by the table, for what restores straight to them."""
+    place = lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)  # noqa: E731
+    return jax.tree.map(place, tree, shardings(tree, mesh))
+
+
 def shard(tree: Any, mesh: Mesh) -> Any:
     """Puts a tree of (host or device) arrays on the mesh by the table."""
     return jax.device_put(tree, shardings(tree, mesh))

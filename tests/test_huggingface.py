@@ -14,8 +14,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from ppow_jax import experiment, partition
 from ppow_jax.errors import UserError
-from ppow_jax.interop import huggingface
+from ppow_jax.interop import huggingface, target_checkpoint
 from ppow_jax.models import families
+from ppow_jax.models.target import fingerprint
 from ppow_jax.settings import MeshSettings, TargetSettings
 
 CHATML = (
@@ -209,3 +210,18 @@ def test_a_model_that_sees_pictures_has_a_part_about_text(tmp_path):
     assert one[0] == other[0]
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), one[1], other[1]))
     assert huggingface.find(str(seeing)) == seeing
+
+
+def test_converted_to_an_orbax_checkpoint_it_is_the_same_target(directory, tmp_path):
+    config, params, tokens = target(str(directory))
+    target_checkpoint.save(tmp_path / "converted", config, params, tokens)
+    again, same, text = target(str(tmp_path / "converted"))
+    assert again == config and fingerprint(again, same) == fingerprint(config, params)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all() and a.sharding == b.sharding, params, same))
+    assert text.first_turn("AB") == tokens.first_turn("AB") and text.stop_ids == tokens.stop_ids
+    mesh = partition.make_mesh(MeshSettings(-1, 1, 1))
+    _, half, _ = experiment.load_target(TargetSettings(str(tmp_path / "converted"), "bfloat16", ()), mesh)
+    assert {str(x.dtype) for x in jax.tree.leaves(half)} == {"bfloat16"}
+    manifest = tmp_path / "converted/target_manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
+    refused(tmp_path / "converted", "format 2", "expected 1")

@@ -19,7 +19,7 @@ from ppow_jax import partition
 from ppow_jax.errors import UserError
 from ppow_jax.models import families
 from ppow_jax.models.target import TargetConfig, abstract_params
-from ppow_jax.models.tokenizer import ENDS, Tokenizer, chat_template, with_stops
+from ppow_jax.models.tokenizer import ENDS, Tokenizer, with_stops
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _MODULES = {
@@ -214,7 +214,7 @@ def tokenizer(directory: pathlib.Path) -> Tokenizer:
     stops = tuple(dict.fromkeys(i for i in written if i is not None))
     if not stops:
         raise UserError(f"{directory}: found no eos_token_id in its files, expected the ids that end a text")
-    template = chat_template(_template(directory, about))
+    template = _template(directory, about)
     return with_stops(Tokenizer(core, template, stops, text("bos"), text("eos")))
 
 

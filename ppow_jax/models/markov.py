@@ -5,13 +5,12 @@ next-token law is the chain's row of the last token. The argmax successors form 
 letters, so that greedy text visits every state.
 """
 
-import jinja2
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from ppow_jax.models.target import TargetConfig
-from ppow_jax.models.tokenizer import Tokenizer, chat_template
+from ppow_jax.models.tokenizer import Tokenizer
 
 SPECIALS = ("<unk>", "<user>", "<assistant>", "<end>")
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -95,5 +94,4 @@ def _tokenizer() -> Tokenizer:
     core.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
     core.decoder = decoders.Fuse()
     core.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in SPECIALS])
-    template: jinja2.Template = chat_template(_TEMPLATE)
-    return Tokenizer(core, template, (SPECIALS.index("<end>"),), "", "<end>")
+    return Tokenizer(core, _TEMPLATE, (SPECIALS.index("<end>"),), "", "<end>")

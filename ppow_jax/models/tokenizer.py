@@ -1,6 +1,7 @@
 """Tokenizer and chat template of a target."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,10 +29,14 @@ class Tokenizer:
     """
 
     core: tokenizers.Tokenizer
-    template: jinja2.Template
+    template: str
     stop_ids: tuple[int, ...]
     bos: str
     eos: str
+
+    @functools.cached_property
+    def _compiled(self) -> jinja2.Template:
+        return chat_template(self.template)
 
     @property
     def size(self) -> int:
@@ -48,7 +53,7 @@ class Tokenizer:
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
         """The conversation as text, ending where the assistant's next turn begins."""
-        return self.template.render(
+        return self._compiled.render(
             messages=list(messages),
             tools=None,
             documents=None,
@@ -84,12 +89,19 @@ def _refuse(message: str) -> None:
 
 
 def chat_template(source: str) -> jinja2.Template:
-    """Compiles a chat template in jinja2's sandbox, with the settings that model authors assume."""
+    """Compiles a chat template in jinja2's sandbox, with the settings that model authors assume.
+
+    Raises:
+      UserError: it is no template.
+    """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals["raise_exception"] = _refuse
-    return environment.from_string(source)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as e:
+        raise UserError(f"chat template: line {e.lineno}: {e.message}") from e
 
 
 _CONTROL, _ADDED = 3, 4  # kinds of tokens in GGUF files
@@ -148,7 +160,7 @@ def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
     return with_stops(
         Tokenizer(
             core=core,
-            template=chat_template(metadata["tokenizer.chat_template"]),
+            template=metadata["tokenizer.chat_template"],
             stop_ids=tuple(dict.fromkeys(i for i in written if i is not None)),
             bos="" if get("bos_token_id") is None else tokens[get("bos_token_id")],
             eos=tokens[get("eos_token_id")],

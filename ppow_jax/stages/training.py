@@ -169,11 +169,10 @@ def load_drafter(experiment: Experiment, stage: str) -> tuple[State, dict[str, A
             f"this target is {experiment.fingerprint[:12]}; use the target that it was trained for"
         )
     shapes = abstract_params(config_from(about["drafter"]))
-    laid_out = lambda like, layout: jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=layout)  # noqa: E731
-    vocab = jax.ShapeDtypeStruct((about["drafter"]["vocab_size"],), np.int32)
+    whole, ids = partition.replicated(experiment.mesh), (about["drafter"]["vocab_size"],)
     state = {
-        "params": jax.tree.map(laid_out, shapes, partition.shardings(shapes, experiment.mesh)),
-        "vocab": laid_out(vocab, partition.replicated(experiment.mesh)),
+        "params": partition.laid_out(shapes, experiment.mesh),
+        "vocab": jax.ShapeDtypeStruct(ids, np.int32, sharding=whole),
     }
     _, state, about = store.restore_part(state)
     store.close()

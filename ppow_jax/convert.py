@@ -1,0 +1,50 @@
+"""Makes an orbax checkpoint of a target: read faster, and by every process of a pod its own part.
+
+  python -m ppow_jax.convert --target=PATH --out=DIR [--dtype=bfloat16]
+
+PATH is all that config.target.path takes; then --config.target.path=DIR.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags
+
+from ppow_jax import console, memory, partition
+from ppow_jax.console import log
+from ppow_jax.errors import UserError
+from ppow_jax.experiment import load_target
+from ppow_jax.interop import target_checkpoint
+from ppow_jax.settings import MeshSettings, TargetSettings
+
+_TARGET = flags.DEFINE_string("target", "", "As config.target.path.")
+_OUT = flags.DEFINE_string("out", "", "Directory to write; made if need be.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights.")
+
+
+def main(argv: list[str]) -> None:
+    """Reads and writes."""
+    console.setup()
+    if len(argv) > 1 or not _TARGET.value or not _OUT.value:
+        raise UserError("expected --target=PATH and --out=DIR; see --help")
+    mesh = partition.make_mesh(MeshSettings(data=1, fsdp=-1, tensor=1))
+    config, params, tokens = load_target(TargetSettings(_TARGET.value, _DTYPE.value, ()), mesh)
+    target_checkpoint.save(pathlib.Path(_OUT.value), config, partition.shard(params, mesh), tokens)
+    log.info("convert: %s is in %s", _TARGET.value, _OUT.value)
+
+
+def cli() -> None:
+    """Runs `main`; a user's mistake ends as one line on stderr."""
+    if any(a in ("--help", "-h") for a in sys.argv):
+        print(__doc__.strip() + "\n\n" + flags.FLAGS.module_help(sys.modules[__name__]))
+        return
+    try:
+        app.run(main)
+    except UserError as e:
+        print(f"ppow_jax: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    memory.restart_with_tunables()
+    cli()
