@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import small
 import tokenizers
 from test_families import GOLDEN, load, parity, write
 from tokenizers import decoders, models, pre_tokenizers
@@ -225,3 +226,50 @@ def test_converted_to_an_orbax_checkpoint_it_is_the_same_target(directory, tmp_p
     manifest = tmp_path / "converted/target_manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
     refused(tmp_path / "converted", "format 2", "expected 1")
+
+
+@pytest.mark.slow
+def test_smollm2_is_the_same_from_a_gguf_file_a_directory_and_an_orbax_checkpoint(tmp_path):
+    """Bit for bit, so that logits are too. transformers' own conversion gave the same: docs/interop.md."""
+    config, params, tokens = target(f"package:{small.SMOLLM2}")
+    name = fingerprint(config, params)
+    names = {ours: theirs for theirs, ours in (huggingface._MODULES | huggingface._NORMS[False]).items()}
+    ends = {ours: theirs for theirs, ours in huggingface._ENDS.items()}
+    tensors = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        at = partition.path_name(path)
+        if at not in ends:
+            layer, module, kind = at.split("/", 1)[0], *at.split("/", 1)[1].rsplit("/", 1)
+            at = f"model.layers.{layer.removeprefix('layers_')}.{names[module]}.weight"
+        else:
+            at = ends[at]
+        tensors[at] = np.asarray(leaf)
+    values = {
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "intermediate_size": config.mlp_hidden,
+        "max_position_embeddings": config.context,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": True,
+        "eos_token_id": tokens.stop_ids[0],
+    }
+    directory = tmp_path / "hf"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(values))
+    (directory / "chat_template.jinja").write_text(tokens.template)
+    about = {"bos_token": tokens.bos, "eos_token": tokens.eos}
+    (directory / "tokenizer_config.json").write_text(json.dumps(about))
+    tokens.core.save(str(directory / "tokenizer.json"))
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+    target_checkpoint.save(tmp_path / "orbax", config, params, tokens)
+    for where in ("hf", "orbax"):
+        again, same, text = target(str(tmp_path / where))
+        assert again == config and fingerprint(again, same) == name
+        assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, np.asarray(b)), params, same))
+        assert text.first_turn("1 + 1 is?") == tokens.first_turn("1 + 1 is?")
+        assert text.stop_ids == tokens.stop_ids
