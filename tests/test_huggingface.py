@@ -239,7 +239,7 @@ def test_smollm2_is_the_same_from_a_gguf_file_a_directory_and_an_orbax_checkpoin
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         at = partition.path_name(path)
         if at not in ends:
-            layer, module, kind = at.split("/", 1)[0], *at.split("/", 1)[1].rsplit("/", 1)
+            layer, module = at.rsplit("/", 1)[0].split("/", 1)
             at = f"model.layers.{layer.removeprefix('layers_')}.{names[module]}.weight"
         else:
             at = ends[at]
