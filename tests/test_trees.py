@@ -24,6 +24,8 @@ SHAPES = {
     "dynamic": shapes.Dynamic(tokens=9, depth=3, top_k=3),
     "dynamic, all nodes": shapes.Dynamic(tokens=22, depth=3, top_k=3),
     "dynamic, width 1": shapes.Dynamic(tokens=4, depth=3, top_k=1),
+    "dynamic, as many tokens as a chain": shapes.Dynamic(tokens=4, depth=3, top_k=3),
+    "dynamic, fewer tokens than levels": shapes.Dynamic(tokens=3, depth=4, top_k=1),
 }
 
 

@@ -204,7 +204,12 @@ def _in_loop(once: Callable[..., Any], begin: Any, *arguments: Any, many: int = 
 
     seconds(few)
     many = few + min(many - few, max(3, int(_LONG / seconds(few) * few)))
-    return lambda: max(0.0, (seconds(many) - seconds(few)) / (many - few))
+
+    def timer() -> float:
+        short, long = seconds(few), seconds(many)
+        return (long - short) / (many - few) if long > short else long / many  # other work came between
+
+    return timer
 
 
 def median_seconds(call: Callable[[], Any], repeats: int = 20) -> float:

@@ -47,10 +47,12 @@ class Drafting(Protocol):
     Attributes:
       tokens: J, of a tree, its root included.
       depth: D, drafted tokens that can be accepted at most.
+      straight: whether every tree is a chain, node n + 1 below node n, so that any way is its first nodes.
     """
 
     tokens: int
     depth: int
+    straight: bool
 
     def read(self, weights: Any, state: Any, seen: Seen) -> Any:
         """The state after what the target has read; None before the prompt, which is read first."""
@@ -98,6 +100,11 @@ class Eagle:
         """See `Drafting`."""
         return self.shape.depth
 
+    @property
+    def straight(self) -> bool:
+        """See `Drafting`."""
+        return self.shape.straight
+
     def read(self, weights: DrafterWeights, state: EagleState | None, seen: Seen) -> EagleState:
         """See `Drafting`."""
         positions_BxT = seen.offset[:, None] + jnp.arange(seen.next.shape[1])
@@ -141,6 +148,11 @@ class Together:
     def depth(self) -> int:
         """See `Drafting`."""
         return max(self.first.depth, self.second.depth)
+
+    @property
+    def straight(self) -> bool:
+        """See `Drafting`."""
+        return False
 
     def read(self, weights: tuple, state: tuple | None, seen: Seen) -> tuple:
         """See `Drafting`."""

@@ -159,7 +159,9 @@ def next_round(
     logits_BxJxV = target.apply({"params": params}, out.hidden[:, 0], method=Target.logits)
     choose = _chooser(state, config.sampling, draft, logits_BxJxV)
     way = verify.walk(draft, depth, ~state.done, choose)
-    read, new = _along(way, Features(out.taps[:, 0], out.hidden[:, 0]), kv_cache.as_prefix(out.new))
+    read, new = Features(out.taps[:, 0], out.hidden[:, 0]), kv_cache.as_prefix(out.new)
+    if drafting and not drafting.straight:
+        read, new = _along(way, read, new)
     kept_B, stopped_B = verify.emitted(way.tokens, way.accepted, state.limit - state.count, config.stop_ids)
     kept_B = jnp.where(state.done, 0, kept_B)
     done_B = state.done | stopped_B
@@ -204,9 +206,7 @@ def _chooser(
 
 
 def _along(way: Walk, seen: Features, new: Cache) -> tuple[Features, Cache]:
-    """What the target made of the nodes on the way, in place of all nodes; a chain's nodes are its way."""
-    if seen.taps.shape[1] == way.nodes.shape[1]:
-        return seen, new
+    """What the target made of the nodes on the way, in place of all nodes."""
     along = lambda x: jnp.take_along_axis(x, way.nodes[..., None], 1)  # noqa: E731
     return Features(*map(along, seen)), kv_cache.pick(new, way.nodes)
 

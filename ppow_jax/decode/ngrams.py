@@ -57,6 +57,11 @@ class Lookup:
         """See `Drafting`."""
         return self.window
 
+    @property
+    def straight(self) -> bool:
+        """See `Drafting`."""
+        return self.shape.straight
+
     def read(self, weights: None, state: History | None, seen: Seen) -> History:
         """See `Drafting`."""
         at_BxT = seen.offset[:, None] + 1 + jnp.arange(seen.next.shape[1])
@@ -148,6 +153,11 @@ class Lookahead:
     def depth(self) -> int:
         """See `Drafting`: along the first row of guesses and down its last column."""
         return self.columns + self.ngram - 2
+
+    @property
+    def straight(self) -> bool:
+        """See `Drafting`."""
+        return False
 
     def read(self, weights: None, state: Pool | None, seen: Seen) -> Pool:
         """See `Drafting`."""

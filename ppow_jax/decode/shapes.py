@@ -51,6 +51,11 @@ class Fixed:
         most = max(map(len, below))
         return tuple((*nodes, *[-1] * (most - len(nodes))) for nodes in below)
 
+    @property
+    def straight(self) -> bool:
+        """Whether it is a chain."""
+        return self.tokens == self.depth + 1
+
     def level(self, depth: int) -> list[int]:
         """The nodes of a level; the root is level 0."""
         return [i for i, path in enumerate(((), *self.paths)) if len(path) == depth]
@@ -85,6 +90,11 @@ class Dynamic:
     def ranks(self) -> int:
         """See `Fixed`."""
         return self.top_k
+
+    @property
+    def straight(self) -> bool:
+        """Whether it is the chain of all levels; with several candidates even so few tokens may branch."""
+        return self.top_k == 1 and self.tokens == self.depth + 1
 
 
 def beam_nodes(depth: int, top_k: int) -> int:
