@@ -10,8 +10,8 @@ Published (temperature 0, mean over MT-Bench, HumanEval and GSM8K, acceptance le
 6.09 / 3.41x, PPOW 6.40 / 3.46x; PPOW by benchmark 5.47, 7.23, 6.50.
 """
 
-from configs import paper
+from configs import base
 
 
 def get_config():
-    return paper.of("meta-llama/Llama-3.1-8B-Instruct", fsdp=4, data=-1)
+    return base.paper("meta-llama/Llama-3.1-8B-Instruct", fsdp=4, data=-1)

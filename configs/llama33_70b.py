@@ -10,8 +10,8 @@ Published (temperature 0, mean over MT-Bench, HumanEval and GSM8K, acceptance le
 5.94 / 4.15x, PPOW 6.29 / 4.36x.
 """
 
-from configs import paper
+from configs import base
 
 
 def get_config():
-    return paper.of("meta-llama/Llama-3.3-70B-Instruct", fsdp=4, tensor=4, data=-1)
+    return base.paper("meta-llama/Llama-3.3-70B-Instruct", fsdp=4, tensor=4, data=-1)

@@ -10,8 +10,8 @@ Published (temperature 0, mean over MT-Bench, HumanEval and GSM8K, acceptance le
 5.99 / 3.81x, PPOW 6.44 / 3.92x.
 """
 
-from configs import paper
+from configs import base
 
 
 def get_config():
-    return paper.of("Qwen/Qwen3-32B", fsdp=4, tensor=2, data=-1)
+    return base.paper("Qwen/Qwen3-32B", fsdp=4, tensor=2, data=-1)

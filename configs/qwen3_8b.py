@@ -10,8 +10,8 @@ Published (temperature 0, mean over MT-Bench, HumanEval and GSM8K, acceptance le
 6.16 / 3.17x, PPOW 6.52 / 3.39x; PPOW by benchmark 5.58, 7.01, 6.97.
 """
 
-from configs import paper
+from configs import base
 
 
 def get_config():
-    return paper.of("Qwen/Qwen3-8B", fsdp=4, data=-1)
+    return base.paper("Qwen/Qwen3-8B", fsdp=4, data=-1)

@@ -11,8 +11,8 @@ chat template, convert the weights (transformers: `save_pretrained`), write the 
 `chat_template.jinja` beside them, and give that directory as `--config.target.path`.
 """
 
-from configs import paper
+from configs import base
 
 
 def get_config():
-    return paper.of("lmsys/vicuna-13b-v1.5", fsdp=4, data=-1)
+    return base.paper("lmsys/vicuna-13b-v1.5", fsdp=4, data=-1)

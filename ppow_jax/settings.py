@@ -214,6 +214,9 @@ def from_config(config: Mapping[str, Any]) -> Settings:
     return settings
 
 
+_PLURALS = {str: "strings", int: "whole numbers"}
+
+
 def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
     if not isinstance(values, Mapping) and not hasattr(values, "keys"):
         raise ConfigError(f"{path}: found {values!r}, expected a group of keys")
@@ -234,7 +237,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if typing.get_origin(kind) is tuple:
         of = typing.get_args(kind)[0]
         if not isinstance(value, tuple | list) or not all(type(v) is of for v in value):
-            raise ConfigError(f"{path}: found {value!r}, expected a tuple of {of.__name__}")
+            raise ConfigError(f"{path}: found {value!r}, expected a tuple of {_PLURALS[of]}")
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

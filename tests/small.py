@@ -59,7 +59,7 @@ def randomise(shapes: dict, seed: int) -> dict:
         names = [k.key for k in path]
         if names[-1] == "scale":
             value = 1 + 0.3 * rng.normal(size=leaf.shape)
-        elif names[-1] == "embedding":
+        elif names[-1] in ("embedding", "bias"):
             value = rng.normal(size=leaf.shape)
         else:
             gain = 3.0 if names[0] == "head" else 1.5

@@ -57,7 +57,7 @@ def test_what_is_loaded_is_what_was_trained(finished, manifest):
 
 def test_another_target_is_refused(finished, manifest):
     other, params, _ = runs.experiment.load_target(
-        runs.make_settings(finished.workdir.parent, target__path="markov:1").target
+        runs.make_settings(finished.workdir.parent, target__path="markov:1").target, None
     )
     with pytest.raises(UserError) as caught:
         export.load(finished.workdir / "export", fingerprint(other, params))
