@@ -70,7 +70,9 @@ def eagle(directory: pathlib.Path, checkout: pathlib.Path, inputs: Any, out: pat
 
     from configs import EConfig
 
-    model = Model(EConfig.from_pretrained(str(directory)), bias=False).eval()
+    config = EConfig.from_pretrained(str(directory))
+    config.rope_scaling = None  # transformers 5 puts something there, which that code does not know yet
+    model = Model(config, bias=False).eval()
     model.init_tree()
     state = load_file(directory / "model.safetensors")
     check(model.load_state_dict(state, strict=False))
