@@ -8,7 +8,7 @@ PATH is all that config.target.path takes; then --config.target.path=DIR.
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import flags
 
 from ppow_jax import console, memory, partition
 from ppow_jax.console import log
@@ -33,18 +33,6 @@ def main(argv: list[str]) -> None:
     log.info("convert: %s is in %s", _TARGET.value, _OUT.value)
 
 
-def cli() -> None:
-    """Runs `main`; a user's mistake ends as one line on stderr."""
-    if any(a in ("--help", "-h") for a in sys.argv):
-        print(__doc__.strip() + "\n\n" + flags.FLAGS.module_help(sys.modules[__name__]))
-        return
-    try:
-        app.run(main)
-    except UserError as e:
-        print(f"ppow_jax: {e}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
     memory.restart_with_tunables()
-    cli()
+    console.command(main, sys.modules[__name__])

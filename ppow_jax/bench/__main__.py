@@ -19,7 +19,7 @@ import sys
 import tempfile
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from configs import smollm2_135m
 from ppow_jax import console, experiment, memory, settings
@@ -125,18 +125,6 @@ def main(argv: list[str]) -> None:
         COMMANDS[argv[1]](run, machine)
 
 
-def cli() -> None:
-    """Runs `main`; a user's mistake ends as one line on stderr."""
-    if any(a in ("--help", "-h") for a in sys.argv):
-        print(__doc__.strip() + "\n\n" + flags.FLAGS.module_help(sys.modules[__name__]))
-        return
-    try:
-        app.run(main)
-    except UserError as e:
-        print(f"ppow_jax: {e}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
     memory.restart_with_tunables()
-    cli()
+    console.command(main, sys.modules[__name__])
