@@ -114,7 +114,7 @@ def test_a_workdir_that_cannot_be(tmp_path):
 def test_a_missing_target_and_a_missing_prompt_file(tmp_path):
     base = ["--config=configs/tiny.py", f"--workdir={tmp_path / 'w'}", ONLY_RESPOND]
     line = complaint(command(*base, "--config.target.path=none.gguf"), 1)
-    assert line == "ppow_jax: target.path: no file 'none.gguf'; expected a GGUF file or 'package:NAME'"
+    assert line.startswith("ppow_jax: target.path: no file 'none.gguf'; expected a Hugging Face directory")
     line = complaint(command(*base, "--config.respond.prompts=p=none.jsonl"), 1)
     assert line == "ppow_jax: respond.prompts: no file 'none.jsonl'; expected a JSONL file"
 

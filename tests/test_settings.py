@@ -87,6 +87,7 @@ def test_missing_key_at_any_depth():
         ("ppow__gamma", 0.12, "config.ppow.gamma: found 0.12 (float), expected str"),
         ("stages", "respond", "config.stages: found 'respond', expected a tuple of strings"),
         ("stages", 3, "config.stages: found 3, expected a tuple of strings"),
+        ("target__taps", (1, "2"), "config.target.taps: found (1, '2'), expected a tuple of whole numbers"),
         ("ppow__optimizer", 3e-4, "config.ppow.optimizer: found 0.0003, expected a group of keys"),
     ],
 )
@@ -112,6 +113,10 @@ def test_wrong_type(key, value, expected):
         (dict(ppow__rollout_temperature=0.0), "ppow.rollout_temperature", "above 0"),
         (dict(respond__temperature=1.0), "ppow.temperature", "above 0, because respond.temperature is"),
         (dict(export__drafter="respond"), "export.drafter", "supervise, cst, ppow"),
+        (dict(export__server="tgi"), "export.server", "sglang, vllm, vllm_tpu, or empty"),
+        (dict(export__dtype="int8"), "export.dtype", "float32, bfloat16, float16"),
+        (dict(drafter__layers=0), "drafter.layers", "at least 1"),
+        (dict(drafter__width=64), "drafter.induction", "False for a drafter of a width of its own"),
         (dict(supervise__steps=0), "supervise.steps", "at least 1"),
         (dict(decode__shape="chain:0"), "decode.shape", "chain:K, group:GxK"),
         (dict(decode__shape="tree:60x2x4"), "decode.shape", "2 to 21, all that 2 levels of top_k 4 have"),

@@ -156,11 +156,12 @@ def load_drafter(experiment: Experiment, stage: str) -> tuple[State, dict[str, A
     Raises:
       UserError: the stage has not run, or its checkpoint belongs to another target.
     """
+    trained = (experiment.workdir / "checkpoints" / stage).exists()
+    if stage in ("supervise", "imported") and not trained and (found := _imported(experiment)):
+        about = {"drafter": dataclasses.asdict(found.config), "steps": 0, "seconds": 0.0}
+        return {"params": partition.shard(found.params, experiment.mesh), "vocab": found.vocab}, about
     store = checkpoints(experiment, stage)
     if store.latest is None:
-        if (found := _imported(experiment)) and stage in ("supervise", "imported"):
-            about = {"drafter": dataclasses.asdict(found.config), "steps": 0, "seconds": 0.0}
-            return {"params": partition.shard(found.params, experiment.mesh), "vocab": found.vocab}, about
         raise UserError(f"{experiment.workdir}: no checkpoint of stage {stage!r}; add it to config.stages")
     about = store.about()
     if about["target"] != experiment.fingerprint:

@@ -1,0 +1,71 @@
+"""Drafters that come from files, and drafters of other shapes, through whole runs."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+import runs
+
+from ppow_jax.errors import ConfigError
+from ppow_jax.stages import training
+
+STEPS = dict(supervise__steps=4, supervise__optimizer__warmup_steps=2, ppow__steps=2, log__curve_points=1)
+
+
+@pytest.fixture
+def exported(finished, tmp_path) -> pathlib.Path:
+    """What `export` writes for vLLM, in float32."""
+    workdir = tmp_path / "first"
+    shutil.copytree(finished.workdir, workdir)
+    runs.run(workdir, stages=("export",), export__server="vllm", export__dtype="float32")
+    return workdir / "export"
+
+
+def report(workdir: pathlib.Path) -> dict:
+    return json.loads((workdir / "report.json").read_text())
+
+
+def test_training_goes_on_from_files_and_the_report_shows_where_it_began(exported, tmp_path):
+    files = str(exported / "vllm")
+    chosen = dict(STEPS, drafter__path=files, drafter__vocab_size=7)  # the files know better
+    runs.run(tmp_path / "w", stages=("respond", "cst", "evaluate"), **chosen)
+    drafters = report(tmp_path / "w")["drafters"]
+    manifest = json.loads((exported / "manifest.json").read_text())
+    assert list(drafters) == ["imported", "cst"] and drafters["imported"]["steps"] == 0
+    assert drafters["imported"]["params_sha256"] == manifest["params_sha256"]
+    assert drafters["cst"]["params_sha256"] != manifest["params_sha256"]
+    runs.run(tmp_path / "w", stages=("respond", "supervise", "evaluate"), **chosen)
+    drafters = report(tmp_path / "w")["drafters"]
+    assert list(drafters) == ["imported", "supervise", "cst"]
+    for drafter in drafters.values():
+        assert all(b["identical_outputs"] == 2 for b in drafter["benchmarks"].values())
+    with pytest.raises(ConfigError, match=r"target.taps: found \(0, 1, 4\), expected \(1, 2, 3\), which the"):
+        runs.run(tmp_path / "other", stages=("respond", "cst"), target__taps=(0, 1, 4), **chosen)
+
+
+def test_a_drafter_of_another_shape_from_training_to_files(tmp_path):
+    shape = dict(drafter__layers=2, drafter__width=48, drafter__induction=False, target__taps=(2, 4))
+    chosen = dict(STEPS, **shape, drafter__mlp_hidden=0, export__server="vllm", export__dtype="float32")
+    chosen |= dict(stages=("respond", "supervise", "ppow", "evaluate", "export"), export__drafter="ppow")
+    runs.run(tmp_path / "w", **chosen)
+    found = report(tmp_path / "w")["drafters"]
+    assert list(found) == ["supervise", "ppow"]
+    for drafter in found.values():
+        for benchmark in drafter["benchmarks"].values():
+            assert benchmark["identical_outputs"] == benchmark["same_rounds_as_simulated"] == 2
+    files = tmp_path / "w/export/vllm"
+    config = json.loads((files / "config.json").read_text())
+    assert (config["hidden_size"], config["target_hidden_size"], config["num_hidden_layers"]) == (48, 32, 2)
+    assert config["num_attention_heads"] == 3 and config["intermediate_size"] == 24
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4]
+    run = runs.build(tmp_path / "w", **chosen)
+    own = training.shape_of_drafter(run)
+    again = training.imported(str(files), run.target.config, run.fingerprint)
+    assert again.config == own
+
+
+@pytest.mark.parametrize("taps", [(2, 1), (1, 1), (1, 5), (-1, 2)])
+def test_taps_that_the_target_does_not_have(taps, tmp_path):
+    with pytest.raises(ConfigError, match=r"config.target.taps: .* ascending layers from 0 to 4"):
+        runs.build(tmp_path / "w", target__taps=taps)
