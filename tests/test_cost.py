@@ -90,12 +90,12 @@ def test_equally_likely_candidates_enter_a_tree_in_their_order(seed):
 
 
 def test_a_measurement_that_other_work_falls_into_is_a_time_all_the_same(monkeypatch):
-    """2 repeats take 0.1 s: 6 more are measured. Then these take 1.2 s, but the 2 are disturbed."""
-    ticks = iter([0, 9, 0, 0.1, 0, 0.1, 0, 0.7, 0, 5, 0, 1.2])  # compilation, 2; then 2 and 8, twice
+    """2 repeats take 0.15 s: 4 more are measured. Then these take 1.2 s, but the 2 are disturbed."""
+    ticks = iter([0, 9, 0, 0.15, 0, 0.15, 0, 0.75, 0, 5, 0, 1.2])  # compilation, 2; then 2 and 6, twice
     monkeypatch.setattr(cost, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
     timer = cost._in_loop(lambda x: x + 1, jnp.zeros(()))
-    assert timer() == pytest.approx((0.7 - 0.1) / 6)
-    assert timer() == pytest.approx(1.2 / 8)
+    assert timer() == pytest.approx((0.75 - 0.15) / 4)
+    assert timer() == pytest.approx(1.2 / 6)
 
 
 def test_measured_costs_are_times(tiny, monkeypatch):

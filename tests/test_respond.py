@@ -53,8 +53,7 @@ def trace(file) -> tuple[int, int]:
 def experiment(tmp_path):
     """A target ready to answer, its template fit for dialogues."""
     built = runs.build(tmp_path / "w")
-    template = tokenizer.chat_template(TEMPLATE)
-    return dataclasses.replace(built, tokenizer=dataclasses.replace(built.tokenizer, template=template))
+    return dataclasses.replace(built, tokenizer=dataclasses.replace(built.tokenizer, template=TEMPLATE))
 
 
 def test_every_prompt_is_answered_once_with_the_targets_own_text(finished):
@@ -183,7 +182,7 @@ def test_features_are_kept_turn_by_turn_and_belong_to_their_texts(experiment):
 def test_an_answer_ends_at_the_stop_id_which_is_not_said_twice(experiment):
     """With a letter for a stop id: the answer includes it, and the next turn does not repeat it."""
     stop = greedy(ASSISTANT, 3)[-1]
-    template = tokenizer.chat_template(TEMPLATE.replace("<end>", markov.LETTERS[stop - 4]))
+    template = TEMPLATE.replace("<end>", markov.LETTERS[stop - 4])
     changed = dataclasses.replace(experiment.tokenizer, stop_ids=(stop,), template=template)
     stopping = dataclasses.replace(experiment, tokenizer=changed)
     answer = greedy(ASSISTANT, 3)

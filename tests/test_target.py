@@ -113,7 +113,7 @@ def test_a_cache_in_blocks_is_the_same_cache():
     assert all(map(np.array_equal, kv_cache.in_blocks(plain, size)[0], blocks[0]))
     queries = draw(B, 2, 3, G * R, E)
     visible = jax.random.bernoulli(next(key), 0.6, (B, 2, 16)).at[:, :, 13].set(True)
-    one, other = (layers.attend(queries, c[0], visible, None, None) for c in (plain, blocks))
+    one, other = (layers.attend(queries, c[0], visible, None, None, 0.5) for c in (plain, blocks))
     np.testing.assert_allclose(other, one, atol=1e-6, rtol=0)
 
 
