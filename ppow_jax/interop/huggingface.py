@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import ml_dtypes  # noqa: F401  (lets NumPy, and so safetensors, know bfloat16)
+import numpy as np
 import safetensors
 import tokenizers
 from jax.sharding import Mesh
@@ -47,6 +48,7 @@ _ENDS = {
     "model.norm.weight": "norm/scale",
     "lm_head.weight": "head/weight",
 }
+_AT_ONCE = 2**24  # bytes
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$|^(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
@@ -189,9 +191,18 @@ def _read(
             "config.json"
         )
     layout = jax.sharding.NamedSharding(mesh, partition.spec(path, like.shape, mesh))
-    return jax.make_array_from_callback(
-        like.shape, layout, lambda at: rows[at].astype(like.dtype, copy=False)
-    )
+    return jax.make_array_from_callback(like.shape, layout, lambda at: _slice(rows, at, like))
+
+
+def _slice(rows: Any, at: tuple[slice, ...], like: jax.ShapeDtypeStruct) -> np.ndarray:
+    """A part of a tensor, read some rows at a time: the library holds twice what it reads at once."""
+    first, *rest = (slice(*part.indices(size)) for part, size in zip(at, like.shape, strict=True))
+    out = np.empty([part.stop - part.start for part in (first, *rest)], like.dtype)
+    step = max(1, _AT_ONCE // max(1, out[:1].nbytes))
+    for row in range(0, len(out), step):
+        end = min(row + step, len(out))
+        out[row:end] = rows[(slice(first.start + row, first.start + end), *rest)]
+    return out
 
 
 def tokenizer(directory: pathlib.Path) -> Tokenizer:
