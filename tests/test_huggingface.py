@@ -155,6 +155,7 @@ def test_a_tokenizer_of_another_model_or_none(directory):
 def test_a_directory_without_a_model_and_names_of_the_hub(tmp_path, monkeypatch):
     refused(tmp_path, "no config.json")
     refused(tmp_path / "nothing here", "no file", "Hugging Face directory")
+    refused("models/none.gguf", "no file 'models/none.gguf'")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as where it is not installed
     refused("someone/some-model", "'someone/some-model'", "pip install 'ppow_jax[hub]'")
 

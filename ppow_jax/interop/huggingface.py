@@ -59,7 +59,8 @@ def find(path: str) -> pathlib.Path | None:
         return directory
     if directory.is_dir():
         raise UserError(f"target.path: {path!r} has no config.json; expected a Hugging Face directory")
-    return _download(path) if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not directory.exists() else None
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.endswith(".gguf")
+    return _download(path) if named and not directory.exists() else None
 
 
 def _download(name: str) -> pathlib.Path:
