@@ -26,7 +26,7 @@ from ppow_jax.decode.ngrams import Lookahead, Lookup
 from ppow_jax.decode.session import Session, bucket
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
-from ppow_jax.interop import gguf
+from ppow_jax.interop import gguf, huggingface
 from ppow_jax.stages import evaluate, training
 
 _LOOKAHEAD = (2, 3, 1)  # columns, n-gram and candidates: seven tokens in a pass
@@ -184,7 +184,7 @@ class _Worker:
 
     def __init__(self, python: str, file: str, tokens: int, stops: Sequence[int]) -> None:
         script = pathlib.Path(__file__).with_name("torch_worker.py")
-        command = [python, str(script), "--gguf", file, "--threads", str(_cores())]
+        command = [python, str(script), "--model", file, "--threads", str(_cores())]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._about = {"tokens": tokens, "stops": list(stops)}
         log.info("decode: %s", self._answer())
@@ -215,7 +215,10 @@ def _torch(run: Experiment, about: Race) -> _Worker | None:
     if not python:
         log.info("decode: no transformers beside (--torch_python)")
         return None
-    return _Worker(python, str(gguf.find(run.settings.target.path)), about.tokens, run.tokenizer.stop_ids)
+    path = run.settings.target.path
+    return _Worker(
+        python, str(huggingface.find(path) or gguf.find(path)), about.tokens, run.tokenizer.stop_ids
+    )
 
 
 def _report(

@@ -1,6 +1,6 @@
 """Decodes with transformers on torch: a process of its own, spoken to in lines of JSON.
 
-    python torch_worker.py --gguf MODEL.gguf --threads 2
+    python torch_worker.py --model MODEL --threads 2       # a GGUF file or a Hugging Face directory
 
 reads `{"ids": [...], "tokens": n, "stops": [...], "lookup": k}` and answers `{"seconds": s, "ids": [...]}`:
 the ids that greedy decoding adds, with k drafted tokens of prompt lookup unless that is 0. It imports
@@ -17,7 +17,7 @@ import time
 def main() -> None:
     """Answers until its input ends."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gguf", type=pathlib.Path, required=True)
+    parser.add_argument("--model", type=pathlib.Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     answers, sys.stdout = sys.stdout, sys.stderr  # what the libraries print stays out of the way
@@ -26,9 +26,10 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        args.gguf.parent, gguf_file=args.gguf.name, dtype=torch.float32
-    ).eval()
+    where = {"pretrained_model_name_or_path": args.model}
+    if args.model.is_file():
+        where = {"pretrained_model_name_or_path": args.model.parent, "gguf_file": args.model.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     print(json.dumps(versions), file=answers, flush=True)
     for line in sys.stdin:
