@@ -23,7 +23,7 @@ TABLE: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(query|key|value|gate|up|fuse|head)/weight$", PartitionSpec("tensor", "fsdp")),
     (r"(query|key|value)/bias$", PartitionSpec("tensor")),
     (r"(out|down)/weight$", PartitionSpec("fsdp", "tensor")),
-    (r"norm/scale$", PartitionSpec()),
+    (r"norm(s_\d+)?/scale$", PartitionSpec()),
     (r"(^|/)(count|step|scores|scored_at)$", PartitionSpec()),
 )
 
@@ -50,7 +50,7 @@ def make_mesh(settings: MeshSettings) -> Mesh:
 
 def path_name(path: tuple) -> str:
     """A tree path as `a/b/c`."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -11,10 +11,12 @@ import pytest
 import safetensors.numpy
 import small
 
+from ppow_jax import partition
 from ppow_jax.errors import UserError
 from ppow_jax.interop import eagle3
 from ppow_jax.models import drafter as drafters
 from ppow_jax.models.target import default_taps
+from ppow_jax.settings import MeshSettings
 
 TARGET = dataclasses.replace(small.TINY, layers=9, taps=default_taps(9))  # 2, 4, 6
 VOCAB = small.DRAFT_VOCAB
@@ -140,6 +142,8 @@ def test_what_a_drafter_may_have_beyond_eagle_3(trait, tmp_path):
     params = write(tmp_path, config, server, target=target)
     back = read(tmp_path, target)
     assert back.config == config and same(back.params, params) and back.taps == target.taps
+    laid_out = partition.shard(back.params, partition.make_mesh(MeshSettings(-1, 1, 1)))
+    assert same(laid_out, params)  # every parameter has its row in the table of layouts
 
 
 @pytest.mark.parametrize(
@@ -199,6 +203,8 @@ def test_files_of_the_speculators_library(tmp_path):
 def test_missing_keys_mean_what_eagles_own_code_takes_them_to_mean(tmp_path):
     write(tmp_path)
     change(tmp_path, rope_theta=None, rope_parameters=None, rms_norm_eps=None, num_hidden_layers=None)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config_of(tmp_path) | {"eagle_config": None}))
     back = read(tmp_path).config
     assert (back.rope_theta, back.norm_epsilon, back.layers) == (10_000.0, 1e-6, 1)
 

@@ -188,6 +188,7 @@ def test_older_files_say_the_same_in_other_keys():
             del old["rope_scaling"]["rope_type"]
         want = families.target_config(new, False, "float32", "")
         assert families.target_config(old, False, "float32", "") == want
+        assert families.target_config(old | {"rope_parameters": None}, False, "float32", "") == want
         assert len(want.rope_divisors) == want.head_size // 2
 
 

@@ -81,13 +81,7 @@ def _parting(run: Experiment, machine: Machine) -> None:
     parting.compare(run, decoders, _ROWS.value, _PROMPTS.value, _COUNT.value, _TOKENS.value)
 
 
-COMMANDS = {
-    "parts": _parts,
-    "respond": _respond,
-    "cost": _cost,
-    "decode": _decode,
-    "parting": _parting,
-}
+COMMANDS = {"parts": _parts, "respond": _respond, "cost": _cost, "decode": _decode, "parting": _parting}
 
 
 def _configuration(command: str) -> settings.Settings:
@@ -109,9 +103,9 @@ def _configuration(command: str) -> settings.Settings:
 def main(argv: list[str]) -> None:
     """Runs one command."""
     console.setup()
-    if len(argv) != 2 or argv[1] not in ("load", *COMMANDS):
-        expected = ", ".join(("load", *COMMANDS))
-        raise UserError(f"found {' '.join(argv[1:])!r}, expected one of {expected}; see --help")
+    names = ("load", *COMMANDS)
+    if len(argv) != 2 or argv[1] not in names:
+        raise UserError(f"found {' '.join(argv[1:])!r}, expected one of {', '.join(names)}; see --help")
     chosen = _configuration(argv[1])
     if argv[1] == "load":  # before anything else is in memory
         loading.load(chosen)

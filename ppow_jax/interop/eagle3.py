@@ -8,6 +8,7 @@ speculators), which is ours.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -17,10 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from ppow_jax.errors import UserError
+from ppow_jax.interop import safetensors_file
 from ppow_jax.models import families
 from ppow_jax.models.drafter import DrafterConfig, abstract_params
 from ppow_jax.models.target import TargetConfig, default_taps
@@ -48,6 +49,7 @@ _ENDS = {
 _IDS = "eagle_aux_hidden_state_layer_ids"
 _US = "ppow_jax"
 _FINGERPRINT = "target_fingerprint"  # in the safetensors file's metadata
+_path = functools.partial(jax.tree_util.keystr, simple=True, separator="/")  # as `partition.path_name`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,7 @@ def write(
     _refuse(config, target, server)
     tensors = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = _name(jax.tree_util.keystr(path, simple=True, separator="/"), config, kind)
+        name = _name(_path(path), config, kind)
         tensors[name] = np.ascontiguousarray(np.asarray(leaf).astype(jnp.dtype(dtype)))
     if kind.equal_d2t or config.vocab_size != target.vocab_size:
         ids = np.asarray(vocab, np.int64)
@@ -247,7 +249,7 @@ def read(directory: pathlib.Path, target: TargetConfig, fingerprint: str) -> Imp
     server = _server_of(tensors)
 
     def leaf(path: tuple, like: jax.ShapeDtypeStruct) -> np.ndarray:
-        name = _name(jax.tree_util.keystr(path, simple=True, separator="/"), config, server)
+        name = _name(_path(path), config, server)
         if name not in tensors:
             raise UserError(f"{file}: found no tensor {name!r}, which {config_file.name} asks for")
         found = tensors.pop(name)
@@ -269,15 +271,9 @@ _NOT_NEEDED = re.compile(r"rotary_emb|^verifier_|^mask_hidden$")
 
 
 def _tensors(file: pathlib.Path, fingerprint: str) -> dict[str, np.ndarray]:
-    if not file.is_file():
-        raise UserError(f"{file}: not there; expected the drafter's weights as safetensors")
-    try:
-        with safetensors.safe_open(file, framework="numpy") as reader:
-            trained_for = (reader.metadata() or {}).get(_FINGERPRINT, fingerprint)
-            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as e:
-        size = file.stat().st_size
-        raise UserError(f"{file}: not a complete safetensors file ({size} bytes; {e}); fetch it again") from e
+    with safetensors_file.opened(file, "the drafter's weights as safetensors") as reader:
+        trained_for = (reader.metadata() or {}).get(_FINGERPRINT, fingerprint)
+        tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
     if trained_for != fingerprint:
         raise UserError(
             f"{file}: this drafter belongs to target {trained_for[:12]}, not to {fingerprint[:12]}; its "
@@ -312,7 +308,7 @@ def _shape(
     scaling = {k: v for k, v in scaling.items() if k != "rope_theta" and (k, v) != ("rope_type", "default")}
     layer = _server_of(tensors).layer
     norms = {"fc_norm": "each", "norm_before_fc": "all"}
-    flag = lambda key: values.get(key, values.get("eagle_config", {}).get(key, False))  # noqa: E731
+    flag = lambda key: values.get(key, _nested(values).get(key, False))  # noqa: E731
     config = DrafterConfig(
         vocab_size=values.get("draft_vocab_size") or inner["vocab_size"],
         width=width,
@@ -346,11 +342,16 @@ def _shape(
     return config, taps
 
 
+def _nested(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What SpecForge and SGLang keep a level down; files may hold null there."""
+    return values.get("eagle_config") or {}
+
+
 def _taps(values: Mapping[str, Any], target: TargetConfig) -> tuple[int, ...]:
     """The tapped layers, by their inputs."""
     if values.get(_IDS):
         return tuple(values[_IDS])
-    outputs = values.get("eagle_config", {}).get(_IDS)
+    outputs = _nested(values).get(_IDS)
     return tuple(layer + 1 for layer in outputs) if outputs else default_taps(target.layers)
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ppow_jax import partition
 from ppow_jax.errors import UserError
 from ppow_jax.models import families
 from ppow_jax.models.target import TargetConfig, abstract_params
@@ -181,8 +182,7 @@ def _place(name: str, file: pathlib.Path) -> str:
 def _check(params: dict, config: TargetConfig, file: pathlib.Path) -> None:
     """Raises `UserError` unless the tensors are those of the decoder, of its shapes."""
     flat = lambda tree: {  # noqa: E731
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        partition.path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
     found, expected = flat(params), flat(abstract_params(config))
     for path in sorted(found.keys() | expected.keys()):

@@ -7,10 +7,9 @@ import contextlib
 import json
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes  # noqa: F401  (lets NumPy, and so safetensors, know bfloat16)
 import numpy as np
 import safetensors
 import tokenizers
@@ -18,6 +17,7 @@ from jax.sharding import Mesh
 
 from ppow_jax import partition
 from ppow_jax.errors import UserError
+from ppow_jax.interop import safetensors_file
 from ppow_jax.models import families
 from ppow_jax.models.target import TargetConfig, abstract_params
 from ppow_jax.models.tokenizer import ENDS, Tokenizer, with_stops
@@ -110,43 +110,42 @@ def load(directory: pathlib.Path, dtype: str, mesh: Mesh) -> tuple[TargetConfig,
         tensors = _tensors(directory, stack)
         tied = "lm_head.weight" not in tensors
         config = families.target_config(_json(config_file), tied, dtype, str(config_file))
-        places = {_place(name, config, file): (name, file) for name, (file, _) in tensors.items()}
+        places = {_place(name, config, stored.file): stored for name, stored in tensors.items()}
         places.pop(None, None)
 
         def leaf(path: tuple, like: jax.ShapeDtypeStruct) -> jax.Array:
             at = partition.path_name(path)
             if at not in places:
                 raise UserError(f"{directory}: found no tensor for {at}, which {config_file.name} asks for")
-            name, file = places.pop(at)
-            return _read(tensors[name][1], name, file, like, mesh, at)
+            return _read(places.pop(at), like, mesh, at)
 
         params = jax.tree_util.tree_map_with_path(leaf, abstract_params(config))
     if places:
-        name, file = next(iter(places.values()))
-        raise UserError(f"{file}: tensor {name!r} has no place in the decoder of {config_file.name}")
+        left = next(iter(places.values()))
+        raise UserError(
+            f"{left.file}: tensor {left.name!r} has no place in the decoder of {config_file.name}"
+        )
     return config, params
 
 
-def _tensors(
-    directory: pathlib.Path, stack: contextlib.ExitStack
-) -> dict[str, tuple[pathlib.Path, safetensors.safe_open]]:
-    """Every tensor's name, without the prefix of a model that sees pictures, its file and the open reader."""
+class _Stored(NamedTuple):
+    """Where a tensor is: its name in an open file."""
+
+    file: pathlib.Path
+    reader: safetensors.safe_open
+    name: str
+
+
+def _tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
+    """All tensors by their names without the prefix of a model that sees pictures."""
     index = directory / "model.safetensors.index.json"
     listed = _json(index).get("weight_map")
     names = sorted(set(listed.values())) if listed else ["model.safetensors"]
+    expected = f"the model's safetensors{f', which {index.name} names' if listed else ''}"
     found = {}
     for file in (directory / name for name in names):
-        if not file.is_file():
-            where = f", which {index.name} names" if listed else ""
-            raise UserError(f"{file}: not there{where}; expected the model's safetensors")
-        try:
-            reader = stack.enter_context(safetensors.safe_open(file, framework="numpy"))
-        except (safetensors.SafetensorError, OSError) as e:
-            size = file.stat().st_size
-            raise UserError(
-                f"{file}: not a complete safetensors file ({size} bytes; {e}); fetch it again"
-            ) from e
-        found |= {_plain(name): (file, (reader, name)) for name in reader.keys()}  # noqa: SIM118
+        reader = stack.enter_context(safetensors_file.opened(file, expected))
+        found |= {_plain(name): _Stored(file, reader, name) for name in reader.keys()}  # noqa: SIM118
     return found
 
 
@@ -175,21 +174,13 @@ def _place(name: str, config: TargetConfig, file: pathlib.Path) -> str | None:
     return f"layers_{match[1]}/{module}/{kind}"
 
 
-def _read(
-    source: tuple[Any, str],
-    name: str,
-    file: pathlib.Path,
-    like: jax.ShapeDtypeStruct,
-    mesh: Mesh,
-    path: str,
-) -> jax.Array:
+def _read(stored: _Stored, like: jax.ShapeDtypeStruct, mesh: Mesh, path: str) -> jax.Array:
     """One tensor, laid out by the table; only the slices that this process holds are read."""
-    reader, stored = source
-    rows = reader.get_slice(stored)
+    rows = stored.reader.get_slice(stored.name)
     if tuple(rows.get_shape()) != like.shape:
         raise UserError(
-            f"{file}: tensor {name!r} has the shape {tuple(rows.get_shape())}, expected {like.shape} by "
-            "config.json"
+            f"{stored.file}: tensor {stored.name!r} has the shape {tuple(rows.get_shape())}, expected "
+            f"{like.shape} by config.json"
         )
     layout = jax.sharding.NamedSharding(mesh, partition.spec(path, like.shape, mesh))
     return jax.make_array_from_callback(like.shape, layout, lambda at: _slice(rows, at, like))

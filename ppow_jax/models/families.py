@@ -42,7 +42,7 @@ def _gemma3(c: Json) -> dict[str, Any]:
     _expect(c, "attn_logit_softcapping", None, None)
     _expect(c, "final_logit_softcapping", None, None)
     pattern = c.get("sliding_window_pattern") or c.get("_sliding_window_pattern") or 6
-    local = c.get("rope_parameters", {}).get("sliding_attention", {}).get("rope_theta")
+    local = (c.get("rope_parameters") or {}).get("sliding_attention", {}).get("rope_theta")
     return {
         "head_norms": True,
         "norm_offset": 1.0,
