@@ -100,6 +100,22 @@ def test_a_template_that_forgets(directory):
     refused(directory, "chat template", "all turns")
 
 
+def test_a_part_of_a_tensor_is_read_some_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(huggingface, "_AT_ONCE", 40)  # two rows of five, four bytes each
+    whole, read = np.arange(77, dtype=np.float32).reshape(11, 7), []
+
+    class Rows:
+        def __getitem__(self, at):
+            read.append(at[0])
+            return whole[at]
+
+    like = jax.ShapeDtypeStruct(whole.shape, np.float32)
+    found = huggingface._slice(Rows(), (slice(3, 8), slice(1, 6)), like)
+    assert np.array_equal(found, whole[3:8, 1:6])
+    assert read == [slice(3, 5), slice(5, 7), slice(7, 8)]
+    assert np.array_equal(huggingface._slice(Rows(), (slice(None), slice(None)), like), whole)
+
+
 def test_a_missing_file(directory):
     shard = directory / "model-00002-of-00003.safetensors"
     shard.unlink()

@@ -166,3 +166,12 @@ def test_the_likeliest_is_the_first_of_the_largest(size):
     found = jax.jit(layers.likeliest)(logits)
     assert found.dtype == np.int32
     np.testing.assert_array_equal(found, logits.argmax(-1))
+
+
+def test_the_tap_behind_the_last_layer_is_its_output(tiny):
+    config = dataclasses.replace(small.TINY, taps=(1, small.TINY.layers))
+    tokens = np.array([[3, 9, 1, 30]], np.int32)
+    out, _ = small.forward(Target(config), tiny.params, tokens)
+    last = np.asarray(out.taps)[..., small.TINY.width :]
+    normed = reference.rms_norm(last, np.asarray(tiny.params["norm"]["scale"]), small.TINY.norm_epsilon)
+    np.testing.assert_allclose(out.hidden, normed, atol=1e-5)
