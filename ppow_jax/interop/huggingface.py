@@ -183,7 +183,8 @@ def _read(stored: _Stored, like: jax.ShapeDtypeStruct, mesh: Mesh, path: str) ->
             f"{like.shape} by config.json"
         )
     layout = jax.sharding.NamedSharding(mesh, partition.spec(path, like.shape, mesh))
-    return jax.make_array_from_callback(like.shape, layout, lambda at: _slice(rows, at, like))
+    array = jax.make_array_from_callback(like.shape, layout, lambda at: _slice(rows, at, like))
+    return jax.block_until_ready(array)  # copies go on in the background: the next would be held beside it
 
 
 def _slice(rows: Any, at: tuple[slice, ...], like: jax.ShapeDtypeStruct) -> np.ndarray:
