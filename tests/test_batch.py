@@ -67,7 +67,7 @@ def test_sampled_texts_that_end_at_different_times_are_those_of_the_plain_loop(m
     assert seen[0][0] > 2 * seen[-1][0]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["chain", "dynamic", "lookup"])
 def test_drafted_texts_that_end_at_different_times_are_those_of_the_plain_loop(
     monkeypatch, mesh, tiny, pupil, name, temperature

@@ -63,6 +63,7 @@ def test_decoders_that_there_are_not_are_named(run, name):
         decoding.sessions(run, "", (name,), 8)
 
 
+@pytest.mark.slow
 def test_in_float32_no_text_parts(run, capsys):
     decoders = decoding.sessions(run, "cst", ("tree:4x2x2",), 24)
     parting.compare(run, decoders, 2, SOURCES, 2, 24)

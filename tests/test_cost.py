@@ -98,6 +98,7 @@ def test_a_measurement_that_other_work_falls_into_is_a_time_all_the_same(monkeyp
     assert timer() == pytest.approx(1.2 / 6)
 
 
+@pytest.mark.slow
 def test_measured_costs_are_times(tiny, monkeypatch):
     monkeypatch.setattr(cost, "_SIZES", (1, 4, 32))
     monkeypatch.setattr(cost, "_WIDTHS", (1, 4))
@@ -109,6 +110,7 @@ def test_measured_costs_are_times(tiny, monkeypatch):
     assert min(found.overhead.values()) >= 0
 
 
+@pytest.mark.slow
 def test_auto_decodes_with_what_it_finds_and_the_report_shows_what_it_expected(
     finished, tmp_path, monkeypatch
 ):

@@ -11,6 +11,8 @@ from ppow_jax.errors import ConfigError
 from ppow_jax.models import drafter as drafters
 from ppow_jax.models.drafter import Drafter, DrafterWeights
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 VOCAB = jnp.asarray(small.DRAFT_VOCAB)
 
 

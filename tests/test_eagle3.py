@@ -18,6 +18,8 @@ from ppow_jax.models import drafter as drafters
 from ppow_jax.models.target import default_taps
 from ppow_jax.settings import MeshSettings
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TARGET = dataclasses.replace(small.TINY, layers=9, taps=default_taps(9))  # 2, 4, 6
 VOCAB = small.DRAFT_VOCAB
 PLAIN = drafters.drafter_config(TARGET, len(VOCAB), 40, "float32")

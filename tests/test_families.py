@@ -16,6 +16,8 @@ from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.target import Target
 from ppow_jax.settings import MeshSettings
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HERE = pathlib.Path(__file__).parent
 GOLDEN = json.loads((HERE / "golden/families.json").read_text("utf-8"))["cases"]
 spec = importlib.util.spec_from_file_location("parity_families", HERE / "parity/families.py")

@@ -10,6 +10,8 @@ import runs
 from ppow_jax.errors import ConfigError
 from ppow_jax.stages import training
 
+pytestmark = pytest.mark.usefixtures("quick_compilation", "compiled_once")
+
 STEPS = dict(supervise__steps=4, supervise__optimizer__warmup_steps=2, ppow__steps=2, log__curve_points=1)
 
 
@@ -44,6 +46,7 @@ def test_training_goes_on_from_files_and_the_report_shows_where_it_began(exporte
         runs.run(tmp_path / "other", stages=("respond", "cst"), target__taps=(0, 1, 4), **chosen)
 
 
+@pytest.mark.slow
 def test_a_drafter_of_another_shape_from_training_to_files(tmp_path):
     shape = dict(drafter__layers=2, drafter__width=48, drafter__induction=False, target__taps=(2, 4))
     chosen = dict(STEPS, **shape, drafter__mlp_hidden=0, export__server="vllm", export__dtype="float32")

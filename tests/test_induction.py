@@ -17,6 +17,8 @@ from ppow_jax.models.layers import likeliest
 from ppow_jax.models.target import abstract_params, head_matrix
 from ppow_jax.stages import supervise, training
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 B, HALF, D, E, V = 16, 20, 64, 32, 40
 WIDE = dataclasses.replace(small.TINY, width=D, heads=6, kv_heads=2, head_size=E, rope_theta=1e5)
 

@@ -14,6 +14,8 @@ from ppow_jax.decode import shapes, verify
 from ppow_jax.decode.sampling import Sampling, log_law, pick
 from ppow_jax.decode.verify import Draft, Drawn
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 V = 4
 SHAPES = {
     "chain of 1": shapes.chain(1),

@@ -125,10 +125,15 @@ def test_a_token_that_the_drafter_does_not_have_is_the_targets_own(chain):
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [("chain", Sampling(1.0)), ("tree", Sampling()), ("tree", Sampling(1.0)), ("lookup", Sampling()),
-     ("lookahead", Sampling())],
+    [
+        ("tree", Sampling()),
+        ("lookup", Sampling()),
+        ("lookahead", Sampling()),
+        pytest.param("chain", Sampling(1.0), marks=pytest.mark.slow),
+        pytest.param("tree", Sampling(1.0), marks=pytest.mark.slow),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_batch_of_1_4_or_16_gives_the_same_texts(tiny, pupil, name, how):
     """Each row has its own length, its own key and its own way through the trees."""
     others = {"lookup": Lookup(3, 2), "lookahead": Lookahead(40, 3)}

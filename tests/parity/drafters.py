@@ -1,6 +1,6 @@
 """Our drafter's files in the modules of EAGLE, SpecForge and the speculators library, and theirs in ours.
 
-    python drafters.py make --dir DIR         # with ppow_jax
+    python drafters.py make --dir DIR [--scaling linear|llama3]   # with ppow_jax
     python drafters.py reference --dir DIR --eagle CHECKOUT --specforge CHECKOUT
     python drafters.py compare --dir DIR      # with ppow_jax
 
@@ -23,9 +23,26 @@ VOCAB, DRAFT, WIDTH, LENGTH, STEPS = 96, 64, 32, 20, 5
 ANCHORS = (0, 3, 9, 14)
 TOLERANCE = 1e-4
 LIBRARIES = {"eagle": "sglang", "specforge": "sglang", "speculators": "vllm"}  # and the form that each reads
+SCALINGS = {
+    "none": {},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
 
 
-def make(directory: pathlib.Path) -> None:
+def libraries(directory: pathlib.Path) -> dict[str, str]:
+    """Those that know the drafter's scaling."""
+    scaling = json.loads((directory / "sglang/config.json").read_text())["rope_scaling"] or {}
+    return {k: v for k, v in LIBRARIES.items() if k != "eagle" or scaling.get("rope_type") != "llama3"}
+
+
+def make(directory: pathlib.Path, scaling: dict[str, Any]) -> None:
     """Drafters and inputs."""
     import jax
 
@@ -39,6 +56,7 @@ def make(directory: pathlib.Path) -> None:
         small.TINY, vocab_size=VOCAB, width=WIDTH, head_size=8, layers=9, taps=(2, 4, 6), rope_theta=10_000.0
     )
     config = drafters.drafter_config(target, DRAFT, 48, "float32")
+    config = dataclasses.replace(config, rope_scaling=tuple(scaling.items()))
     rng = np.random.default_rng(0)
     vocab = np.sort(rng.permutation(VOCAB)[:DRAFT])
     params = jax.tree.map(np.asarray, small.randomise(drafters.abstract_params(config), 1))
@@ -70,8 +88,11 @@ def eagle(directory: pathlib.Path, checkout: pathlib.Path, inputs: Any, out: pat
 
     from configs import EConfig
 
-    config = EConfig.from_pretrained(str(directory))
-    config.rope_scaling = None  # transformers 5 puts something there, which that code does not know yet
+    values = json.loads((directory / "config.json").read_text())
+    scaling = values.pop("rope_scaling")
+    config = EConfig(**values)
+    # it knows older keys only, and transformers 5 puts newer ones there
+    config.rope_scaling = scaling and {"type": scaling["rope_type"], "factor": scaling["factor"]}
     model = Model(config, bias=False).eval()
     model.init_tree()
     state = load_file(directory / "model.safetensors")
@@ -165,7 +186,7 @@ def reference(directory: pathlib.Path, checkouts: dict[str, pathlib.Path | None]
 
     inputs = np.load(directory / "inputs.npz")
     taps, tokens = torch.from_numpy(inputs["taps"])[None], torch.from_numpy(inputs["tokens"])[None]
-    for name, server in LIBRARIES.items():
+    for name, server in libraries(directory).items():
         out = directory / name
         out.mkdir(exist_ok=True)
         with torch.no_grad():
@@ -204,7 +225,7 @@ def compare(directory: pathlib.Path) -> int:
     inputs, bad = np.load(directory / "inputs.npz"), 0
     taps, tokens = jnp.asarray(inputs["taps"])[None], jnp.asarray(inputs["tokens"], jnp.int32)[None]
     anchors = jnp.array([ANCHORS])
-    for name, server in LIBRARIES.items():
+    for name, server in libraries(directory).items():
         own = eagle3.read(directory / server, target, "parity")
         theirs = eagle3.read(directory / name, target, "parity")
         embedding = theirs.params.pop("embedding", None)
@@ -232,12 +253,13 @@ def main() -> int:
     )
     parser.add_argument("what", choices=("make", "reference", "compare"))
     parser.add_argument("--dir", type=pathlib.Path, required=True, help="where everything is kept")
+    parser.add_argument("--scaling", choices=SCALINGS, default="none", help="of the rotary wavelengths")
     parser.add_argument("--eagle", type=pathlib.Path, help="a checkout of SafeAILab/EAGLE")
     parser.add_argument("--specforge", type=pathlib.Path, help="a checkout of sgl-project/SpecForge")
     args = parser.parse_args()
     args.dir.mkdir(parents=True, exist_ok=True)
     if args.what == "make":
-        make(args.dir)
+        make(args.dir, SCALINGS[args.scaling])
     elif args.what == "reference":
         reference(args.dir, {"eagle": args.eagle, "specforge": args.specforge})
     else:
