@@ -7,6 +7,7 @@ is rounding noise moves its parameter as far as any other.
 import dataclasses
 import pathlib
 import sys
+import tempfile
 import types
 
 import jax
@@ -15,17 +16,21 @@ import numpy as np
 sys.path.append(str(pathlib.Path(__file__).parents[1]))  # for configs/
 
 import small
+import test_families
 from jax.sharding import Mesh
 
 from configs import base
 from ppow_jax import partition, settings
 from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.experiment import Experiment
+from ppow_jax.interop import huggingface
+from ppow_jax.models.target import Target
 from ppow_jax.stages import ppow, supervise, training
 
 AXES = {"data": (8, 1, 1), "all": (2, 2, 2)}
 MESHES = {"supervise": ("data", "all"), "greedy": ("all",), "sampled": ("all",)}
 B, T, PROMPT = 8, 32, 4
+FAMILIES = ("llama2", "qwen2", "gemma3")
 CALM = 6  # steps before the one that is compared
 
 
@@ -48,7 +53,29 @@ def main(path: str) -> None:
             chosen = settings.MeshSettings(*AXES[name])
             many = experiment(partition.make_mesh(chosen), params)
             found |= record(f"{name}/{kind}", many, stepper(many, kind), state, batch)
+    for family in FAMILIES:
+        found |= loaded(family)
     np.savez(path, **found)
+
+
+def loaded(family: str) -> dict[str, np.ndarray]:
+    """A family's directory read onto all axes: its logits on the golden text, and the layout."""
+    mesh = partition.make_mesh(settings.MeshSettings(*AXES["all"]))
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = test_families.write(pathlib.Path(scratch), family, shards=3)
+        config, params = huggingface.load(directory, "float32", mesh)
+    target, text = Target(config), test_families.TEXT[:, None]
+
+    @jax.jit
+    def logits(params: dict) -> jax.Array:
+        out = target.apply({"params": params}, text, np.arange(text.shape[-1])[None, None])
+        return target.apply({"params": params}, out.hidden[0, 0], method=Target.logits)
+
+    layout = partition.shardings(params, mesh)
+    same = jax.tree.map(lambda x, want: x.sharding.is_equivalent_to(want, x.ndim), params, layout)
+    split = sum(x.addressable_shards[0].data.size < x.size for x in jax.tree.leaves(params))
+    values = {"logits": logits(params), "as_the_table": jax.tree.all(same), "split": split}
+    return {f"loaded/{family}/{k}": np.asarray(v) for k, v in values.items()}
 
 
 def optimizer():

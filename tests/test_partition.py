@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import small
+import test_families
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from ppow_jax import partition, settings
@@ -146,3 +147,13 @@ def test_a_step_keeps_the_layout_of_the_table(steps, mesh, kind):
     assert steps[f"{mesh}/{kind}/strays"].tolist() == []
     matrices = 9  # of the drafter; with their moments, three times
     assert steps[f"{mesh}/{kind}/split"] == (3 * matrices if mesh == "all" else 0)
+
+
+@pytest.mark.parametrize("family", ["llama2", "qwen2", "gemma3"])
+def test_a_directory_read_onto_eight_devices_is_the_familys_model(steps, family):
+    """Every matrix and every bias of queries, keys and values lies in parts."""
+    logits = steps[f"loaded/{family}/logits"][test_families.POSITIONS]
+    np.testing.assert_allclose(logits, test_families.GOLDEN[family]["logits"], atol=test_families.TOLERANCE)
+    assert steps[f"loaded/{family}/as_the_table"]
+    parts = [n for n in test_families.GOLDEN[family]["shapes"] if "norm" not in n]
+    assert steps[f"loaded/{family}/split"] == len(parts)

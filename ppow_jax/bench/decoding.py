@@ -103,9 +103,8 @@ def race(run: Experiment, stage: str, about: Race) -> None:
     begin = _ours(dataclasses.replace(plain, config=dataclasses.replace(config, max_new_tokens=1)))
     begin(ids[0])
     slots = length + about.tokens
-    verifies = {
-        d.tokens: cost.target_timer(run.target, run.target_params, d.tokens, slots) for d, _ in ours.values()
-    }
+    sizes = {1, *(d.tokens for d, _ in ours.values())}
+    verifies = {n: cost.target_timer(run.target, run.target_params, n, slots) for n in sizes}
     drafts = {name: cost.draft_timer(run.target, *who, slots) for name, who in ours.items()}
     runs: dict[str, list[Run]] = {name: [] for name in decoders}
     parts: dict[str, list[float]] = {name: [] for name in ours}
@@ -115,7 +114,8 @@ def race(run: Experiment, stage: str, about: Race) -> None:
             time.sleep(_PAUSE)
             runs[name].append(decoders[name](prompt))
             if name in ours:  # beside each prompt: a machine's mood hits all alike
-                parts[name].append(verifies[ours[name][0].tokens]() + drafts[name]())
+                seconds = verifies[ours[name][0].tokens]() + drafts[name]()
+                parts[name].append(seconds / verifies[1]())
         prefills.append(begin(prompt).seconds)
         log.info("decode: %d/%d prompts", number + 1, len(ids))
     if worker:
@@ -225,7 +225,11 @@ def _report(
     title: str, runs: dict[str, list[Run]], parts: dict[str, list[float]], prefills: np.ndarray
 ) -> None:
     """Tokens/s from prompt to stop, ratios to autoregressive decoding, and of the rounds alone the share
-    that was reached of what verification and drafting would allow; medians over prompts."""
+    that was reached of what verification and drafting would allow; medians over prompts.
+
+    Like is measured against like: `parts` are a target pass over the draft and drafting over a target pass
+    of one token, each timed alone; what is reached is a step over a round, both of whole decoding loops.
+    """
     plain, rows = runs["autoregressive"], []
     sums = lambda of: np.array([len(r.ids) for r in of])  # noqa: E731
     clock = lambda of: np.array([r.seconds for r in of])  # noqa: E731
@@ -244,11 +248,11 @@ def _report(
         if name in parts:
             rounds = np.array([len(r.emitted) for r in of])
             tau = sum(sum(r.emitted) for r in of) / rounds.sum()
-            needed = float(np.median(parts[name] / steps))
-            reached = np.median(parts[name] * rounds / (clock(of) - prefills))
+            needed = float(np.median(parts[name]))
+            reached = np.median(parts[name] * steps * rounds / (clock(of) - prefills))
             more = [f"{tau:.3f}", f"{needed:.2f}", f"{tau / needed:.2f}x", f"{reached:.0%}"]
         rows.append([name, *cells, f"{same}/{len(of)}", *more])
     columns = ["decoder", "tokens/s", "ratio", "median (10% to 90%)", "same text"]
-    columns += ["tau", "parts (steps)", "ceiling", "reached"]
+    columns += ["tau", "parts (passes)", "ceiling", "reached"]
     step, prefill = np.median(steps) * 1e3, np.median(prefills) * 1e3
     show(f"{title}; a step {step:.1f} ms, prefill {prefill:.0f} ms", columns, rows)
