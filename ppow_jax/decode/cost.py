@@ -141,15 +141,18 @@ def target_timer(target: Target, params: dict, tokens: int, slots: int = _SLOTS)
     c = target.config
     cache = kv_cache.empty(c.layers, 1, c.kv_heads, slots, c.head_size, jnp.dtype(c.dtype))
     positions = slots // 2 + jnp.arange(tokens)[None, None]
-    visible = kv_cache.visible(jnp.full(1, slots // 2), slots)
+    visible, above = kv_cache.visible(jnp.full(1, slots // 2), slots), jnp.tri(tokens, dtype=bool)[None, None]
 
-    def once(ids: jax.Array, params: dict, cache: kv_cache.Cache) -> jax.Array:
-        out = target.apply({"params": params}, ids, positions, cache, visible)
+    def once(read: tuple, params: dict, *about: Any) -> tuple:
+        out = target.apply({"params": params}, read[0], *about)
         best = likeliest(target.apply({"params": params}, out.hidden, method=Target.logits))
-        # whatever a round uses is asked for, or the compiler would leave it out
-        return best + (sum(x.sum() for x in jax.tree.leaves((out.taps, out.new))) == jnp.inf)
+        return best, (out.taps, out.new)
 
-    return _in_loop(once, jnp.zeros((1, 1, tokens), jnp.int32), params, cache)
+    # whatever a round uses is kept, and nothing is a constant, or the compiler would make less of it
+    ids, about = jnp.zeros((1, 1, tokens), jnp.int32), (positions, cache, visible, above)
+    kept = jax.eval_shape(once, (ids, None), params, *about)[1]
+    begin = ids, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept)
+    return _in_loop(once, begin, params, *about)
 
 
 def draft_timer(target: Target, drafting: Drafting, weights: Any, slots: int = _SLOTS) -> Timer:
