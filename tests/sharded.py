@@ -64,18 +64,20 @@ def loaded(family: str) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as scratch:
         directory = test_families.write(pathlib.Path(scratch), family, shards=3)
         config, params = huggingface.load(directory, "float32", mesh)
-    target, text = Target(config), test_families.TEXT[:, None]
+    _, logits_1xTxV = jax.jit(small.forward, static_argnums=0)(Target(config), params, test_families.TEXT)
+    prefix = f"loaded/{family}"
+    return {f"{prefix}/logits": np.asarray(logits_1xTxV)[0]} | layout(prefix, params, mesh)
 
-    @jax.jit
-    def logits(params: dict) -> jax.Array:
-        out = target.apply({"params": params}, text, np.arange(text.shape[-1])[None, None])
-        return target.apply({"params": params}, out.hidden[0, 0], method=Target.logits)
 
-    layout = partition.shardings(params, mesh)
-    same = jax.tree.map(lambda x, want: x.sharding.is_equivalent_to(want, x.ndim), params, layout)
-    split = sum(x.addressable_shards[0].data.size < x.size for x in jax.tree.leaves(params))
-    values = {"logits": logits(params), "as_the_table": jax.tree.all(same), "split": split}
-    return {f"loaded/{family}/{k}": np.asarray(v) for k, v in values.items()}
+def layout(prefix: str, tree: dict, mesh: Mesh) -> dict[str, np.ndarray]:
+    """Which leaves do not lie as the table says, and how many lie in parts."""
+    strays, split = [], 0
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(partition.shardings(tree, mesh)), strict=True):
+        if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            strays.append(f"{partition.path_name(path)} {leaf.sharding}")
+        split += leaf.addressable_shards[0].data.size < leaf.size
+    return {f"{prefix}/strays": np.array(strays), f"{prefix}/split": np.array(split)}
 
 
 def optimizer():
@@ -162,19 +164,13 @@ def record(
     """One more step from a state: what comes of it, and which leaves do not lie as the table says."""
     after, metrics = walk(run, step, state, batch, [1 + CALM])
     found = {f"{prefix}/metrics/{k}": np.asarray(v) for k, v in metrics.items()}
-    strays, split = [], 0
-    for part in ("params", "opt_state"):
-        want = partition.shardings(after[part], run.mesh)
-        old = dict(jax.tree_util.tree_leaves_with_path(state[part]))
-        leaves = jax.tree_util.tree_leaves_with_path(after[part])
-        for (path, leaf), sharding in zip(leaves, jax.tree.leaves(want), strict=True):
-            name = f"{prefix}/{part}/{partition.path_name(path)}"
-            if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
-                strays.append(f"{name} {leaf.sharding}")
-            split += leaf.addressable_shards[0].data.size < leaf.size
-            found[name] = np.asarray(leaf)
-            found[f"{name}#before"] = old[path]
-    return found | {f"{prefix}/strays": np.array(strays), f"{prefix}/split": np.array(split)}
+    learned = {part: after[part] for part in ("params", "opt_state")}
+    old = dict(jax.tree_util.tree_leaves_with_path({part: state[part] for part in learned}))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(learned):
+        name = f"{prefix}/{partition.path_name(path)}"
+        found[name] = np.asarray(leaf)
+        found[f"{name}#before"] = old[path]
+    return found | layout(prefix, learned, run.mesh)
 
 
 if __name__ == "__main__":

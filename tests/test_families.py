@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import small
 
 from ppow_jax import partition
 from ppow_jax.interop import huggingface
@@ -58,10 +59,9 @@ def compare(name: str, logits: np.ndarray, taps: np.ndarray) -> None:
 def test_a_text_at_once_and_token_by_token(name, tmp_path):
     target, params = load(write(tmp_path, name))
     positions = jnp.arange(parity.LENGTH)[None, None]
-    out = target.apply({"params": params}, TEXT[:, None], positions)
-    logits = target.apply({"params": params}, out.hidden[0, 0], method=Target.logits)
+    out, logits = small.forward(target, params, TEXT)
     assert target.config.taps == parity.TAPS
-    compare(name, np.asarray(logits)[POSITIONS], np.asarray(out.taps)[0, 0, POSITIONS])
+    compare(name, np.asarray(logits)[0, POSITIONS], np.asarray(out.taps)[0, 0, POSITIONS])
 
     @jax.jit
     def step(params, token, at, cache):

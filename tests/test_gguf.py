@@ -34,6 +34,7 @@ ENDS = {
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
+FAMILIES = ("llama2", "llama3", "qwen2", "qwen3", "gemma3")
 SIZES = {  # key of config.json -> method of the writer
     "hidden_size": "add_embedding_length",
     "num_hidden_layers": "add_block_count",
@@ -102,7 +103,7 @@ def write_gguf(
     return file
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama3", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_same_model_as_in_a_directory(name, tmp_path):
     more = {}
     if name == "gemma3":  # what a GGUF file of Gemma leaves to its reader, as it is in all of them
