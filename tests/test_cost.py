@@ -4,6 +4,7 @@ import json
 import shutil
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import small
 
 from ppow_jax.decode import cost, profile, shapes
 from ppow_jax.decode.cost import Costs
+from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.profile import Texts
 from ppow_jax.decode.simulate import simulate
 from ppow_jax.decode.tree import Candidates
@@ -96,6 +98,22 @@ def test_a_measurement_that_other_work_falls_into_is_a_time_all_the_same(monkeyp
     timer = cost._in_loop(lambda x: x + 1, jnp.zeros(()))
     assert timer() == pytest.approx((0.75 - 0.15) / 4)
     assert timer() == pytest.approx(1.2 / 6)
+
+
+@pytest.mark.parametrize("shape", ["chain:3", "tree:3x4x2"])
+def test_the_parts_of_a_round_are_a_draft_and_a_pass(tiny, monkeypatch, shape):
+    """In operations: their sum, and no more than a round has."""
+
+    def operations(once, begin, *arguments, many=0):
+        return jax.jit(once).lower(begin, *arguments).compile().cost_analysis()["flops"]
+
+    monkeypatch.setattr(cost, "_in_loop", operations)
+    drafting, slots = Eagle(tiny.drafter, shapes.parse(shape, "shape")), 32
+    verification = cost.target_timer(tiny.target, tiny.params, drafting.tokens, slots)
+    drafts = cost.draft_timer(tiny.target, drafting, tiny.weights, slots)
+    of_round = (tiny.target, tiny.params, drafting, tiny.weights, slots)
+    assert cost.parts_timer(*of_round) == pytest.approx(verification + drafts, rel=0.05)
+    assert verification + drafts < cost.round_timer(*of_round) < 1.1 * (verification + drafts)
 
 
 @pytest.mark.slow

@@ -105,17 +105,17 @@ def race(run: Experiment, stage: str, about: Race) -> None:
     slots = length + about.tokens
     sizes = {1, *(d.tokens for d, _ in ours.values())}
     verifies = {n: cost.target_timer(run.target, run.target_params, n, slots) for n in sizes}
-    drafts = {name: cost.draft_timer(run.target, *who, slots) for name, who in ours.items()}
+    both = {name: cost.parts_timer(run.target, run.target_params, *who, slots) for name, who in ours.items()}
     runs: dict[str, list[Run]] = {name: [] for name in decoders}
-    parts: dict[str, list[float]] = {name: [] for name in ours}
+    parts: dict[str, list[tuple[float, float]]] = {name: [] for name in ours}
     prefills = []
     for number, prompt in enumerate(ids):
         for name in list(decoders)[:: 1 if number % 2 else -1]:
             time.sleep(_PAUSE)
             runs[name].append(decoders[name](prompt))
             if name in ours:  # beside each prompt: a machine's mood hits all alike
-                seconds = verifies[ours[name][0].tokens]() + drafts[name]()
-                parts[name].append(seconds / verifies[1]())
+                step, verify = verifies[1](), verifies[ours[name][0].tokens]()
+                parts[name].append((verify / step, both[name]() / step))
         prefills.append(begin(prompt).seconds)
         log.info("decode: %d/%d prompts", number + 1, len(ids))
     if worker:
@@ -222,13 +222,17 @@ def _torch(run: Experiment, about: Race) -> _Worker | None:
 
 
 def _report(
-    title: str, runs: dict[str, list[Run]], parts: dict[str, list[float]], prefills: np.ndarray
+    title: str,
+    runs: dict[str, list[Run]],
+    parts: dict[str, list[tuple[float, float]]],
+    prefills: np.ndarray,
 ) -> None:
     """Tokens/s from prompt to stop, ratios to autoregressive decoding, and of the rounds alone the share
     that was reached of what verification and drafting would allow; medians over prompts.
 
-    Like is measured against like: `parts` are a target pass over the draft and drafting over a target pass
-    of one token, each timed alone; what is reached is a step over a round, both of whole decoding loops.
+    Like is measured against like. `parts` are a target pass over the draft, and one in turn with drafting,
+    over a pass of one token: drafting is what the second takes more, its weights no longer in a processor's
+    cache. What is reached is a step over a round, both of whole decoding loops.
     """
     plain, rows = runs["autoregressive"], []
     sums = lambda of: np.array([len(r.ids) for r in of])  # noqa: E731
@@ -248,11 +252,12 @@ def _report(
         if name in parts:
             rounds = np.array([len(r.emitted) for r in of])
             tau = sum(sum(r.emitted) for r in of) / rounds.sum()
-            needed = float(np.median(parts[name]))
-            reached = np.median(parts[name] * steps * rounds / (clock(of) - prefills))
-            more = [f"{tau:.3f}", f"{needed:.2f}", f"{tau / needed:.2f}x", f"{reached:.0%}"]
+            verify, needed = np.median(parts[name], 0)
+            reached = np.median(np.array(parts[name])[:, 1] * steps * rounds / (clock(of) - prefills))
+            costs = f"{verify:.2f} + {needed - verify:.2f}"
+            more = [f"{tau:.3f}", costs, f"{tau / needed:.2f}x", f"{reached:.0%}"]
         rows.append([name, *cells, f"{same}/{len(of)}", *more])
     columns = ["decoder", "tokens/s", "ratio", "median (10% to 90%)", "same text"]
-    columns += ["tau", "parts (passes)", "ceiling", "reached"]
+    columns += ["tau", "verification + drafting (passes)", "ceiling", "reached"]
     step, prefill = np.median(steps) * 1e3, np.median(prefills) * 1e3
     show(f"{title}; a step {step:.1f} ms, prefill {prefill:.0f} ms", columns, rows)

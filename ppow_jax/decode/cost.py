@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppow_jax.decode import profile
+from ppow_jax.decode import profile, verify
 from ppow_jax.decode.drafting import Drafting, Eagle, Seen
 from ppow_jax.decode.loop import DecodeConfig, State, grow, next_round, prefill
 from ppow_jax.decode.profile import Texts
@@ -59,9 +59,9 @@ class Costs:
 
     def round(self, tokens: int, depth: int, top_k: int) -> float:
         """Seconds of a round."""
-        verify = self.target[min(n for n in self.target if n >= tokens)]
+        over = self.target[min(n for n in self.target if n >= tokens)]
         rest = np.interp(tokens, *zip(*sorted(self.overhead.items()), strict=True))
-        return verify + self.draft(depth, top_k) + float(rest)
+        return over + self.draft(depth, top_k) + float(rest)
 
 
 def measure(
@@ -156,22 +156,61 @@ def target_timer(target: Target, params: dict, tokens: int, slots: int = _SLOTS)
 
 
 def draft_timer(target: Target, drafting: Drafting, weights: Any, slots: int = _SLOTS) -> Timer:
-    """Of a drafter's part of a round, greedily: drafting, and reading the tokens that were verified."""
-    c, length, many = target.config, slots // 2, drafting.depth + 1
-    offset_B, keys_B = jnp.full(1, length), jax.random.split(jax.random.key(0), 1)
-    zeros = lambda *shape: jnp.zeros((1, *shape), jnp.int32)  # noqa: E731
-    taps = jnp.ones((1, length, len(c.taps) * c.width), jnp.dtype(c.dtype))
-    drafts = drafting.read(weights, None, Seen(taps, zeros(length), offset_B * 0, offset_B - 1))
+    """Of a drafter's part of a round, greedily: drafting, and reading the tokens that were verified.
+
+    Alone, its weights may stay in a processor's cache, where a target pass between two drafts would drive
+    them out: see `parts_timer`.
+    """
+    c, offset_B, many = target.config, jnp.full(1, slots // 2), drafting.depth + 1
+    keys_B = jax.random.split(jax.random.key(0), 1)
+    taps = jnp.ones((1, many, len(c.taps) * c.width), jnp.dtype(c.dtype))
 
     def once(drafts: Any, weights: Any) -> Any:
         tokens_BxJ = jnp.maximum(drafting.draft(weights, drafts, GREEDY, keys_B).tokens, 0)
         way_BxE = jnp.broadcast_to(tokens_BxJ[:, -1:], (1, many))  # any tokens; the work is the same
         # taps that hang on the draft, or reading them would leave the loop
-        new = taps[:, :many] * way_BxE[..., None].astype(taps.dtype)
+        new = taps * way_BxE[..., None].astype(taps.dtype)
         seen = Seen(new, way_BxE, offset_B, offset_B * 0 + many - 1, True, tokens_BxJ)
         return drafting.read(weights, drafts, seen)
 
-    return _in_loop(once, drafting.grow(drafts, slots), weights)
+    return _in_loop(once, _half_read(target, drafting, weights, slots), weights)
+
+
+def parts_timer(target: Target, params: dict, drafting: Drafting, weights: Any, slots: int = _SLOTS) -> Timer:
+    """Of a draft, the target's pass over it and the drafter's reading of what it found, in turn.
+
+    That is what a round cannot do without: it leaves out the walk through the draft, the choice and writing
+    of what is kept, and all bookkeeping.
+    """
+    c, offset_B, many = target.config, jnp.full(1, slots // 2), drafting.depth + 1
+    keys_B = jax.random.split(jax.random.key(0), 1)
+    cache = kv_cache.empty(c.layers, 1, c.kv_heads, slots, c.head_size, jnp.dtype(c.dtype))
+
+    def once(carry: tuple, params: dict, weights: Any, *known: Any) -> tuple:
+        draft = drafting.draft(weights, carry[0], GREEDY, keys_B)
+        above_BxJxJ = verify.ancestors(draft.parents, drafting.depth)
+        positions_BxJ = offset_B[:, None] + above_BxJxJ.sum(-1) - 1
+        inputs = (jnp.maximum(draft.tokens, 0)[:, None], positions_BxJ[:, None], *known, above_BxJxJ[:, None])
+        out = target.apply({"params": params}, *inputs)
+        best_BxJ = likeliest(target.apply({"params": params}, out.hidden[:, 0], method=Target.logits))
+        way_BxE = jnp.broadcast_to(best_BxJ[:, :1], (1, many))
+        taps_BxExC = out.taps[:, 0, jnp.minimum(jnp.arange(many), drafting.tokens - 1)]
+        seen = Seen(taps_BxExC, way_BxE, offset_B, offset_B * 0 + many - 1, True, best_BxJ)
+        return drafting.read(weights, carry[0], seen), out.new
+
+    drafts = _half_read(target, drafting, weights, slots)
+    known = cache, kv_cache.visible(offset_B, slots)
+    kept = jax.eval_shape(once, (drafts, None), params, weights, *known)[1]
+    begin = drafts, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept)
+    return _in_loop(once, begin, params, weights, *known)
+
+
+def _half_read(target: Target, drafting: Drafting, weights: Any, slots: int) -> Any:
+    """A drafter's state with half of `slots` read."""
+    c, length, start_B = target.config, slots // 2, jnp.zeros(1, jnp.int32)
+    taps = jnp.ones((1, length, len(c.taps) * c.width), jnp.dtype(c.dtype))
+    seen = Seen(taps, jnp.zeros((1, length), jnp.int32), start_B, start_B + length - 1)
+    return drafting.grow(drafting.read(weights, None, seen), slots)
 
 
 def round_timer(
