@@ -67,11 +67,16 @@ def get_config():
     # (models/induction.py; docs/experiments.md has what that wins).
     c.drafter.induction = True
     c.drafter.dtype = "float32"  # of the computation; parameters are float32
+    # What the backward pass computes again instead of keeping it: none, dots (all but matrix products), all.
+    c.drafter.remat = "none"
 
     c.supervise = ConfigDict()
     c.supervise.steps = 4800
     # Batch and learning rate by the sweep in docs/experiments.md.
     c.supervise.batch_size = 4  # texts
+    # Parts of a batch that go through the drafter one after the other, for cst too: less memory, the same
+    # gradient.
+    c.supervise.accumulate = 1
     c.supervise.anchors = 48  # sampled positions a text
     c.supervise.window = 5  # steps of training-time test
     c.supervise.decay = 0.8  # weight of step j: decay ** j
@@ -84,6 +89,7 @@ def get_config():
     c.ppow = ConfigDict()
     c.ppow.steps = 200
     c.ppow.batch_size = 4  # texts
+    c.ppow.accumulate = 1  # as supervise.accumulate
     c.ppow.anchors = 16  # windows' beginnings a text
     c.ppow.group = 8  # windows an anchor; the paper's
     c.ppow.window = 10  # K; the paper's

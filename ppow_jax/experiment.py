@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ppow_jax import partition
+from ppow_jax import partition, processes
 from ppow_jax.console import log
 from ppow_jax.data import prompts, records
 from ppow_jax.errors import ConfigError, UserError
@@ -83,11 +83,13 @@ def run(settings: Settings, workdir: pathlib.Path) -> None:
         prompts.load(settings.evaluate.prompts, "evaluate.prompts")  # a missing file shows before training
     records.write_json(workdir / "config.json", dataclasses.asdict(settings))
     experiment = build(settings, workdir)
-    for stage in todo:
-        log.info("stage %s", stage)
-        _mark(settings, workdir, stage, finished=False)
-        importlib.import_module(f"ppow_jax.stages.{stage}").run(experiment)
-        _mark(settings, workdir, stage, finished=True)
+    with jax.set_mesh(experiment.mesh):
+        for stage in todo:
+            log.info("stage %s", stage)
+            _mark(settings, workdir, stage, finished=False)
+            importlib.import_module(f"ppow_jax.stages.{stage}").run(experiment)
+            processes.together(f"{stage} is finished")
+            _mark(settings, workdir, stage, finished=True)
 
 
 def build(settings: Settings, workdir: pathlib.Path) -> Experiment:
@@ -199,8 +201,6 @@ def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any
 
 
 def _mark(settings: Settings, workdir: pathlib.Path, stage: str, finished: bool) -> None:
-    if jax.process_index():
-        return
     path = workdir / "stages.json"
     stages = records.read_json(path) or {}
     stages[stage] = {"finished": finished, "settings": _relevant(settings, stage)}

@@ -6,17 +6,15 @@ The stages that the config names run in order; a finished stage is not run again
 an interrupted one resumes. Keys and their meaning: configs/base.py.
 """
 
-import itertools
-import os
+import errno
 import pathlib
-import re
 import sys
 
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from ppow_jax import console, experiment, memory, settings
+from ppow_jax import console, experiment, memory, preemption, settings
 from ppow_jax.errors import ConfigError, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/.")
@@ -34,42 +32,9 @@ def main(argv: list[str]) -> None:
     chosen = settings.from_config(_CONFIG.value)
     if chosen.distributed:
         jax.distributed.initialize()
+        console.only_the_first_speaks()
+    preemption.install()
     experiment.run(chosen, pathlib.Path(_WORKDIR.value))
-
-
-def _parse(argv: list[str]) -> list[str]:
-    """absl's flag parsing, with the many ways in which a config can be wrong as one line."""
-    path = _config_path(argv)
-    if path is not None and not os.path.isfile(path):
-        raise ConfigError(f"--config: no file {path!r}; configs/ holds the ready-made ones")
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as e:
-        # The library puts a whole traceback into the message where the file itself fails.
-        lines = str(e).strip().splitlines()
-        raise ConfigError(lines[0] if len(lines) == 1 else f"--config={path}: {lines[-1]}") from e
-    except (AttributeError, KeyError) as e:
-        # e.g. '\'stepz\'\nDid you mean "steps" instead of "stepz"?'
-        key, close = (re.search(pattern, str(e)) for pattern in (r"'(\w+)\\?'", r'Did you mean "(\w+)"'))
-        if key is None or "get_config" in str(e):
-            raise ConfigError(f"--config={path}: {e}; expected a file with get_config()") from e
-        names = (a.split("=")[0].lstrip("-") for a in argv)
-        where = next((n for n in names if key[1] in n.split(".")), f"--config={path}")
-        hint = f" (did you mean {close[1]!r}?)" if close else ""
-        raise ConfigError(f"{where}: unknown key {key[1]!r}{hint}; configs/base.py lists the keys") from e
-    except (TypeError, ValueError) as e:
-        raise ConfigError(f"a --config.KEY=VALUE flag has a wrong type: {e}") from e
-    except Exception as e:  # a config file is code: it can fail in any way
-        raise ConfigError(f"--config={path}: cannot be loaded ({type(e).__name__}: {e})") from e
-
-
-def _config_path(argv: list[str]) -> str | None:
-    """The value of --config=PATH or --config PATH."""
-    for flag, following in itertools.zip_longest(argv, argv[1:]):
-        name, _, value = flag.partition("=")
-        if name in ("--config", "-config"):
-            return value or following
-    return None
 
 
 def cli() -> None:
@@ -80,10 +45,22 @@ def cli() -> None:
         if any(a in ("--help", "-h", "--helpfull", "--helpshort") for a in argv):
             print(__doc__.strip() + "\n\n" + flags.FLAGS.module_help(sys.modules[__name__]))
             return
-        app.run(main, argv=argv, flags_parser=_parse)
+        app.run(main, argv=argv, flags_parser=console.parse_with_config)
     except UserError as e:
         print(f"ppow_jax: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(_USAGE if isinstance(e, ConfigError) else 1)
+    except preemption.Stopped as e:
+        print(f"ppow_jax: asked to end: {e}; the same command goes on from there", file=sys.stderr)
+        sys.exit(preemption.STATUS)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(
+            f"ppow_jax: no room on the disk ({e}); what is finished is kept: make room and run the same "
+            "command again",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise

@@ -10,9 +10,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
+from ppow_jax import processes
 from ppow_jax.console import log
 from ppow_jax.errors import UserError
 
@@ -36,8 +36,8 @@ class Writer:
         self._first, self._began, self._before = first_step, time.monotonic(), seconds
         self._pending: tuple[int, float, Any] | None = None
         _drop_after(self._path, stage, first_step)
-        self._file = self._path.open("a") if jax.process_index() == 0 else None
-        self._board = _tensorboard(workdir / "tensorboard" / stage) if tensorboard else None
+        self._file = self._path.open("a") if processes.first() else None
+        self._board = _tensorboard(workdir / "tensorboard" / stage) if tensorboard and self._file else None
 
     def __enter__(self) -> "Writer":
         return self
@@ -114,7 +114,7 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 def _drop_after(path: pathlib.Path, stage: str, step: int) -> None:
     """Removes a stage's lines beyond `step`: the run that wrote them never saved that far."""
-    if jax.process_index() or not path.exists():
+    if not (processes.first() and path.exists()):
         return
     rows = read(path.parent)
     kept = [r for r in rows if r["stage"] != stage or r["step"] <= step]

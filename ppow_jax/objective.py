@@ -19,10 +19,13 @@ def kl(target_logits: jax.Array, logits: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(logp) * (logp - jax.nn.log_softmax(logits, axis=-1)), axis=-1)
 
 
-def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of `values` where `mask`; 0 if it is nowhere true."""
+def masked_mean(values: jax.Array, mask: jax.Array, count: jax.Array | None = None) -> jax.Array:
+    """Mean of `values` where `mask`; 0 if it is nowhere true.
+
+    With the count of a whole batch, the share of a part of it in that batch's mean.
+    """
     mask = jnp.broadcast_to(mask, values.shape).astype(values.dtype)
-    return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+    return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask) if count is None else count, 1.0)
 
 
 def clipped_policy_loss(

@@ -1,7 +1,13 @@
-"""The mesh and the one table of how arrays are laid out on it."""
+"""The mesh and the one table of how arrays are laid out on it.
 
+Models ask for the mesh in use (`jax.set_mesh`, which `experiment.run` calls): what they compute keeps its
+rows where the batch has them. Without one they run on one device.
+"""
+
+import functools
 import re
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -9,7 +15,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ppow_jax.console import log
 from ppow_jax.errors import ConfigError, UserError
-from ppow_jax.settings import MeshSettings
+
+if TYPE_CHECKING:  # models import this module, and settings import models
+    from ppow_jax.settings import MeshSettings
 
 AXES = ("data", "fsdp", "tensor")
 # fsdp first: with data first, XLA's partitioner (jax 0.10.2) gets values and gradients wrong, in silence,
@@ -28,24 +36,24 @@ TABLE: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
-def make_mesh(settings: MeshSettings) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor over all devices.
+def make_mesh(settings: "MeshSettings", devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp and tensor over all devices, or those given.
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices.
     """
     shape = [settings.data, settings.fsdp, settings.tensor]
-    devices = jax.device_count()
+    count = len(devices) if devices else jax.device_count()
     if shape.count(-1) == 1:
         known = -int(np.prod(shape))
-        shape[shape.index(-1)] = devices // known if known > 0 else 0
-    if any(n < 1 for n in shape) or int(np.prod(shape)) != devices:
+        shape[shape.index(-1)] = count // known if known > 0 else 0
+    if any(n < 1 for n in shape) or int(np.prod(shape)) != count:
         found = (settings.data, settings.fsdp, settings.tensor)
         raise ConfigError(
-            f"config.mesh: found (data, fsdp, tensor) = {found}, expected a product of {devices} "
+            f"config.mesh: found (data, fsdp, tensor) = {found}, expected a product of {count} "
             "(the devices found), at most one axis -1"
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def path_name(path: tuple) -> str:
@@ -86,7 +94,20 @@ def laid_out(tree: Any, mesh: Mesh) -> Any:
 
 def shard(tree: Any, mesh: Mesh) -> Any:
     """Puts a tree of (host or device) arrays on the mesh by the table."""
-    return jax.device_put(tree, shardings(tree, mesh))
+    return jax.tree.map(put, tree, shardings(tree, mesh))
+
+
+def put(x: Any, layout: NamedSharding) -> jax.Array:
+    """An array where it belongs. All processes have the whole of it, and each puts its own parts."""
+    if isinstance(x, jax.Array):
+        return jax.device_put(x, layout) if layout.is_fully_addressable else _laid(layout)(x)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
+
+
+@functools.cache
+def _laid(layout: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=layout)
 
 
 def hold(tree: Any, mesh: Mesh | None) -> Any:
@@ -104,9 +125,91 @@ def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH) if rows % batch_ways(mesh) == 0 else PartitionSpec())
 
 
+def platform() -> str:
+    """What is compiled for: the devices of the mesh in use, or JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def suited(choices: Mapping[str, int]) -> int:
+    """The number for the platform that is compiled for, or the one under "default"."""
+    return choices.get(platform(), choices["default"])
+
+
+def share(rows: int, heads: int = 1) -> int:
+    """How many of `rows` times `heads` (or of anything that lies along `tensor`) a device of the mesh in use
+    holds."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return rows * heads
+    ways, tensor = batch_ways(mesh), mesh.shape["tensor"]
+    return (rows // ways if rows % ways == 0 else rows) * (heads // tensor if heads % tensor == 0 else heads)
+
+
+def keep_rows(tree: Any) -> Any:
+    """Inside jit: keeps rows `[B, ...]` where the batch has them, on the mesh in use.
+
+    Left alone XLA lays hidden states out like the weights that they meet, and every device computes all rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+
+    def keep(x: jax.Array) -> jax.Array:
+        split = x.shape[0] % batch_ways(mesh) == 0
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH)) if split else x
+
+    return jax.tree.map(keep, tree)
+
+
+def keep_heads(x_BxWxKxHxE: jax.Array) -> jax.Array:
+    """Inside jit: keeps heads whole, split over `tensor` if they divide; else every device has them all."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x_BxWxKxHxE
+    B, _, _, heads, _ = x_BxWxKxHxE.shape
+    divides = heads % mesh.shape["tensor"] == 0
+    if not divides:
+        _warn(f"{heads} heads are not divisible over 'tensor' ({mesh.shape['tensor']}): replicated")
+    rows = BATCH if B % batch_ways(mesh) == 0 else None
+    layout = PartitionSpec(rows, None, None, "tensor" if divides else None)
+    return jax.lax.with_sharding_constraint(x_BxWxKxHxE, layout)
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Once."""
+    log.warning("%s", message)
+
+
+def at_hand(matrix_OxI: jax.Array) -> jax.Array:
+    """Inside jit: a matrix that a loop reads in every round, gathered before it but for the axis `tensor`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or len(matrix_OxI) % mesh.shape["tensor"]:
+        return matrix_OxI
+    return jax.lax.with_sharding_constraint(matrix_OxI, PartitionSpec("tensor", None))
+
+
 def shard_batch(tree: Any, mesh: Mesh) -> Any:
     """Puts host arrays `[B, ...]` on the mesh, split by rows."""
-    return jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.shape[0])), tree)
+    return jax.tree.map(lambda x: put(x, batch_sharding(mesh, x.shape[0])), tree)
+
+
+def rows_here(mesh: Mesh, rows: int) -> np.ndarray:
+    """int `[...]`, ascending: the rows of a batch that devices of this process hold."""
+    places = batch_sharding(mesh, rows).addressable_devices_indices_map((rows,))
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in places.values()]))
+
+
+def assemble(tree: Any, mesh: Mesh, rows: int) -> Any:
+    """A batch of `rows` rows on the mesh, of which each process gives those of `rows_here`."""
+    here = rows_here(mesh, rows)
+
+    def one(x: np.ndarray) -> jax.Array:
+        part = lambda index: x[np.searchsorted(here, np.arange(rows)[index[0]])][:, *index[1:]]  # noqa: E731
+        return jax.make_array_from_callback((rows, *x.shape[1:]), batch_sharding(mesh, rows), part)
+
+    return jax.tree.map(one, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ppow_jax import metrics
+from ppow_jax import metrics, processes
 from ppow_jax.console import log
 from ppow_jax.data import records
 
@@ -127,7 +127,9 @@ def _processor() -> str:
 
 
 def write(workdir: pathlib.Path, report: dict[str, Any]) -> None:
-    """report.json, report.md, plots, and the table on the terminal."""
+    """report.json, report.md, plots, and the table on the terminal; by the first of several processes."""
+    if not processes.first():
+        return
     records.write_json(workdir / "report.json", report)
     (workdir / "report.md").write_text(markdown(report))
     Console().print(_table(report))

@@ -62,26 +62,31 @@ def make_rollout(target: Target, drafter: Drafter, settings: PPOWSettings) -> Ca
         prefix = windows.text_prefix(drafter, weights, lesson.taps, batch["tokens"])
         start = windows.text_starts(prefix, batch["tokens"], anchors)
 
-        def choose(step: int, logits: jax.Array):
+        def given(step: int):
+            uniform = jax.random.uniform(jax.random.fold_in(key, step), (*anchors.shape, settings.group))
+            return uniform, windows.text_ahead(batch["tokens"], anchors, step)
+
+        def choose(step: int, logits: jax.Array, told: tuple[jax.Array, jax.Array]):
+            uniform, ahead = told
             logp = jax.nn.log_softmax(logits / settings.rollout_temperature)
-            ids = draw(jax.random.fold_in(key, step), logp, settings.group)
+            ids = draw(uniform, logp)
             logp = jnp.broadcast_to(logp, (*ids.shape, logp.shape[-1]))
             chosen = jnp.take_along_axis(logp, ids[..., None], -1)[..., 0]
-            onward = windows.text_ahead(batch["tokens"], anchors, step) if as_one else weights.vocab[ids]
-            return onward, (ids, weights.vocab[ids], chosen)
+            return ahead if as_one else weights.vocab[ids], (ids, weights.vocab[ids], chosen)
 
-        sampled = windows.window_pass(drafter, weights, prefix.keys_values, start, choose, settings.window)
+        sampled = windows.window_pass(
+            drafter, weights, prefix.keys_values, start, choose, settings.window, given
+        )
         return Rollout(anchors, real, *sampled)
 
     return roll
 
 
-def draw(key: jax.Array, logp_BxAxGxN: jax.Array, group: int) -> jax.Array:
-    """int32 ids `[B, A, group]`, one from each law, or all of a group from the one that it shares (G = 1).
+def draw(uniform_BxAxG: jax.Array, logp_BxAxGxN: jax.Array) -> jax.Array:
+    """int32 ids `[B, A, G]`, one from each law, or all of a group from the one that it shares `[B, A, 1, N]`.
 
-    By inverting the distribution function: a random number a token, where Gumbel's trick takes N.
+    By inverting the distribution function: a random number in [0, 1) a token, where Gumbel's trick takes N.
     """
     below = jnp.cumsum(jnp.exp(logp_BxAxGxN), -1)
-    B, A, _, N = below.shape
-    u = jax.random.uniform(key, (B, A, group, 1)) * below[..., -1:]
-    return jnp.minimum((below <= u).sum(-1), N - 1)
+    u = uniform_BxAxG[..., None] * below[..., -1:]
+    return jnp.minimum((below <= u).sum(-1), below.shape[-1] - 1)

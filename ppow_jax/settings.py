@@ -59,7 +59,8 @@ class DataSettings:
 @dataclasses.dataclass(frozen=True)
 class DrafterSettings:
     """Files to begin with; or of a fresh drafter draft vocabulary size, layers, width, MLP width and
-    key/value heads (0: the target's), and whether some of these begin as induction heads. Compute dtype."""
+    key/value heads (0: the target's), and whether some of these begin as induction heads. Compute dtype, and
+    what the backward pass computes again."""
 
     path: str
     vocab_size: int
@@ -69,6 +70,7 @@ class DrafterSettings:
     kv_heads: int
     induction: bool
     dtype: str
+    remat: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,7 @@ class SuperviseSettings:
 
     steps: int
     batch_size: int
+    accumulate: int
     anchors: int
     window: int
     decay: float
@@ -116,6 +119,7 @@ class PPOWSettings:
 
     steps: int
     batch_size: int
+    accumulate: int
     anchors: int
     group: int
     window: int
@@ -259,6 +263,11 @@ def _check(s: Settings) -> None:
     dtypes = ("float32", "bfloat16")
     require(s.target.dtype in dtypes, "target.dtype", s.target.dtype, "float32 or bfloat16")
     require(s.drafter.dtype in dtypes, "drafter.dtype", s.drafter.dtype, "float32 or bfloat16")
+    remats = ("none", "dots", "all")
+    require(s.drafter.remat in remats, "drafter.remat", s.drafter.remat, ", ".join(remats))
+    for key, stage in (("supervise", s.supervise), ("ppow", s.ppow)):
+        even = stage.accumulate >= 1 and stage.batch_size % stage.accumulate == 0
+        require(even, f"{key}.accumulate", stage.accumulate, f"a divisor of {key}.batch_size")
     stored = (*dtypes, "float16")
     require(
         s.data.feature_dtype in stored,

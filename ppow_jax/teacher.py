@@ -9,8 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppow_jax import partition
+from ppow_jax.models import blocks
 from ppow_jax.models.cache import Cache, as_prefix
-from ppow_jax.models.target import Target
+from ppow_jax.models.target import Target, head_at_hand
 
 
 class Features(NamedTuple):
@@ -55,15 +57,16 @@ def _law(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each next token and entropy, `[B, T]` both."""
 
-    def one(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """One text at a time: `[B, T, V]` would not fit."""
-        hidden_TxD, next_T = row
-        logits = target.apply({"params": params}, hidden_TxD, method=Target.logits)
-        logp_TxV = jax.nn.log_softmax(logits)
-        entropy_T = -jnp.sum(jnp.exp(logp_TxV) * logp_TxV, -1)
-        return jnp.take_along_axis(logp_TxV, next_T[:, None], 1)[:, 0], entropy_T
+    def some(hidden_BxLxD: jax.Array, next_BxL: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of some positions: `[B, T, V]` would not fit."""
+        logits = target.apply({"params": params}, hidden_BxLxD, method=Target.logits)
+        logp_BxLxV = jax.nn.log_softmax(logits)
+        entropy_BxL = -jnp.sum(jnp.exp(logp_BxLxV) * logp_BxLxV, -1)
+        return jnp.take_along_axis(logp_BxLxV, next_BxL[..., None], 2)[..., 0], entropy_BxL
 
-    log_prob_BxT, entropy_BxT = jax.lax.map(one, (hidden_BxTxD, jnp.roll(tokens_BxT, -1, 1)))
+    params, (B, T) = head_at_hand(target.config, params), tokens_BxT.shape
+    parts = blocks.count(partition.share(B, target.config.vocab_size) * T, T)
+    log_prob_BxT, entropy_BxT = blocks.mapped(some, parts, hidden_BxTxD, jnp.roll(tokens_BxT, -1, 1))
     return log_prob_BxT.at[:, -1].set(0.0), entropy_BxT
 
 

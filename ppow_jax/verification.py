@@ -10,12 +10,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppow_jax import advantages, rewards, teacher
+from ppow_jax import advantages, partition, rewards, teacher
+from ppow_jax.models import blocks
 from ppow_jax.models.cache import Cache
-from ppow_jax.models.target import Target
+from ppow_jax.models.target import Target, head_at_hand
 from ppow_jax.rollout import Rollout
 from ppow_jax.settings import PPOWSettings
 from ppow_jax.windows import target_window_pass
+
+_TOKENS = {"cpu": 512, "default": 8192}  # that a device scores at once
 
 
 class WindowScores(NamedTuple):
@@ -62,7 +65,14 @@ def score_windows(
     B, W, K = tokens_BxWxK.shape
     order_BxW = jnp.argsort(~needed_BxW, axis=1, stable=True)
     chunks = -(-needed_BxW.sum(1).max() // chunk)
-    rows = jnp.arange(B)[:, None]
+    rows, params = jnp.arange(B)[:, None], head_at_hand(target.config, params)
+
+    def law(context_BxLxKxD: jax.Array, tokens_BxLxK: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = target.apply({"params": params}, context_BxLxKxD, method=Target.logits)
+        of = lambda t: jnp.take_along_axis(  # noqa: E731
+            jax.nn.log_softmax(logits / t), tokens_BxLxK[..., None], -1
+        )[..., 0]
+        return of(1.0), of(temperature or 1.0)
 
     def body(carry: tuple[jax.Array, WindowScores]) -> tuple[jax.Array, WindowScores]:
         i, scores = carry
@@ -73,12 +83,9 @@ def score_windows(
         if K > 1:
             ahead = target_window_pass(target, params, text, anchors, tokens[..., :-1])
             context = jnp.concatenate([context, ahead], 2)
-        logits = target.apply({"params": params}, context, method=Target.logits)
-        law = lambda t: jnp.take_along_axis(  # noqa: E731
-            jax.nn.log_softmax(logits / t), tokens[..., None], -1
-        )[..., 0]
-        raw = law(1.0)
-        found = WindowScores(raw, raw if temperature in (0.0, 1.0) else law(temperature), context)
+        values = partition.share(B, target.config.vocab_size) * chunk * K
+        laws = blocks.mapped(law, blocks.count(values, chunk), context, tokens)
+        found = WindowScores(*laws, context)
         put = lambda all_, new: all_.at[rows, picked_BxC].set(new)  # noqa: E731
         return i + 1, jax.tree.map(put, scores, found)
 
@@ -217,7 +224,15 @@ def score_groups(
         jnp.repeat(rollout.anchors, G, 1),
         rollout.tokens.reshape(B, A * G, K),
         needed_BxAxG.reshape(B, A * G),
-        2 * G if A % 2 == 0 else G,
+        _windows_at_once(B, A, G, K),
         temperature,
     )
     return jax.tree.map(lambda x: x.reshape(B, A, G, *x.shape[2:]), scores)
+
+
+def _windows_at_once(B: int, A: int, G: int, K: int) -> int:
+    """Of a row, whole groups: few on a CPU, where the work is to follow the need, and on accelerators as many
+    as fill their matrix units while the weights are gathered."""
+    wanted = partition.suited(_TOKENS)
+    groups = [n for n in range(1, A + 1) if A % n == 0]
+    return G * next((n for n in groups if partition.share(B) * n * G * K >= wanted), A)

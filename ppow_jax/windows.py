@@ -15,15 +15,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppow_jax import partition
+from ppow_jax.models import blocks
 from ppow_jax.models.cache import Cache, as_prefix
 from ppow_jax.models.cache import visible as visible_slots
 from ppow_jax.models.drafter import Drafter, DrafterWeights
 from ppow_jax.models.layers import KeyValues, likeliest
 from ppow_jax.models.target import Target
 
-# choose(step, logits_BxAxGxN) -> (target ids of the tokens to go on with [B, A, G], statistics).
-# At step 0 the logits are [B, A, 1, N]: a group shares its anchor.
-Choose = Callable[[int, jax.Array], tuple[jax.Array, Any]]
+# choose(step, logits_BxAxGxN, given) -> (target ids of the tokens to go on with [B, A, G], statistics).
+# At step 0 the logits are [B, A, 1, N]: a group shares its anchor. It may be asked about some anchors only.
+Choose = Callable[[int, jax.Array, Any], tuple[jax.Array, Any]]
+# given(step): what choose knows of every anchor besides, leaves [B, A, ...].
+Given = Callable[[int], Any]
 
 
 def anchor_mask(assistant_BxT: jax.Array) -> jax.Array:
@@ -70,8 +74,7 @@ def prefix_pass(
     hidden = drafter.apply(variables, taps_BxTxC, method=Drafter.features)
     inputs = (weights.embedding[next_tokens_BxT][:, None], hidden[:, None], positions_Bx1xT)
     visible = before and visible_slots(positions_BxT[:, 0], before[0].values.shape[2])
-    T = positions_BxT.shape[1]
-    _, read = drafter.apply(variables, *inputs, before, visible, None, jnp.tril(jnp.ones((T, T), bool)))
+    _, read = drafter.apply(variables, *inputs, before, visible)
     return Prefix(as_prefix(read), hidden)
 
 
@@ -150,6 +153,12 @@ def advance(
     return Windows(hidden, position, windows.visible, own)
 
 
+_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "all": jax.checkpoint_policies.nothing_saveable,
+}
+
+
 def window_pass(
     drafter: Drafter,
     weights: DrafterWeights,
@@ -157,6 +166,8 @@ def window_pass(
     start: Start,
     choose: Choose,
     steps: int,
+    given: Given = lambda step: (),
+    remat: str = "none",
 ) -> Any:
     """Steps the drafter `steps` times from every anchor.
 
@@ -165,28 +176,39 @@ def window_pass(
       weights: its weights.
       prefix: S slots by layer; slot p holds position p, and a window sees the slots <= its anchor.
       start: the anchors.
-      choose: picks (or is given) the tokens; its statistics are `[B, A, G]` leaves. In
-        the backward pass everything but its matrix products is computed again, so that of the arrays
-        as wide as the vocabulary only the logits are kept.
+      choose: picks the tokens; its statistics are `[B, A, G]` leaves. It sees so many anchors at a time that
+        their logits fit into `blocks.VALUES`. In the backward pass it is computed again, and so are the
+        logits where they did not fit as a whole: no more of the arrays as wide as the vocabulary is kept.
       steps: K, at least 1.
+      given: what it is told at a step.
+      remat: what the backward pass computes again of a step: "none", "dots" (all but matrix products), "all".
 
     Returns:
       The statistics of all steps, stacked to `[B, A, G, K]`.
     """
     B, A = start.token.shape
-    variables = {"params": weights.params}
+    head = {"weight": partition.at_hand(weights.params["head"]["weight"])}
+    variables = {"params": weights.params | {"head": head}}
 
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
-    def observe(step: jax.Array, hidden_BxAxGxD: jax.Array) -> tuple[jax.Array, Any]:
-        return choose(step, drafter.apply(variables, hidden_BxAxGxD, method=Drafter.logits))
+    def observe(step: int, hidden_BxAxGxD: jax.Array) -> tuple[jax.Array, Any]:
+        @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
+        def some(hidden_BxLxGxD: jax.Array, told: Any) -> tuple[jax.Array, Any]:
+            return choose(step, drafter.apply(variables, hidden_BxLxGxD, method=Drafter.logits), told)
 
-    windows = begin(drafter, weights, prefix, start)
+        values = partition.share(B, drafter.config.vocab_size) * A * hidden_BxAxGxD.shape[2]
+        return blocks.mapped(some, blocks.count(values, A), hidden_BxAxGxD, given(step))
+
+    first, onward = functools.partial(begin, drafter), functools.partial(advance, drafter)
+    if remat != "none":
+        again = functools.partial(jax.checkpoint, policy=_POLICIES[remat])
+        first, onward = again(first), again(onward)
+    windows = first(weights, prefix, start)
     tokens_BxAxG, stats = observe(0, windows.hidden)
     collected = [stats]
     G = tokens_BxAxG.shape[-1]
     windows = repeat(windows, G)
     for step in range(1, steps):
-        windows = advance(drafter, weights, prefix, windows, tokens_BxAxG.reshape(B, A * G))
+        windows = onward(weights, prefix, windows, tokens_BxAxG.reshape(B, A * G))
         tokens_BxAxG, stats = observe(step, windows.hidden.reshape(B, A, G, -1))
         collected.append(stats)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, -1), *collected)
@@ -201,7 +223,7 @@ def text_ahead(tokens_BxT: jax.Array, anchors_BxA: jax.Array, step: int) -> jax.
 def greedy(vocab_N: jax.Array) -> Choose:
     """Takes the most likely draft token; statistics: its target id."""
 
-    def choose(_: int, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def choose(_: int, logits: jax.Array, told: Any) -> tuple[jax.Array, jax.Array]:
         tokens = vocab_N[likeliest(logits)]
         return tokens, tokens
 

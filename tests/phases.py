@@ -46,9 +46,10 @@ def run(pair, drafter, params, vocab, settings, batch, key=KEY, stops=NEVER):
 def differentiate(target, drafter, settings, target_params, weights, batch, rollout, verdict):
     lesson = teacher.lesson_of(target, target_params, batch)
     head = head_matrix(target.config, target_params)[weights.vocab]
-    args = (drafter, settings, target_params, weights.vocab, head, lesson, batch)
+    counts = tuple(mask.sum() for mask in ppow.credit(settings, verdict))
+    args = (drafter, settings, target_params, weights.vocab, head, counts, "none")
     loss = functools.partial(ppow.ppow_loss, *args)
-    return jax.value_and_grad(loss, has_aux=True)(weights.params, rollout, verdict)
+    return jax.value_and_grad(loss, has_aux=True)(weights.params, lesson, batch, rollout, verdict)
 
 
 def gradient(pair, drafter, weights, settings, batch, rollout, verdict):

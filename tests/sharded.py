@@ -134,8 +134,9 @@ def walk(run: Experiment, step: training.Step, state: dict, batch: dict, numbers
     blank = {"scores": np.zeros((B, T), np.float32), "scored_at": np.full(B, -(2**30), np.int32)}
     state = lay_out(run, blank | state)
     batch = partition.shard_batch(batch, run.mesh)
-    for number in numbers:
-        state, metrics = step(number, state, batch)
+    with jax.set_mesh(run.mesh):  # as a run does
+        for number in numbers:
+            state, metrics = step(number, state, batch)
     return state, metrics
 
 

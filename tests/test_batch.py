@@ -30,7 +30,7 @@ def both(monkeypatch, mesh, pair, config, dtype="", drafting=None, weights=None)
 
     Four prompts are read at once, and a stretch has few slots.
     """
-    monkeypatch.setattr(batch, "_READ", 4 * 8)
+    monkeypatch.setattr(batch, "_READ", {"default": 4 * 8})
     monkeypatch.setattr(batch, "_SLOTS", 8)
     seen = []
     stretch = batch._stretch

@@ -29,7 +29,10 @@ def run(finished, tmp_path, monkeypatch):
     return runs.build(tmp_path / "workdir")
 
 
-def test_all_decoders_write_the_same_texts(run, capsys):
+def test_all_decoders_write_the_same_texts(run, capsys, monkeypatch):
+    """A pass over n tokens takes 10 + n seconds here, one in turn with drafting 3 more."""
+    monkeypatch.setattr(cost, "target_timer", lambda *about: lambda: 10.0 + about[2])
+    monkeypatch.setattr(cost, "parts_timer", lambda *about: lambda: 13.0 + about[2].tokens)
     race = decoding.Race(SOURCES, 2, 24, ("chain:2", "auto", "lookahead", "chain:2+lookup:2"), "")
     decoding.race(run, "cst", race)
     out = capsys.readouterr().out
@@ -40,6 +43,8 @@ def test_all_decoders_write_the_same_texts(run, capsys):
     same = [re.search(r" (\d+)/(\d+) ", row) for row in rows]
     assert [m[1] == m[2] != "0" for m in same if m] == [True] * len(names)
     assert "drafter of cst" in out
+    chain = next(row for row in rows if row.startswith("│ chain:2 "))
+    assert f"{13 / 11:.2f} + {3 / 11:.2f}" in chain
 
 
 def test_costs_and_shapes_are_listed(run, capsys):

@@ -36,7 +36,7 @@ def test_blind_to_the_embedding_a_fresh_drafter_is_the_targets_last_layer(tiny, 
     prefix = windows.text_prefix(drafter, weights, out.taps[:, 0], tokens)
     anchors = jnp.array([[0, 4, 9], [2, 3, 10]])
     start = windows.text_starts(prefix, tokens, anchors)
-    same = lambda _, x: (jnp.zeros(x.shape[:3], jnp.int32), x)  # noqa: E731
+    same = lambda _, x, __: (jnp.zeros(x.shape[:3], jnp.int32), x)  # noqa: E731
     found = windows.window_pass(drafter, weights, prefix.keys_values, start, same, 1)[:, :, 0, :, 0]
     want = jnp.take_along_axis(logits[..., VOCAB], anchors[..., None], 1)
     np.testing.assert_allclose(found, want, atol=1e-4)

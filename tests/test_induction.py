@@ -59,7 +59,7 @@ class Case:
         weights, drafter = self.weights(params), Drafter(self.config)
         prefix = windows.text_prefix(drafter, weights, taps, tokens)
 
-        def choose(step, logits):
+        def choose(step, logits, _):
             right = windows.text_ahead(jnp.asarray(tokens), anchors, step)
             return right, likeliest(logits) == right
 

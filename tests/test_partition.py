@@ -103,6 +103,33 @@ def test_the_mesh_takes_what_is_left_and_refuses_what_does_not_fit():
             partition.make_mesh(settings.MeshSettings(*wrong))
 
 
+def test_without_a_mesh_nothing_is_constrained():
+    x = np.ones((2, 3, 4, 5, 6), np.float32)
+    for keep in (partition.keep_rows, partition.keep_heads):
+        assert keep(x) is x
+    assert partition.at_hand(x) is x
+    assert (partition.share(6), partition.share(6, 4), partition.platform()) == (6, 24, "cpu")
+
+
+def test_shares_of_a_device_and_heads_that_do_not_divide(caplog):
+    """On a mesh of 2 x 2 x 2: a quarter of the rows if these divide, half of the heads if they do."""
+
+    def shares(x_8x1x1x6x2, y_6x1x1x3x2):
+        assert (partition.share(8), partition.share(8, 6), partition.share(6, 3)) == (2, 6, 18)
+        kept = [partition.keep_heads(x) for x in (x_8x1x1x6x2, y_6x1x1x3x2)]
+        return partition.keep_rows(kept)
+
+    with jax.sharding.use_abstract_mesh(MESH), caplog.at_level(logging.WARNING):
+        traced = jax.make_jaxpr(shares)(np.ones((8, 1, 1, 6, 2)), np.ones((6, 1, 1, 3, 2)))
+    rows = partition.BATCH
+    assert [tuple(equation.params["sharding"].spec) for equation in traced.eqns] == [
+        (rows, None, None, "tensor"),
+        (None, None, None, None),
+        (rows,),  # six rows over four places: left alone
+    ]
+    assert "3 heads are not divisible over 'tensor' (2): replicated" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory) -> dict[str, np.ndarray]:
     """What `sharded` found on simulated devices."""

@@ -189,7 +189,7 @@ def test_drawn_tokens_follow_their_laws(shared):
     logp = jnp.asarray(np.log(np.maximum(law, 1e-38)), jnp.float32).at[law == 0].set(-jnp.inf)
     group = 4000
     rows = jnp.broadcast_to(logp, (2, 3, 1 if shared else group, 6))
-    ids = np.asarray(draw(KEY, rows, group))
+    ids = np.asarray(draw(jax.random.uniform(KEY, (2, 3, group)), rows))
     assert ids.shape == (2, 3, group)
     for drawn in ids.reshape(-1, group):
         seen = np.bincount(drawn, minlength=6)

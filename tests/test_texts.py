@@ -115,25 +115,16 @@ def test_batches_go_on_where_a_checkpoint_was_saved(tmp_path):
     store.close()
 
 
-def test_two_processes_share_every_epoch(monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    shares = []
-    for process in (0, 1):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        shares.append(indices(texts.iterate(source(12), 4, 5), 6))
-    assert all(len(batch) == 2 for share in shares for batch in share)  # half of the global batch
-    for epoch in (slice(0, 3), slice(3, 6)):
-        mine, yours = (flat(share[epoch]) for share in shares)
-        assert not set(mine) & set(yours)
-        assert sorted(mine + yours) == list(range(12))
+def test_a_process_reads_its_rows_of_every_batch():
+    whole = indices(texts.iterate(source(12), 4, 5), 6)
+    for rows in ([0, 1], [1, 3], [2]):
+        mine = indices(texts.iterate(source(12), 4, 5, rows), 6)
+        assert mine == [[batch[row] for row in rows] for batch in whole]
 
 
-def test_a_batch_that_cannot_be_filled_or_shared(monkeypatch):
-    with pytest.raises(UserError, match="batch_size: found 13 for 12 training texts"):
+def test_a_batch_that_cannot_be_filled():
+    with pytest.raises(UserError, match="batch_size: found 13, expected at most 12"):
         texts.iterate(source(12), 13, 0)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match=r"batch_size: found 3 .* 2 processes, expected a multiple"):
-        texts.iterate(source(12), 3, 0)
 
 
 def test_padded_texts_fill_a_bucket():

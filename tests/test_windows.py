@@ -31,7 +31,7 @@ def forced(drafter, weights, taps, tokens, anchors, given) -> jax.Array:
     prefix = windows.text_prefix(drafter, weights, taps, tokens)
     start = windows.text_starts(prefix, tokens, anchors)
 
-    def choose(step, logits):
+    def choose(step, logits, _):
         return given[..., step], jnp.broadcast_to(logits, (*given.shape[:3], N))
 
     out = windows.window_pass(drafter, weights, prefix.keys_values, start, choose, given.shape[-1])
@@ -93,7 +93,7 @@ def test_a_greedy_chain_feeds_on_its_own_tokens_and_names_them_by_target_id(tiny
 def test_log_probs_of_a_rollout_are_those_of_its_tokens_recomputed(tiny):
     """Sampled from the drafter, then forced through it again, and through the reference."""
 
-    def roll(step, logits):
+    def roll(step, logits, _):
         law = jax.nn.log_softmax(jnp.broadcast_to(logits, (B, A, G, N)))
         ids = jax.random.categorical(jax.random.fold_in(jax.random.key(5), step), law)
         tokens = tiny.weights.vocab[ids]

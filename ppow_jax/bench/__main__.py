@@ -116,7 +116,8 @@ def main(argv: list[str]) -> None:
         machine = Machine()
         name = jax.devices()[0].device_kind
         print(f"{name}: {machine.operations / 1e9:.0f}e9 operations/s, {machine.bytes / 1e9:.1f}e9 bytes/s")
-        COMMANDS[argv[1]](run, machine)
+        with jax.set_mesh(run.mesh):
+            COMMANDS[argv[1]](run, machine)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 
-from ppow_jax import partition, teacher
+from ppow_jax import partition, processes, teacher
 from ppow_jax.console import log
 from ppow_jax.data import records
 from ppow_jax.errors import UserError
@@ -36,13 +36,14 @@ def ensure(experiment: Experiment) -> records.Records:
       UserError: a value does not fit into `data.feature_dtype`.
     """
     names = records.shards(experiment.workdir / "responses")
-    todo = [name for name in names if not _there(experiment, name)]
+    todo = processes.agreed([name for name in names if not _there(experiment, name)])
     began = time.monotonic()
     for n, name in enumerate(todo, 1):
         _compute(experiment, name)
         seconds = time.monotonic() - began
         left = duration(seconds / n * (len(todo) - n))
         log.info("features: shard %d/%d | %s left", len(names) - len(todo) + n, len(names), left)
+    processes.together("features are written")
     return records.Records(directory(experiment), names)
 
 
@@ -89,7 +90,7 @@ def _compute(experiment: Experiment, name: str) -> None:
             partition.shard_batch(padded, experiment.mesh),
             data.feature_dtype,
         )
-        arrays = {k: np.asarray(v) for k, v in found._asdict().items()}
+        arrays = processes.host(found._asdict())
         for row, i in enumerate(batch):
             rows[i] = {k: v[row, : len(tokens[i])] for k, v in arrays.items()}
     write(directory(experiment), name, [rows[i] for i in range(len(tokens))], data.feature_dtype)

@@ -10,13 +10,19 @@ import grain
 from array_record.python import array_record_module
 from flax import serialization
 
+from ppow_jax import processes
 from ppow_jax.errors import UserError
 
 _SUFFIX = ".arrayrecord"
 
 
 def write_shard(directory: pathlib.Path, name: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes rows (dicts of arrays and plain values) as shard `name`; a kill leaves no half shard."""
+    """Writes rows (dicts of arrays and plain values) as shard `name`; a kill leaves no half shard.
+
+    Of several processes the first one writes.
+    """
+    if not processes.first():
+        return
     directory.mkdir(parents=True, exist_ok=True)
     scratch = directory / f"{name}.tmp"
     writer = array_record_module.ArrayRecordWriter(str(scratch), "group_size:1")
@@ -75,7 +81,9 @@ class Records(Sequence):
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Replaces a JSON file in one step."""
+    """Replaces a JSON file in one step; of several processes the first one does."""
+    if not processes.first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(json.dumps(value, indent=2) + "\n")

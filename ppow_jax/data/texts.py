@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 import grain
-import jax
 import numpy as np
 
 from ppow_jax.data import records
 from ppow_jax.errors import UserError
+
+_ENDLESS = 2**40  # batches
 
 
 class Texts(Sequence):
@@ -94,24 +95,31 @@ def draft_vocabulary(
     return chosen.astype(np.int32), float(counts[chosen].sum() / counts.sum())
 
 
-def iterate(texts: Texts, batch_size: int, seed: int) -> Any:
-    """An endless Grain iterator of batches, reshuffled every epoch; each process reads its share.
+def iterate(texts: Texts, batch_size: int, seed: int, rows: Sequence[int] | None = None) -> Any:
+    """An endless Grain iterator of batches, reshuffled every epoch.
 
-    Its state is saved with the checkpoint; `batch_size` is the global one.
+    Its state is saved with the checkpoint, and is the same for every process.
+
+    Args:
+      texts: all of them.
+      batch_size: of the whole batch.
+      seed: of the order.
+      rows: those of every batch that this process reads; None: all.
 
     Raises:
-      UserError: fewer texts than one process's batch, or a batch that the processes cannot share.
+      UserError: fewer texts than a batch.
     """
-    processes = jax.process_count()
-    if batch_size % processes or len(texts) < batch_size:
-        raise UserError(
-            f"batch_size: found {batch_size} for {len(texts)} training texts and {processes} "
-            "processes, expected a multiple of the processes, at most the number of texts"
-        )
-    dataset = grain.MapDataset.source(texts).seed(seed).shuffle().repeat()
-    dataset = dataset[jax.process_index() :: processes].batch(batch_size // processes)
+    if len(texts) < batch_size:
+        raise UserError(f"batch_size: found {batch_size}, expected at most {len(texts)}, the training texts")
+    order = grain.MapDataset.source(texts).seed(seed).shuffle().repeat()
+    wanted = np.arange(batch_size) if rows is None else np.asarray(rows)
+
+    def batch(number: int) -> dict[str, np.ndarray]:
+        items = [order[number * batch_size + int(row)] for row in wanted]
+        return {key: np.stack([item[key] for item in items]) for key in items[0]}
+
     read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    return iter(dataset.to_iter_dataset(read))
+    return iter(grain.MapDataset.range(_ENDLESS).map(batch).to_iter_dataset(read))
 
 
 def first_span(assistant_T: np.ndarray) -> tuple[int, int]:

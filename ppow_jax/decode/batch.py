@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ppow_jax import partition
+from ppow_jax import partition, processes
 from ppow_jax.decode.drafting import Drafting
 from ppow_jax.decode.loop import DecodeConfig, Decoded, State, grow, next_round, prefill
 from ppow_jax.models import cache as kv_cache
@@ -25,7 +25,9 @@ from ppow_jax.models.layers import FEW_ROWS, KeyValues
 from ppow_jax.models.target import Target
 from ppow_jax.teacher import Features
 
-_READ = 2048  # tokens of prompts that a device reads at once: what they leave behind stays in a CPU's cache
+# Tokens of prompts that a device reads at once: what they leave behind stays in a CPU's cache; accelerators
+# gather weights for every part.
+_READ = {"cpu": 2048, "default": 8192}
 _SLOTS = 32  # by which the cache grows; each of its lengths is compiled,
 _SHARES = 8  # and each size of the batch, which are multiples of an eighth
 _ROUNDS = 64  # at most, of a stretch
@@ -64,19 +66,19 @@ def decode_batch(
         raise ValueError("features are kept where no drafter shifts the rounds of rows against each other")
     model = {"target": target, "config": config, "dtype": feature_dtype, "drafting": drafting}
     model["weights"] = weights
-    turned = _turned(params) if jax.default_backend() == "cpu" and B * each > FEW_ROWS else None
-    first_slot = int(np.max(length_B))
+    turned = _turned(params) if partition.platform() == "cpu" and B * each > FEW_ROWS else None
+    lengths = processes.host(length_B)
+    first_slot = int(lengths.max())
     state, features = _prefill(
         params=params, prompt_BxP=prompt_BxP, length_B=length_B, keys_B=keys_B, mesh=mesh, **model
     )
     state = state._replace(prompt=np.int32(first_slot))  # what follows need not wait for padding to end
     where = np.arange(B)  # the rows of the batch that the state's are
     tokens, count, emitted = np.zeros((B, L), np.int32), np.zeros(B, np.int32), np.zeros((B, L), np.int32)
-    book = _Book(features, np.asarray(length_B), P + L) if feature_dtype else None
+    book = _Book(features, lengths, P + L) if feature_dtype else None
     while True:
-        tokens[where], count[where] = np.asarray(state.tokens)[:, :L], np.asarray(state.count)
-        emitted[where] = np.asarray(state.emitted_by_round)
-        done = np.asarray(state.done)
+        seen = processes.host((state.tokens, state.count, state.emitted_by_round, state.done))
+        tokens[where], count[where], emitted[where], done = seen[0][:, :L], *seen[1:]
         if done.all():
             break
         rows = np.argsort(done, kind="stable")[: rows_for(int((~done).sum()), B, mesh)]
@@ -106,11 +108,11 @@ class _Book:
         """Begins with `[B, P, ...]` of the prompts."""
         self._length_B = length_B
         more = slots - prompts.taps.shape[1]
-        self._features = Features(*(np.pad(x, ((0, 0), (0, more), (0, 0))) for x in prompts))
+        self._features = Features(*(np.pad(x, ((0, 0), (0, more), (0, 0))) for x in processes.host(prompts)))
 
     def add(self, stretch: Features, where_R: np.ndarray, first: int, last: int) -> None:
         """Adds rounds `first` up to `last` of some rows, `[rounds, R, ...]`: one position each."""
-        for whole, part in zip(self._features, map(np.asarray, stretch), strict=True):
+        for whole, part in zip(self._features, processes.host(stretch), strict=True):
             for number in range(first, last):
                 whole[where_R, self._length_B[where_R] + number] = part[number - first]
 
@@ -152,20 +154,36 @@ def _prefill(
         state, seen = prefill(target, params, *rows, config, drafting, weights)
         reach = drafting.depth + 1 if drafting else 1
         state = grow(state, -(-(P + reach) // _SLOTS) * _SLOTS, drafting)
-        if jax.default_backend() == "cpu" and not drafting:
+        if partition.platform() == "cpu" and not drafting:
             state = state._replace(cache=kv_cache.in_blocks(state.cache, _SLOTS))
         return state, Features(*(x.astype(dtype) for x in seen)) if dtype else None
 
+    # On several devices a part is every so manieth row, so that it lies on all of them; on one, rows that
+    # follow each other: nothing is copied.
+    spread = partition.batch_ways(mesh) > 1
+
+    def cut(x: jax.Array) -> jax.Array:
+        return (
+            x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+            if spread
+            else x.reshape(parts, -1, *x.shape[1:])
+        )
+
+    def join(x: jax.Array) -> jax.Array:
+        if x.ndim == 1:
+            return x[0]
+        x = x.swapaxes(0, 1) if spread else x
+        return jax.lax.with_sharding_constraint(x.reshape(B, *x.shape[2:]), partition.batch_sharding(mesh, B))
+
     rows = (prompt_BxP, length_B, keys_B)
-    out = jax.lax.map(some, jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows))
-    return jax.tree.map(lambda x: x[0] if x.ndim == 1 else x.reshape(B, *x.shape[2:]), out)
+    return jax.tree.map(join, jax.lax.map(some, jax.tree.map(cut, rows)))
 
 
 def _parts(rows: int, length: int, mesh: Mesh) -> int:
     """Into how many equal parts prefill cuts the rows: a device reads at most `_READ` tokens of each."""
-    ways = partition.batch_ways(mesh)
+    ways, most = partition.batch_ways(mesh), partition.suited(_READ)
     possible = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n % ways == 0] or [1]
-    fitting = [n for n in possible if rows // n // ways * length <= _READ]
+    fitting = [n for n in possible if rows // n // ways * length <= most]
     return min(fitting, default=possible[-1])
 
 

@@ -193,14 +193,18 @@ def expected_accepted(
     start = text_starts(prefix, tokens_BxT, anchors_BxA)
     T, N = tokens_BxT.shape[1], weights.vocab.shape[0]
 
-    def choose(step: int, logits_BxAx1xN: jax.Array):
+    def given(step: int) -> tuple[jax.Array, jax.Array]:
         position_BxA = anchors_BxA + 2 + step
         token_BxA = jnp.take_along_axis(tokens_BxT, jnp.minimum(position_BxA, T - 1), 1)
-        draft_BxA = jnp.minimum(jnp.searchsorted(weights.vocab, token_BxA), N - 1)
-        possible_BxA = (weights.vocab[draft_BxA] == token_BxA) & (position_BxA < end_B[:, None])
-        logp = jax.nn.log_softmax(logits_BxAx1xN[:, :, 0])
-        logp_BxA = jnp.take_along_axis(logp, draft_BxA[..., None], -1)[..., 0]
-        return token_BxA[..., None], jnp.where(possible_BxA, jnp.exp(logp_BxA), 0.0)[..., None]
+        return token_BxA, position_BxA < end_B[:, None]
 
-    repeated = window_pass(drafter, weights, prefix.keys_values, start, choose, window)[:, :, 0]
+    def choose(_: int, logits_BxLx1xN: jax.Array, told: tuple[jax.Array, jax.Array]):
+        token_BxL, inside_BxL = told
+        draft_BxL = jnp.minimum(jnp.searchsorted(weights.vocab, token_BxL), N - 1)
+        possible_BxL = (weights.vocab[draft_BxL] == token_BxL) & inside_BxL
+        logp = jax.nn.log_softmax(logits_BxLx1xN[:, :, 0])
+        logp_BxL = jnp.take_along_axis(logp, draft_BxL[..., None], -1)[..., 0]
+        return token_BxL[..., None], jnp.where(possible_BxL, jnp.exp(logp_BxL), 0.0)[..., None]
+
+    repeated = window_pass(drafter, weights, prefix.keys_values, start, choose, window, given)[:, :, 0]
     return jnp.cumprod(repeated, -1).sum(-1)

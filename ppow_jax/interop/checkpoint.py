@@ -1,8 +1,10 @@
 """Checkpoints: the only module that knows orbax.
 
 A training checkpoint is one orbax directory a step with the items `state` (parameters, optimiser, draft
-vocabulary, ADAW scores), `data` (the Grain iterator) and `about` (JSON: target, seconds, shapes). Orbax
-writes into a temporary name and renames, so a kill leaves the step before it intact.
+vocabulary, ADAW scores) and `about` (JSON: target, seconds, shapes, where the Grain iterator stands, which
+is the same for every process: a run may go on with another number of them). Orbax writes into a temporary
+name and renames, so a kill leaves the step before it intact. It writes while the run goes on; a save that
+fails, as on a full disk, is reported, and the one before it stays.
 """
 
 import pathlib
@@ -10,9 +12,9 @@ import shutil
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from ppow_jax import processes
 from ppow_jax.console import log
 from ppow_jax.errors import UserError
 
@@ -22,11 +24,16 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, keep: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._directory = directory
-        self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(),
+        self._directory, self._keep = directory, keep
+        self._checkpointer = self._open()
+        self._pending: tuple[int, Any] | None = None  # the save that is being written
+        self._saved = self.latest
+
+    def _open(self) -> ocp.training.Checkpointer:
+        return ocp.training.Checkpointer(
+            self._directory.absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
             cleanup_tmp_directories=True,
         )
 
@@ -37,9 +44,51 @@ class Checkpoints:
         return None if found is None else found.step
 
     def save(self, step: int, state: Any, data: Any, about: dict[str, Any]) -> None:
-        """Saves a step: arrays, the Grain iterator (or None) and plain JSON values."""
-        items = {"state": state, "about": about} | ({"data": data} if data is not None else {})
-        self._checkpointer.save_checkpointables(step, items)
+        """Begins to save a step: arrays, the Grain iterator (or None) and plain JSON values.
+
+        All of them may change as soon as it returns.
+        """
+        self.settle()
+        place = {"data": data.get_state()} if data is not None else {}
+        items = {"state": state, "about": about | place}
+        try:
+            self._pending = step, self._checkpointer.save_checkpointables_async(step, items)
+        except Exception as e:  # a disk that is full surfaces as many kinds of error
+            self._failed(step, e)
+
+    def settle(self) -> None:
+        """Waits for the save that is being written; reports it if it fails."""
+        if self._pending is None:
+            return
+        (step, response), self._pending = self._pending, None
+        try:
+            response.result()
+            self._saved = step
+        except Exception as e:  # a disk that is full surfaces as many kinds of error
+            self._failed(step, e)
+
+    def _failed(self, step: int, error: Exception) -> None:
+        log.error(
+            "%s: step %d could not be saved (%s); the newest one saved is %s",
+            self._directory,
+            step,
+            _reason(error),
+            "none" if self._saved is None else f"step {self._saved}",
+        )
+        self._checkpointer = self._open()  # the old one would raise the error again at every later save
+
+    def require(self, step: int) -> None:
+        """Returns when `step` is on disk.
+
+        Raises:
+          UserError: it could not be saved.
+        """
+        self.settle()
+        if self._saved != step:
+            raise UserError(
+                f"{self._directory}: step {step} could not be saved, see above; make room on the disk and "
+                f"run again: it goes on from {'the start' if self._saved is None else f'step {self._saved}'}"
+            )
 
     def restore(self, state: Any, data: Any = None) -> tuple[int, Any, dict[str, Any]]:
         """The newest step that can be read; `data` is set to where it was.
@@ -51,7 +100,8 @@ class Checkpoints:
         Raises:
           UserError: no step can be read.
         """
-        items = {"state": state, "about": None} | ({"data": data} if data is not None else {})
+        self.settle()
+        items = {"state": state, "about": None}
         steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
         for step in steps:
             try:
@@ -60,6 +110,8 @@ class Checkpoints:
                 log.error("%s: step %d cannot be read (%s)", self._directory, step, _reason(e))
                 continue
             self._set_aside([s for s in steps if s > step])
+            if data is not None:
+                data.set_state(found["about"]["data"])
             return step, found["state"], found["about"]
         raise UserError(
             f"{self._directory}: none of the checkpoints {steps} can be read; they may be damaged, or "
@@ -70,15 +122,14 @@ class Checkpoints:
         """Renames steps that cannot be read: they would be in the way of saving those steps again."""
         if not steps:
             return
-        if jax.process_index() == 0:
+        if processes.first():
             for step in steps:
                 aside = self._directory / f"damaged-{step}"
                 if aside.exists():
                     shutil.rmtree(aside)
                 (self._directory / str(step)).rename(aside)
                 log.error("%s: what is left of step %d is now in %s", self._directory, step, aside.name)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        processes.together("damaged checkpoints are set aside")
         self._checkpointer.reload()
 
     def restore_part(self, state: Any) -> tuple[int, Any, dict[str, Any]]:
@@ -87,6 +138,7 @@ class Checkpoints:
         Raises:
           UserError: the newest step cannot be read.
         """
+        self.settle()
         step = self.latest
         context = ocp.Context()
         context.pytree.loading.partial_load = True
@@ -103,6 +155,7 @@ class Checkpoints:
         Raises:
           UserError: it cannot be read.
         """
+        self.settle()
         try:
             return self._checkpointer.load_checkpointables(None, {"about": None})["about"]
         except Exception as e:  # a damaged step surfaces as many kinds of error
@@ -114,12 +167,9 @@ class Checkpoints:
             "train again in a new workdir"
         )
 
-    def wait(self) -> None:
-        """Returns when every save is on disk."""
-        self._checkpointer.wait()
-
     def close(self) -> None:
         """Waits, then releases resources."""
+        self.settle()
         self._checkpointer.close()
 
 

@@ -63,6 +63,11 @@ def find(path: str) -> pathlib.Path | None:
     return _download(path) if named and not directory.exists() else None
 
 
+def description(path: str) -> dict[str, Any]:
+    """What a local directory's config.json says; {} if there is none."""
+    return _json(pathlib.Path(path).expanduser() / "config.json")
+
+
 def _download(name: str) -> pathlib.Path:
     """The directory of a model of the Hugging Face hub.
 

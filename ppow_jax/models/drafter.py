@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ppow_jax import partition
 from ppow_jax.errors import ConfigError
 from ppow_jax.models.cache import Cache, append
 from ppow_jax.models.families import divisors
@@ -143,7 +144,6 @@ class Drafter(nn.Module):
         prefix: Cache | None,
         visible_BxWxS: jax.Array | None,
         own: Cache | None = None,
-        own_mask: jax.Array | None = None,
         in_prefix: bool = False,
     ) -> tuple[jax.Array, Cache | None]:
         """A step, or the reading of a text.
@@ -155,7 +155,6 @@ class Drafter(nn.Module):
           prefix: what all windows of a row share, by layer.
           visible_BxWxS: bool, the slots of it that a window sees.
           own: what the windows have read of their own so far, by layer.
-          own_mask: of `own` and the tokens now read; None: all of both.
           in_prefix: whether keys and values of these tokens (anchors) are in the prefix already.
 
         Returns:
@@ -171,12 +170,9 @@ class Drafter(nn.Module):
             if not in_prefix:
                 mine = append(mine, layer.attention.keys_values(inputs, positions_BxWxK))
                 read.append(mine)
-            mask = own_mask
-            if mine is not None and mask is None:
-                mask = jnp.ones((inputs.shape[2], mine.values.shape[3]), bool)
             shared = prefix and prefix[i]
-            x = x + layer.attention(inputs, positions_BxWxK, shared, visible_BxWxS, mine, mask)
-            x = x + layer.mlp(layer.mlp_norm(x))
+            x = x + layer.attention(inputs, positions_BxWxK, shared, visible_BxWxS, mine, None)
+            x = partition.keep_rows(x + layer.mlp(layer.mlp_norm(x)))
         return self.norm(x) if self.config.feeds_normed else x, tuple(read) or None
 
     def logits(self, hidden: jax.Array) -> jax.Array:

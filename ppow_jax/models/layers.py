@@ -12,12 +12,16 @@ W = K = 1, the verification of many drafted windows is the general case.
 
 import dataclasses
 import functools
+import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from ppow_jax import partition
+from ppow_jax.models import blocks
 
 
 class KeyValues(NamedTuple):
@@ -37,6 +41,8 @@ class KeyValues(NamedTuple):
 
 
 FEW_ROWS = 64  # of a product: see there
+# a text of so many tokens is attended to in parts of a quarter of that, at most so many
+_LONG, _PARTS = 1024, 8
 
 
 def product(x: jax.Array, weight_OxI: jax.Array) -> jax.Array:
@@ -48,7 +54,7 @@ def product(x: jax.Array, weight_OxI: jax.Array) -> jax.Array:
     """
     dimensions = (((1,), (1,)), ((), ()))
     rows = math.prod(x.shape[:-1])
-    if jax.default_backend() != "cpu" or not 1 < rows <= FEW_ROWS:
+    if partition.platform() != "cpu" or not 1 < rows <= FEW_ROWS:
         return jax.lax.dot_general(x, weight_OxI, (((x.ndim - 1,), (1,)), ((), ())))
     padded = 4 if rows <= 4 else -(-rows // 8) * 8
     flat = jnp.pad(x.reshape(rows, x.shape[-1]), ((0, padded - rows), (0, 0)))
@@ -143,18 +149,110 @@ def attend(
 ) -> jax.Array:
     """Softmax attention over a shared prefix and each window's own tokens, jointly normalised.
 
+    So many windows at a time, or tokens of the only one, that their scores fit into `blocks.VALUES`; and a
+    long text in parts, each of which sees no more than what stands before its end.
+
     Args:
       queries_BxWxKxHxE: rotated queries.
       prefix: keys and values of the S slots that all windows of a row share, or None.
       visible: bool `[B, W, S]`, or `[B, W, K, S]`: the prefix slots that a window, or each of its tokens,
         may see.
       own: keys and values of the windows themselves, J tokens each, or None.
-      own_mask: bool `[K, J]`, or `[B, W, K, J]`: which of its window's tokens each query may see.
+      own_mask: bool `[K, J]`, or `[B, W, K, J]`: which of its window's tokens each query may see; None: those
+        up to itself, the queries being the last K of the J.
       scale: of the scores.
 
     Returns:
       `[B, W, K, H * E]`.
     """
+    B, W, K, H, _ = queries_BxWxKxHxE.shape
+    if own is not None and own_mask is None:
+        if W == 1 and K >= _LONG:
+            return _attend_in_parts(queries_BxWxKxHxE, prefix, visible, own, scale)
+        J = own.values.shape[-2]
+        own_mask = jnp.tri(K, J, J - K, dtype=bool)
+    seen = sum(kv.values.shape[-2] for kv in (prefix, own) if kv is not None)
+    values = partition.share(B, H) * W * K * seen
+    if W > 1 and (parts := blocks.count(values, W)) > 1:
+        return _attend_by_windows(parts, queries_BxWxKxHxE, prefix, visible, own, own_mask, scale)
+    if W == 1 and (parts := blocks.count(values, K)) > 1:
+        return _attend_by_tokens(parts, queries_BxWxKxHxE, prefix, visible, own, own_mask, scale)
+    return _attend(queries_BxWxKxHxE, prefix, visible, own, own_mask, scale)
+
+
+def _attend_in_parts(
+    queries_Bx1xKxHxE: jax.Array,
+    prefix: KeyValues | None,
+    visible: jax.Array | None,
+    own: KeyValues,
+    scale: float,
+) -> jax.Array:
+    """`attend` of one window, causally, in n parts: (n + 1) / 2n of the work of all at once."""
+    K, J = queries_Bx1xKxHxE.shape[2], own.values.shape[-2]
+    parts = min(_PARTS, 4 * K // _LONG)
+    bounds = [K * part // parts for part in range(parts + 1)]
+    found = []
+    for start, end in itertools.pairwise(bounds):
+        reach = J - K + end
+        read = KeyValues(own.keys[..., :reach], own.values[..., :reach, :])
+        seen = visible if visible is None or visible.ndim == 3 else visible[:, :, start:end]
+        mask = jnp.tri(end - start, reach, reach - (end - start), dtype=bool)
+        found.append(attend(queries_Bx1xKxHxE[:, :, start:end], prefix, seen, read, mask, scale))
+    return jnp.concatenate(found, 2)
+
+
+def _attend_by_windows(
+    parts: int,
+    queries_BxWxKxHxE: jax.Array,
+    prefix: KeyValues | None,
+    visible: jax.Array | None,
+    own: KeyValues | None,
+    own_mask: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    """`attend`, some windows at a time."""
+    each = own_mask if own is not None and own_mask.ndim == 4 else None
+    turn = lambda kv, to: kv and KeyValues(*(jnp.moveaxis(x, *to) for x in kv))  # noqa: E731
+
+    def some(q: jax.Array, visible: Any, own: Any, each: Any) -> jax.Array:
+        mask = own_mask if each is None else each
+        return _attend(q, prefix, visible, turn(own, (1, 2)), mask, scale)
+
+    return blocks.mapped(some, parts, queries_BxWxKxHxE, visible, turn(own, (2, 1)), each)
+
+
+def _attend_by_tokens(
+    parts: int,
+    queries_Bx1xKxHxE: jax.Array,
+    prefix: KeyValues | None,
+    visible: jax.Array | None,
+    own: KeyValues | None,
+    own_mask: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    """`attend` of one window, some tokens at a time."""
+    shared = visible if visible is not None and visible.ndim == 3 else None
+    each = visible[:, 0] if visible is not None and shared is None else None
+    mask = own_mask
+    if own is not None:
+        mask = own_mask[:, 0] if own_mask.ndim == 4 else own_mask[None]
+
+    def some(q: jax.Array, each: Any, mask: Any) -> jax.Array:
+        visible = shared if each is None else each[:, None]
+        return _attend(q[:, None], prefix, visible, own, None if own is None else mask[:, None], scale)[:, 0]
+
+    return blocks.mapped(some, parts, queries_Bx1xKxHxE[:, 0], each, mask)[:, None]
+
+
+def _attend(
+    queries_BxWxKxHxE: jax.Array,
+    prefix: KeyValues | None,
+    visible: jax.Array | None,
+    own: KeyValues | None,
+    own_mask: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    """`attend`, all at once."""
     B, W, K, H, E = queries_BxWxKxHxE.shape
     G = (prefix or own).keys.shape[1]
     q = (queries_BxWxKxHxE * scale).reshape(B, W, K, G, H // G, E).transpose(0, 3, 1, 4, 2, 5)
@@ -171,7 +269,9 @@ def attend(
     largest = functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for s, _ in parts))
     weights = [jnp.exp(s - jax.lax.stop_gradient(largest)) for s, _ in parts]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
-    out = sum(product((w / total).astype(q.dtype)) for w, (_, product) in zip(weights, parts, strict=True))
+    # divided by the sum last: on an accelerator a pass less over the weights
+    out = sum(product(w.astype(q.dtype)) for w, (_, product) in zip(weights, parts, strict=True))
+    out = (out / total).astype(q.dtype)
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, W, K, H * E)
 
 
@@ -217,9 +317,9 @@ class Attention(nn.Module):
     def keys_values(self, x_BxWxKxI: jax.Array, positions_BxWxK: jax.Array) -> KeyValues:
         """Rotated keys and values of the given tokens, by window."""
         shape = (*x_BxWxKxI.shape[:3], self.kv_heads, self.head_size)
-        keys = self.key(x_BxWxKxI).reshape(shape)
+        keys = partition.keep_heads(self.key(x_BxWxKxI).reshape(shape))
         keys = rotate(self.key_norm(keys) if self.head_norm else keys, positions_BxWxK, self.rotary)
-        values = self.value(x_BxWxKxI).reshape(shape)
+        values = partition.keep_heads(self.value(x_BxWxKxI).reshape(shape))
         return KeyValues(keys.transpose(0, 3, 1, 4, 2), values.transpose(0, 3, 1, 2, 4))
 
     def __call__(
@@ -233,7 +333,7 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """Attention output `[B, W, K, D]`; see `attend` for the arguments."""
         shape = (*x_BxWxKxI.shape[:3], self.heads, self.head_size)
-        queries = self.query(x_BxWxKxI).reshape(shape)
+        queries = partition.keep_heads(self.query(x_BxWxKxI).reshape(shape))
         queries = rotate(
             self.query_norm(queries) if self.head_norm else queries, positions_BxWxK, self.rotary
         )

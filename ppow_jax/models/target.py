@@ -10,8 +10,8 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from ppow_jax import partition, processes
 from ppow_jax.models.cache import Cache
 from ppow_jax.models.layers import Attention, GatedMLP, KeyValues, Linear, RMSNorm, Rotary, product
 
@@ -108,7 +108,7 @@ class Block(nn.Module):
         positions: jax.Array,
         prefix: KeyValues | None,
         visible: jax.Array | None,
-        own_mask: jax.Array,
+        own_mask: jax.Array | None,
     ) -> tuple[jax.Array, KeyValues]:
         normed = self.attention_norm(x)
         own = self.attention.keys_values(normed, positions)
@@ -150,8 +150,7 @@ class Target(nn.Module):
         x = self.embedding(tokens_BxWxK)
         if c.embedding_scale != 1:
             x *= jnp.asarray(c.embedding_scale, x.dtype)
-        K = tokens_BxWxK.shape[-1]
-        own_mask = jnp.tril(jnp.ones((K, K), bool)) if own_mask is None else own_mask
+        x = partition.keep_rows(x)
         masks = {
             span: _within(span, positions_BxWxK, visible_BxWxS, own_mask, places_BxS)
             for span in {c.span(i) for i in range(c.layers)}
@@ -160,7 +159,7 @@ class Target(nn.Module):
         for i, layer in enumerate(self.layers):
             inputs[i] = x
             prefix = None if cache is None else cache[i]
-            x, own = layer(x, positions_BxWxK, prefix, *masks[c.span(i)])
+            x, own = partition.keep_rows(layer(x, positions_BxWxK, prefix, *masks[c.span(i)]))
             new.append(own)
         inputs[c.layers] = x
         taps = jnp.concatenate([inputs[i] for i in c.taps], -1)
@@ -181,12 +180,14 @@ def _within(
     span: int,
     positions_BxWxK: jax.Array,
     visible_BxWxS: jax.Array | None,
-    own_mask: jax.Array,
+    own_mask: jax.Array | None,
     places_BxS: jax.Array | None,
-) -> tuple[jax.Array | None, jax.Array]:
+) -> tuple[jax.Array | None, jax.Array | None]:
     """`visible` and the own mask of a layer that sees `span` tokens; 0: no fewer than any other."""
     if not span:
         return visible_BxWxS, own_mask
+    K = positions_BxWxK.shape[-1]
+    own_mask = jnp.tri(K, dtype=bool) if own_mask is None else own_mask
     own_mask = own_mask & (positions_BxWxK[..., None] - positions_BxWxK[..., None, :] < span)
     if visible_BxWxS is None:
         return None, own_mask
@@ -199,6 +200,12 @@ def head_matrix(config: TargetConfig, params: dict) -> jax.Array:
     if config.tied_head:
         return params["embedding"]["embedding"]
     return params["head"]["weight"]
+
+
+def head_at_hand(config: TargetConfig, params: dict) -> dict:
+    """The parameters for a loop of `Target.logits`: see `partition.at_hand`."""
+    module, leaf = ("embedding", "embedding") if config.tied_head else ("head", "weight")
+    return params | {module: params[module] | {leaf: partition.at_hand(params[module][leaf])}}
 
 
 def abstract_params(config: TargetConfig) -> dict:
@@ -223,6 +230,6 @@ def fingerprint(config: TargetConfig, params: dict) -> str:
     digest = hashlib.sha256(repr(sorted(shape.items(), key=str)).encode())
     for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda kv: str(kv[0])):
         step = max(1, leaf.size // 256)
-        sample = np.asarray(leaf.reshape(-1)[::step][:256].astype(jnp.bfloat16))
+        sample = processes.host(leaf.reshape(-1)[::step][:256].astype(jnp.bfloat16))
         digest.update(jax.tree_util.keystr(path).encode() + sample.tobytes())
     return digest.hexdigest()

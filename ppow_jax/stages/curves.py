@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ppow_jax import processes
 from ppow_jax.data import texts
 from ppow_jax.decode.profile import Texts
 from ppow_jax.decode.shapes import chain
@@ -51,9 +52,9 @@ def acceptance(experiment: Experiment, corpus: training.Corpus) -> training.Meas
         weights = weights_of(state["params"], experiment.target_params, state["vocab"])
         metrics = {}
         for name, s in samples.items():
-            emitted = np.asarray(simulate(drafter, weights, *s.texts, shape).emitted)
+            emitted = processes.host(simulate(drafter, weights, *s.texts, shape).emitted)
             metrics[f"{name}_tau"] = float(emitted.sum() / max(1, (emitted > 0).sum()))
-            length = np.asarray(
+            length = processes.host(
                 expected_accepted(drafter, weights, s.texts.taps, s.texts.tokens, s.texts.end, s.anchors, K)
             )
             metrics[f"{name}_sampled"] = float(length[s.real].mean())

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ppow_jax import partition, report
+from ppow_jax import partition, processes, report
 from ppow_jax.console import log
 from ppow_jax.data import conversations, features, prompts, records
 from ppow_jax.decode import cost, shapes
@@ -69,6 +69,7 @@ def run(experiment: Experiment) -> None:
     else:
         shape = shapes.parse(name)
     gamma = cost.measure_gamma(experiment.target, experiment.target_params, drafter, candidates[0].weights)
+    gamma = processes.agreed(gamma)
     results = {c.stage: {} for c in candidates}
     for name, benchmark in prompts.load(experiment.settings.evaluate.prompts, "evaluate.prompts").items():
         for stage, result in _benchmark(experiment, drafter, candidates, shape, name, benchmark).items():
@@ -119,6 +120,7 @@ def choose_shape(
         best = cost.choices(costs, drafter, candidate.weights, held_out(experiment))[0]
         known = {"mark": mark, "shape": shapes.name(best.shape)}
         known["prediction"] = {"tau": best.tau, "speedup": best.speedup, "drafter": candidate.stage}
+        known = processes.agreed(known)
         records.write_json(path, known)
     shape, predicted = shapes.parse(known["shape"]), known["prediction"]
     log.info("decode.shape auto: %s, predicted speedup %.2fx", shapes.name(shape), predicted["speedup"])
@@ -156,7 +158,7 @@ def params_sha256(params: dict) -> str:
     """sha256 over all parameters, in the order of their paths."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(partition.path_name(path).encode() + np.asarray(leaf).tobytes())
+        digest.update(partition.path_name(path).encode() + processes.host(leaf).tobytes())
     return digest.hexdigest()
 
 
@@ -179,7 +181,7 @@ def _benchmark(
     ]
     mark = hashlib.sha256(repr(identity).encode()).hexdigest()
     path = experiment.workdir / "evaluate" / f"{name}.json"
-    known = records.read_json(path)
+    known = processes.agreed(records.read_json(path))
     if known and known["mark"] == mark:
         return known["results"]
     turns = write_texts(experiment, name, benchmark)
@@ -247,7 +249,7 @@ def simulate_all(
         start_B[: len(batch)] = [len(turns[i].context) for i in batch]
         end_B[: len(batch)] = [lengths[i] for i in batch]
         for c in candidates:
-            rows = jax.tree.map(np.asarray, simulate(drafter, c.weights, taps, tokens, start_B, end_B, shape))
+            rows = processes.host(simulate(drafter, c.weights, taps, tokens, start_B, end_B, shape))
             for row, i in enumerate(batch):
                 count = int((rows.emitted[row] > 0).sum())
                 found[c.stage][i] = report.TurnRounds(*(x[row, :count] for x in rows))
@@ -281,8 +283,9 @@ def decode_all(
             began = time.perf_counter()
             out: Decoded = jax.block_until_ready(run())
             seconds = time.perf_counter() - began
+            out = processes.host(out)
             count = int(out.count[0])
-            emitted = np.asarray(out.emitted_by_round[0])
-            tokens = np.asarray(out.tokens[0, :count])
+            emitted = out.emitted_by_round[0]
+            tokens = out.tokens[0, :count]
             found[name].append(report.TurnDecoded(turn.prompt, tokens, emitted[emitted > 0], seconds))
     return found

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ppow_jax import processes
 from ppow_jax.console import log
 from ppow_jax.data import records
 from ppow_jax.errors import UserError
@@ -29,7 +30,7 @@ def run(experiment: Experiment) -> None:
     state, about = training.load_drafter(experiment, stage)
     directory = experiment.workdir / "export"
     checkpoint.save_params(directory / "drafter", state["params"])
-    vocab = np.asarray(state["vocab"]).astype(np.int64)
+    vocab = processes.host(state["vocab"]).astype(np.int64)
     manifest = {
         "format": 1,
         "stage": stage,
@@ -50,7 +51,9 @@ def run(experiment: Experiment) -> None:
     if chosen.server:
         config, where = config_from(about["drafter"]), directory / chosen.server
         about_target = (experiment.target.config, chosen.server, chosen.dtype, experiment.fingerprint)
-        eagle3.write(where, config, state["params"], vocab, *about_target)
+        params = processes.host(state["params"])
+        if processes.first():
+            eagle3.write(where, config, params, vocab, *about_target)
         log.info("export: files for %s are in %s", chosen.server, where)
 
 

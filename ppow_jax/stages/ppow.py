@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ppow_jax import adaw, advantages, objective, partition, teacher, windows
+from ppow_jax import adaw, advantages, objective, partition, processes, teacher, windows
 from ppow_jax.console import log
 from ppow_jax.data import records
 from ppow_jax.decode.cost import measure_gamma
@@ -58,7 +58,7 @@ def blank_scores(experiment: Experiment, texts: int) -> State:
         "scores": np.zeros((texts, experiment.settings.data.length), np.float32),
         "scored_at": np.full(texts, -(2**30), np.int32),
     }
-    return jax.device_put(table, partition.replicated(experiment.mesh))
+    return jax.tree.map(lambda x: partition.put(x, partition.replicated(experiment.mesh)), table)
 
 
 def gamma_of(experiment: Experiment) -> float:
@@ -73,7 +73,7 @@ def gamma_of(experiment: Experiment) -> float:
         weights = weights_of(drafter["params"], experiment.target_params, drafter["vocab"])
         module = training.drafter_of(experiment)
         gamma = measure_gamma(experiment.target, experiment.target_params, module, weights)
-        known = {"gamma": gamma}
+        known = {"gamma": processes.agreed(gamma)}
         records.write_json(path, known)
     log.info("ppow: gamma measured on this machine: %.4f", known["gamma"])
     return known["gamma"]
@@ -86,7 +86,8 @@ def stepper(experiment: Experiment, optimizer: optax.GradientTransformation, gam
     pick = make_pick(target, drafter, settings)
     roll = make_rollout(target, drafter, settings)
     verify = make_verify(target, settings, gamma, experiment.tokenizer.stop_ids)
-    update = make_update(target, drafter, optimizer, settings, experiment.mesh)
+    remat = experiment.settings.drafter.remat
+    update = make_update(target, drafter, optimizer, settings, experiment.mesh, remat)
     key = experiment.key("ppow")
     target_params = experiment.target_params
 
@@ -154,19 +155,21 @@ def criticality(
     """ADAW's score `[B, T]` of every anchor: one drafter step from each, against the target's law."""
     lesson = teacher.lesson_of(target, target_params, batch)
     weights = weights_of(state["params"], target_params, state["vocab"])
-    head = head_matrix(target.config, target_params)[state["vocab"]]
+    head = partition.at_hand(head_matrix(target.config, target_params)[state["vocab"]])
     tokens = batch["tokens"]
     B, T = tokens.shape
     prefix = windows.text_prefix(drafter, weights, lesson.taps, tokens)
     anchors = jnp.broadcast_to(jnp.minimum(jnp.arange(T), T - 2), (B, T))
-    law = jnp.take_along_axis(lesson.hidden, anchors[..., None] + 1, 1)
+    law_BxTxD = jnp.take_along_axis(lesson.hidden, anchors[..., None] + 1, 1)
 
-    def choose(_: int, logits_BxTx1xN: jax.Array):
-        divergence = objective.kl((law @ head.T)[:, :, None], logits_BxTx1xN)
+    def choose(_: int, logits_BxLx1xN: jax.Array, law_BxLxD: jax.Array):
+        divergence = objective.kl((law_BxLxD @ head.T)[:, :, None], logits_BxLx1xN)
         return jnp.zeros(divergence.shape, jnp.int32), divergence
 
     start = windows.text_starts(prefix, tokens, anchors)
-    divergence = windows.window_pass(drafter, weights, prefix.keys_values, start, choose, 1)
+    divergence = windows.window_pass(
+        drafter, weights, prefix.keys_values, start, choose, 1, lambda step: law_BxTxD
+    )
     entropy = jnp.take_along_axis(lesson.entropy, anchors + 1, 1)
     values = adaw.criticality(entropy, divergence[:, :, 0, 0], target.config.vocab_size)
     return adaw.anchor_scores(values, windows.anchor_mask(batch["assistant"]), window)
@@ -178,10 +181,11 @@ def make_update(
     optimizer: optax.GradientTransformation,
     settings: PPOWSettings,
     mesh: Mesh | None = None,
+    remat: str = "none",
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     """(learner, vocab, target parameters, batch, rollout, verdict) -> (learner, metrics); learner donated.
 
-    With a mesh the learner keeps the layout of `partition.TABLE`.
+    With a mesh the learner keeps the layout of `partition.TABLE`. `remat`: see `windows.window_pass`.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -194,13 +198,14 @@ def make_update(
         verdict: Verdict,
     ):
         lesson = teacher.lesson_of(target, target_params, batch)
-        head = head_matrix(target.config, target_params)[vocab]
-        of = functools.partial(ppow_loss, drafter, settings, target_params, vocab, head, lesson, batch)
+        head = partition.at_hand(head_matrix(target.config, target_params)[vocab])
+        counts = tuple(mask.sum() for mask in credit(settings, verdict))
+        of = functools.partial(ppow_loss, drafter, settings, target_params, vocab, head, counts, remat)
 
         def once(carry: tuple, _: None) -> tuple:
             params, opt_state = carry
-            grad = jax.value_and_grad(of, has_aux=True)
-            (loss, metrics), grads = grad(params, rollout, verdict)
+            rows = (lesson, batch, rollout, verdict)
+            (loss, metrics), grads = training.gradient(of, params, settings.accumulate, *rows)
             updates, opt_state = optimizer.update(grads, opt_state, params)
             metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
             return (optax.apply_updates(params, updates), opt_state), metrics
@@ -222,17 +227,19 @@ def ppow_loss(
     target_params: dict,
     vocab: jax.Array,
     head_NxD: jax.Array,
+    counts: tuple[jax.Array, jax.Array],
+    remat: str,
+    params: dict,
     lesson: teacher.Lesson,
     batch: Batch,
-    params: dict,
     rollout: Rollout,
     verdict: Verdict,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Clipped surrogate plus beta KL(P || Q), both per token.
+    """Clipped surrogate plus beta KL(P || Q), both per token; of a part of a batch, its share in both.
 
-    The surrogate runs over the credited tokens. The KL runs over the tokens whose context the target
-    accepted (j <= k): where the text is greedy that is where P is known, and it is the only place that
-    decoding ever visits.
+    `counts` are those of `credit` in the whole batch. The surrogate runs over the credited tokens. The KL
+    runs over the tokens whose context the target accepted (j <= k): where the text is greedy that is where P
+    is known, and it is the only place that decoding ever visits.
     """
     weights = weights_of(params, target_params, vocab)
     prefix = windows.text_prefix(drafter, weights, lesson.taps, batch["tokens"])
@@ -240,23 +247,43 @@ def ppow_loss(
 
     as_one = drafted_as_one(settings)
 
-    def choose(step: int, logits: jax.Array):
-        ids = rollout.ids[..., step]
+    def given(step: int):
+        ahead = windows.text_ahead(batch["tokens"], rollout.anchors, step)
+        onward = ahead if as_one else rollout.tokens[..., step]
+        return rollout.ids[..., step], onward, verdict.context[..., step, :]
+
+    def choose(step: int, logits: jax.Array, told: tuple[jax.Array, ...]):
+        ids, onward, context = told
         logp = jax.nn.log_softmax(logits / settings.rollout_temperature)
         entropy = -jnp.sum(jnp.exp(logp) * logp, -1)
-        divergence = objective.kl(verdict.context[..., step, :] @ head_NxD.T, logits)
+        divergence = objective.kl(context @ head_NxD.T, logits)
         chosen = jnp.take_along_axis(
             jnp.broadcast_to(logp, (*ids.shape, logp.shape[-1])), ids[..., None], -1
         )[..., 0]
-        onward = rollout.tokens[..., step]
-        if as_one:
-            onward = windows.text_ahead(batch["tokens"], rollout.anchors, step)
-        stats = (chosen, *(jnp.broadcast_to(x, ids.shape) for x in (entropy, divergence)))
-        return onward, stats
+        return onward, (chosen, *(jnp.broadcast_to(x, ids.shape) for x in (entropy, divergence)))
 
     log_prob, entropy, divergence = windows.window_pass(
-        drafter, weights, prefix.keys_values, start, choose, settings.window
+        drafter, weights, prefix.keys_values, start, choose, settings.window, given, remat
     )
+    credited, reached = credit(settings, verdict)
+    mean_credited = functools.partial(objective.masked_mean, mask=credited, count=counts[0])
+    mean_reached = functools.partial(objective.masked_mean, mask=reached, count=counts[1])
+    advantage = verdict.advantage[..., None]
+    loss = objective.clipped_policy_loss(log_prob, rollout.log_prob, advantage, settings.clip)
+    clipped = objective.clip_fraction(log_prob, rollout.log_prob, advantage, settings.clip)
+    policy, kl = mean_credited(loss), mean_reached(divergence)
+    gap = jnp.max(jnp.where(verdict.valid, jnp.abs(log_prob - rollout.log_prob), 0.0))
+    return policy + settings.kl_weight * kl, {
+        "policy_loss": policy,
+        "kl": kl,
+        "clip_fraction": mean_credited(clipped),
+        "entropy": mean_reached(entropy),
+        "log_prob_gap": gap,
+    }
+
+
+def credit(settings: PPOWSettings, verdict: Verdict) -> tuple[jax.Array, jax.Array]:
+    """bool `[B, A, G, K]` both: tokens that the advantage credits, and those whose context was accepted."""
     reached = jnp.arange(settings.window) <= verdict.accepted[..., None]
     credited = verdict.valid
     if settings.credit == "accepted":
@@ -265,19 +292,7 @@ def ppow_loss(
         near = (verdict.proximity > 0).any(-1, keepdims=True)
         judged = (verdict.accepted == 0) & near
         credited &= reached | judged[..., None]
-    advantage = verdict.advantage[..., None]
-    loss = objective.clipped_policy_loss(log_prob, rollout.log_prob, advantage, settings.clip)
-    clipped = objective.clip_fraction(log_prob, rollout.log_prob, advantage, settings.clip)
-    policy = objective.masked_mean(loss, credited)
-    kl = objective.masked_mean(divergence, verdict.valid & reached)
-    gap = jnp.max(jnp.where(verdict.valid, jnp.abs(log_prob - rollout.log_prob), 0.0))
-    return policy + settings.kl_weight * kl, {
-        "policy_loss": policy,
-        "kl": kl,
-        "clip_fraction": objective.masked_mean(clipped, credited),
-        "entropy": objective.masked_mean(entropy, verdict.valid & reached),
-        "log_prob_gap": gap,
-    }
+    return credited, verdict.valid & reached
 
 
 def reward_metrics(rollout: Rollout, verdict: Verdict) -> dict[str, jax.Array]:

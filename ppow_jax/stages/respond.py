@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 
-from ppow_jax import partition
+from ppow_jax import partition, processes
 from ppow_jax.console import log
 from ppow_jax.data import features, records
 from ppow_jax.data.builtin import Prompt
@@ -44,7 +44,7 @@ def run(experiment: Experiment) -> None:
     chunks = [imported[i : i + _IMPORT_ROWS] for i in range(0, len(imported), _IMPORT_ROWS)]
     done = set(records.shards(directory))
     for i, chunk in enumerate(chunks):
-        if f"import-{i:05}" not in done and jax.process_index() == 0:
+        if f"import-{i:05}" not in done:
             records.write_shard(directory, f"import-{i:05}", (c.record() for c in chunk))
     if imported:
         log.info("respond: %d conversations taken from %s", len(imported), settings.responses)
@@ -90,17 +90,16 @@ def write(
         log.info("%s: %d prompts of more than %d tokens left out: config.data.length", label,
                  len(prompts) - len(fitting), longest)  # fmt: skip
     batches = batches_of(fitting, lengths, batch_size, max_new_tokens)
-    done = set(records.shards(directory))
+    done = set(processes.agreed(records.shards(directory)))
     todo = [(i, batch) for i, batch in enumerate(batches) if f"write-{i:05}" not in done]
     began, tokens = time.monotonic(), 0
     for n, (i, batch) in enumerate(todo, 1):
         seed = jax.random.fold_in(experiment.key("respond"), i)
         dtype = feature_dtype if kept else ""
         conversations = converse(experiment, batch, batch_size, max_new_tokens, temperature, seed, dtype)
-        if jax.process_index() == 0:
-            if kept:
-                features.write(kept, f"write-{i:05}", [c.features for c in conversations], dtype)
-            records.write_shard(directory, f"write-{i:05}", (c.record() for c in conversations))
+        if kept:
+            features.write(kept, f"write-{i:05}", [c.features for c in conversations], dtype)
+        records.write_shard(directory, f"write-{i:05}", (c.record() for c in conversations))
         tokens += sum(sum(c.assistant) for c in conversations)
         seconds = time.monotonic() - began
         log.info(
@@ -112,6 +111,7 @@ def write(
             tokens / seconds,
             duration(seconds / n * (len(todo) - n)),
         )
+    processes.together(f"{label} is written")
 
 
 def lengths_of(experiment: Experiment, prompts: list[Prompt], max_new_tokens: int) -> dict[str, int]:

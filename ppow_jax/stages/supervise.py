@@ -106,6 +106,8 @@ def stepper(
         settings.window,
         settings.decay,
         experiment.mesh,
+        settings.accumulate,
+        experiment.settings.drafter.remat,
     )
 
     def step(number: int, state: State, batch: Batch) -> tuple[State, Mapping[str, Any]]:
@@ -125,10 +127,13 @@ def make_update(
     window: int,
     decay: float,
     mesh: Mesh | None = None,
+    accumulate: int = 1,
+    remat: str = "none",
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     """(learner, vocab, target parameters, batch, key) -> (learner, metrics); learner donated.
 
-    With a mesh the learner keeps the layout of `partition.TABLE`.
+    With a mesh the learner keeps the layout of `partition.TABLE`. `accumulate`: the parts of the batch that
+    the gradient is added up from; `remat`: see `windows.window_pass`.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -136,15 +141,17 @@ def make_update(
         lesson = teacher.lesson_of(target, target_params, batch)
         mask_BxT = windows.anchor_mask(batch["assistant"])
         anchors_BxA, real_BxA = adaw.sample_anchors(key, mask_BxT.astype(jnp.float32), anchors)
-        head = head_matrix(target.config, target_params)[vocab]
+        head = partition.at_hand(head_matrix(target.config, target_params)[vocab])
 
-        def loss_of(params: dict):
+        whole = (batch, anchors_BxA, real_BxA)
+        counts_K = jnp.stack([_valid(*whole, step).sum() for step in range(window)])
+
+        def loss_of(params: dict, *rows: Any):
             weights = weights_of(params, target_params, vocab)
-            return supervised_loss(
-                drafter, weights, head, lesson, batch, anchors_BxA, real_BxA, window, decay
-            )
+            return supervised_loss(drafter, weights, head, *rows, counts_K, decay, remat)
 
-        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(learner["params"])
+        rows = (lesson, *whole)
+        (loss, metrics), grads = training.gradient(loss_of, learner["params"], accumulate, *rows)
         updates, opt_state = optimizer.update(grads, learner["opt_state"], learner["params"])
         params = optax.apply_updates(learner["params"], updates)
         metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
@@ -161,34 +168,52 @@ def supervised_loss(
     batch: Batch,
     anchors_BxA: jax.Array,
     real_BxA: jax.Array,
-    window: int,
+    counts_K: jax.Array,
     decay: float,
+    remat: str = "none",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Training-time-test loss over the given anchors (EAGLE-3, section 3.2).
 
+    Args:
+      drafter, weights, head_NxD, lesson, batch, anchors_BxA, real_BxA: a batch, or a part of one.
+      counts_K: valid anchors of each step in the whole batch; as many as the steps of a window.
+      decay, remat: as in the settings.
+
     Returns:
       sum over j of decay ** j times the mean cross-entropy of step j, and the accuracy of each step
-      against the text.
+      against the text; of a part of a batch, its share in both.
     """
-    tokens_BxT = batch["tokens"]
-    T = tokens_BxT.shape[1]
+    tokens_BxT, window = batch["tokens"], len(counts_K)
     prefix = windows.text_prefix(drafter, weights, lesson.taps, tokens_BxT)
     start = windows.text_starts(prefix, tokens_BxT, anchors_BxA)
 
-    def at(values: jax.Array, step: int) -> jax.Array:
-        positions = jnp.minimum(anchors_BxA + step, T - 1)
-        return jnp.take_along_axis(values, positions.reshape(*positions.shape, *[1] * (values.ndim - 2)), 1)
-
-    def choose(step: int, logits_BxAx1xN: jax.Array):
+    def given(step: int):
+        valid = _valid(batch, anchors_BxA, real_BxA, step)
         token = windows.text_ahead(tokens_BxT, anchors_BxA, step)
-        valid = real_BxA & (anchors_BxA + step + 2 < T) & at(batch["assistant"], step + 2)
-        target_logits = (at(lesson.hidden, step + 1) @ head_NxD.T)[:, :, None]
-        loss = objective.cross_entropy(target_logits, logits_BxAx1xN)
-        hit = weights.vocab[likeliest(logits_BxAx1xN)] == token
-        return token, (loss, hit.astype(jnp.float32), valid[..., None])
+        return token, _at(lesson.hidden, anchors_BxA + step + 1), valid[..., None]
 
-    loss, hit, valid = windows.window_pass(drafter, weights, prefix.keys_values, start, choose, window)
-    mean = jax.vmap(objective.masked_mean, in_axes=-1)
-    accuracy_K = mean(hit, valid)
-    total = jnp.sum(mean(loss, valid) * decay ** jnp.arange(window))
+    def choose(step: int, logits_BxLx1xN: jax.Array, told: tuple[jax.Array, ...]):
+        token, law_BxLxD, valid = told
+        loss = objective.cross_entropy((law_BxLxD @ head_NxD.T)[:, :, None], logits_BxLx1xN)
+        hit = weights.vocab[likeliest(logits_BxLx1xN)] == token
+        return token, (loss, hit.astype(jnp.float32), valid)
+
+    loss, hit, valid = windows.window_pass(
+        drafter, weights, prefix.keys_values, start, choose, window, given, remat
+    )
+    mean = jax.vmap(objective.masked_mean, in_axes=(-1, -1, 0))
+    accuracy_K = mean(hit, valid, counts_K)
+    total = jnp.sum(mean(loss, valid, counts_K) * decay ** jnp.arange(window))
     return total, {f"accuracy_{j}": accuracy_K[j] for j in range(window)}
+
+
+def _at(values_BxT: jax.Array, positions_BxA: jax.Array) -> jax.Array:
+    """Values `[B, A, ...]` at positions, or at the last one where these lie beyond."""
+    where = jnp.minimum(positions_BxA, values_BxT.shape[1] - 1)
+    return jnp.take_along_axis(values_BxT, where.reshape(*where.shape, *[1] * (values_BxT.ndim - 2)), 1)
+
+
+def _valid(batch: Batch, anchors_BxA: jax.Array, real_BxA: jax.Array, step: int) -> jax.Array:
+    """bool `[B, A]`: the anchors whose window has the target's own token at a step."""
+    ahead = anchors_BxA + step + 2
+    return real_BxA & (ahead < batch["tokens"].shape[1]) & _at(batch["assistant"], ahead)

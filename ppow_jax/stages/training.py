@@ -1,5 +1,6 @@
 """What the training stages share: state, batches, and the loop that saves, measures and resumes."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ppow_jax import partition, teacher
+from ppow_jax import partition, preemption, teacher
 from ppow_jax.console import log
 from ppow_jax.data import features, texts
 from ppow_jax.errors import ConfigError, UserError
@@ -138,7 +139,7 @@ def place(experiment: Experiment, state: State, optimizer: optax.GradientTransfo
     """Lays a state out on the mesh and adds a fresh optimiser state."""
     params = partition.shard(state["params"], experiment.mesh)
     opt_state = partition.shard(optimizer.init(params), experiment.mesh)
-    vocab = jax.device_put(np.asarray(state["vocab"]), partition.replicated(experiment.mesh))
+    vocab = partition.put(state["vocab"], partition.replicated(experiment.mesh))
     return {"params": params, "opt_state": opt_state, "vocab": vocab}
 
 
@@ -185,6 +186,36 @@ def split(state: State) -> tuple[State, jax.Array]:
     return {k: state[k] for k in ("params", "opt_state")}, state["vocab"]
 
 
+def gradient(
+    loss_of: Callable[..., tuple[jax.Array, dict[str, jax.Array]]], params: dict, parts: int, *rows: Any
+) -> tuple[tuple[jax.Array, dict[str, jax.Array]], dict]:
+    """((loss, metrics), gradient) of a loss that is a sum over rows, in equal parts, one after the other.
+
+    Args:
+      loss_of: (params, *rows) -> loss, metrics; both add up over parts, but for metrics named `..._gap`, of
+        which the largest counts.
+      params: what the gradient is of.
+      parts: divides the rows.
+      rows: trees of arrays `[B, ...]`.
+    """
+    grad = jax.value_and_grad(loss_of, has_aux=True)
+    if parts == 1:
+        return grad(params, *rows)
+
+    def cut(x: jax.Array) -> jax.Array:
+        # every parts-th row, so that a part lies on all devices as the whole does
+        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+    def add(path: tuple, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.maximum(a, b) if str(path[-1]).endswith("_gap']") else a + b
+
+    def one(total: Any, part: tuple) -> tuple[Any, None]:
+        return jax.tree_util.tree_map_with_path(add, total, grad(params, *partition.keep_rows(part))), None
+
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, params, *rows))
+    return jax.lax.scan(one, blank, jax.tree.map(cut, rows))[0]
+
+
 Step = Callable[[int, State, Batch], tuple[State, Mapping[str, Any]]]
 Measure = Callable[[State], Mapping[str, Any]]
 
@@ -214,11 +245,14 @@ def train(
       measure: acceptance metrics (see `curves`), `log.curve_points` times.
 
     Raises:
-      UserError: a loss that is not finite; the newest checkpoint is then from before it.
+      UserError: a loss that is not finite, the newest checkpoint is then from before it; or the last step
+        could not be saved.
+      Stopped: the run was asked to end, and is saved.
     """
     every = experiment.settings.log
     seed = int(jax.random.randint(experiment.key(order), (), 0, 2**31 - 1))
-    batches = texts.iterate(corpus.train, batch_size, seed)
+    rows = partition.rows_here(experiment.mesh, batch_size)
+    batches = texts.iterate(corpus.train, batch_size, seed, rows)
     store = checkpoints(experiment, stage)
     done, seconds = 0, 0.0
     if store.latest is not None:
@@ -231,10 +265,10 @@ def train(
         "steps": steps,
     }
     writer = Writer(experiment.workdir, stage, steps, done, seconds, every.every_steps, every.tensorboard)
-    with writer:
+    with contextlib.closing(store), writer, preemption.at_steps():
         for number in range(done + 1, steps + 1):
             began = time.monotonic()
-            batch = partition.shard_batch(next(batches), experiment.mesh)
+            batch = partition.assemble(next(batches), experiment.mesh, batch_size)
             waited = time.monotonic() - began
             state, metrics = step(number, state, batch)
             metrics = dict(metrics) | {"seconds_waiting_for_data": round(waited, 4)}
@@ -242,10 +276,14 @@ def train(
             if number * every.curve_points // steps > (number - 1) * every.curve_points // steps:
                 metrics |= measure(state)
             writer.write(number, metrics)
-            if number % every.checkpoint_every_steps == 0 or last:
+            stop = preemption.asked(number)
+            if number % every.checkpoint_every_steps == 0 or last or stop:
                 writer.flush()  # refuses a loss that is not finite before it is saved
                 store.save(number, state, batches, about | {"seconds": writer.seconds})
-    store.close()
+            if last or stop:
+                store.require(number)
+            if stop and not last:
+                raise preemption.Stopped(f"{stage} is saved after step {number} of {steps}")
 
 
 def drafter_of(experiment: Experiment) -> Drafter:

@@ -236,7 +236,7 @@ def compare(directory: pathlib.Path) -> int:
         drafter = Drafter(dataclasses.replace(theirs.config, embedding_size=0))
         prefix = windows.text_prefix(drafter, weights, taps, tokens)
         start = windows.text_starts(prefix, tokens, anchors)
-        given = lambda step, x: (windows.text_ahead(tokens, anchors, step), x)  # noqa: E731
+        given = lambda step, x, _: (windows.text_ahead(tokens, anchors, step), x)  # noqa: E731
         found = windows.window_pass(drafter, weights, prefix.keys_values, start, given, STEPS)
         difference = np.abs(
             np.moveaxis(np.asarray(found)[0, :, 0], -1, 1) - np.load(directory / f"{name}.npy")

@@ -1,0 +1,1 @@
+"""Compiles the real steps for TPU slices that are not there."""

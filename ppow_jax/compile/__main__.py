@@ -1,0 +1,60 @@
+"""Compiles every step of a run for a TPU slice, on a machine without one, from shapes alone.
+
+  python -m ppow_jax.compile --config=configs/llama31_8b.py --topology=v5p:2x2x4 [--config.KEY=VALUE ...]
+
+Prints for every step what a chip holds, what chips send each other, and how long the compiler expects it to
+take. It wants `pip install 'ppow_jax[tpu]'`, and no weights. What the figures mean: docs/scaling.md.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from ppow_jax import console, memory, settings
+from ppow_jax.compile import chips, report, steps, targets
+from ppow_jax.console import log
+from ppow_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/.")
+_TOPOLOGY = flags.DEFINE_string("topology", "", "The slice, as v5p:2x2x4, v5e:4x4, v6e:2x4, v4:2x2x2.")
+_ROWS = flags.DEFINE_integer("rows_per_chip", 0, "Rows of every batch over chips; 0: the config's batches.")
+_STEPS = flags.DEFINE_string("steps", "", "Some of respond, supervise, ppow, decode, by commas; empty: all.")
+_OUT = flags.DEFINE_string("out", "", "A file for the figures as JSON lines, added to it.")
+
+
+def main(argv: list[str]) -> None:
+    """Compiles and reports."""
+    console.setup()
+    if len(argv) > 1 or _CONFIG.value is None or not _TOPOLOGY.value:
+        raise UserError("expected --config=configs/NAME.py and --topology=KIND:SHAPE; see --help")
+    config = _CONFIG.value
+    chip, mesh = chips.slice_mesh(_TOPOLOGY.value, settings.from_config(config).mesh)
+    if _ROWS.value:
+        for stage in ("respond", "supervise", "ppow"):
+            config[stage].batch_size = _ROWS.value * mesh.size
+    chosen = settings.from_config(config)
+    plan = steps.plan(chosen, targets.shape_of(chosen.target), mesh)
+    wanted = [name for name in _STEPS.value.split(",") if name] or list(steps.GROUPS)
+    if unknown := [name for name in wanted if name not in steps.GROUPS]:
+        raise UserError(f"--steps: found {unknown[0]!r}, expected some of {', '.join(steps.GROUPS)}")
+    log.info("compile: %s on %s: mesh %s", chosen.target.path, _TOPOLOGY.value, dict(mesh.shape))
+    rows = []
+    with jax.set_mesh(mesh):
+        for name in wanted:
+            for row in report.compile_steps(steps.GROUPS[name], plan, chip):
+                rows.append(row)
+                if _OUT.value:
+                    about = {"config": chosen.target.path, "topology": _TOPOLOGY.value, "chips": mesh.size}
+                    with pathlib.Path(_OUT.value).open("a") as file:
+                        file.write(json.dumps(about | row) + "\n")
+    report.show(f"{chosen.target.path} on {_TOPOLOGY.value}, {mesh.size} chips", rows, chip)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    memory.ask_libtpu()
+    console.command(main, sys.modules[__name__], console.parse_with_config)

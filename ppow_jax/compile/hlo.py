@@ -1,0 +1,154 @@
+"""What a compiled TPU program does, read from its text: cycles, and bytes that chips send each other.
+
+The compiler's own summary (`cost_analysis`) counts the body of a loop once. Here it counts as often as the
+loop runs; a loop whose number of rounds depends on data counts once.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+_WIDE = {"f64": 8, "s64": 8, "u64": 8, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1}
+
+
+@dataclasses.dataclass
+class Costs:
+    """Of one run on one chip.
+
+    Attributes:
+      cycles: that the compiler expects of all fusions, one after the other.
+      counts: collectives by kind.
+      bytes: that they send, by kind.
+    """
+
+    cycles: float = 0.0
+    counts: Counter = dataclasses.field(default_factory=Counter)
+    bytes: Counter = dataclasses.field(default_factory=Counter)
+
+    def add(self, other: "Costs", times: float = 1) -> None:
+        """Adds what runs `times` times."""
+        self.cycles += times * other.cycles
+        for kind in other.counts:
+            self.counts[kind] += times * other.counts[kind]
+            self.bytes[kind] += times * other.bytes[kind]
+
+
+@dataclasses.dataclass
+class _Instruction:
+    name: str
+    shape: str
+    opcode: str
+    operands: list[str]
+    rest: str
+
+
+_HEAD = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
+_LINE = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([^\s,}]+)")
+
+
+def analyse(text: str) -> Costs:
+    """The costs of a program.
+
+    Args:
+      text: the optimised HLO module, as `Compiled.as_text` gives it.
+    """
+    computations, entry = _parse(text)
+    known: dict[str, Costs] = {}
+
+    def of(name: str) -> Costs:
+        if name not in known:
+            known[name] = total = Costs()
+            for instruction in computations[name].values():
+                total.add(_own(instruction))
+                if instruction.opcode == "while":
+                    body = _attribute(instruction, "body")
+                    total.add(of(body), _rounds(computations, name, instruction))
+                elif instruction.opcode == "conditional":
+                    branches = [of(b) for b in _branches(instruction)]
+                    total.add(max(branches, key=lambda c: c.cycles))
+                elif instruction.opcode in ("call", "async-start"):
+                    total.add(of(_CALLED.search(instruction.rest)[1]))
+        return known[name]
+
+    return of(entry)
+
+
+def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+    computations: dict[str, dict[str, _Instruction]] = {}
+    entry, here = "", {}
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            here = computations[head[2]] = {}
+            entry = head[2] if head[1] else entry
+        elif found := _LINE.match(line):
+            name, shape, opcode, rest = found.groups()
+            operands = re.findall(r"%([^\s,)]+)", rest.split("), ")[0])
+            here[name] = _Instruction(name, shape, opcode, operands, rest)
+    return computations, entry
+
+
+def _own(instruction: _Instruction) -> Costs:
+    costs = Costs()
+    if found := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest):
+        costs.cycles = float(found[1])
+    kind = instruction.opcode.removesuffix("-start")
+    if kind in COLLECTIVES:
+        costs.counts[kind] = 1
+        costs.bytes[kind] = _sent(kind, instruction)
+    return costs
+
+
+def _sent(kind: str, instruction: _Instruction) -> float:
+    """Bytes that a chip sends, in a ring of the N chips of a group."""
+    group = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", instruction.rest)
+    n = 1 if not group else int(group[2]) if group[2] else group[1].count(",") + 1
+    largest = max((_size(*shape) for shape in _shapes(instruction.shape)), default=0.0)
+    share = (n - 1) / n if group else 1.0
+    return largest * {"collective-permute": 1.0, "all-reduce": 2 * share}.get(kind, share)
+
+
+def _shapes(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"(\w+)\[([\d,]*)\]", text)
+
+
+def _size(dtype: str, dimensions: str) -> float:
+    size = (_BYTES | _WIDE).get(dtype, 0)
+    for dimension in filter(None, dimensions.split(",")):
+        size *= int(dimension)
+    return size
+
+
+def _attribute(instruction: _Instruction, name: str) -> str:
+    return re.search(rf"{name}=%([^\s,}}]+)", instruction.rest)[1]
+
+
+def _branches(instruction: _Instruction) -> list[str]:
+    if found := re.search(r"branch_computations=\{([^}]*)\}", instruction.rest):
+        return re.findall(r"%([^\s,]+)", found[1])
+    return [_attribute(instruction, f"{which}_computation") for which in ("true", "false")]
+
+
+def _rounds(computations: dict[str, dict[str, _Instruction]], name: str, loop: _Instruction) -> float:
+    """How often a loop runs that counts from a constant to a constant; else 1."""
+    condition = computations[_attribute(loop, "condition")]
+    body = computations[_attribute(loop, "body")]
+    test = list(condition.values())[-1]
+    if test.opcode != "compare" or "direction=LT" not in test.rest:
+        return 1
+    counter, end = (condition.get(operand) for operand in test.operands)
+    if _constant(end) is None or counter is None or counter.opcode != "get-tuple-element":
+        return 1
+    at = int(re.search(r"index=(\d+)", counter.rest)[1])
+    step = body[list(body.values())[-1].operands[at]]
+    by = [c for o in step.operands if (c := _constant(body.get(o)))] if step.opcode == "add" else []
+    start = computations[name].get(loop.operands[0])
+    first = _constant(computations[name].get(start.operands[at])) if start and start.operands[at:] else 0
+    return -(-(_constant(end) - (first or 0)) // by[0]) if by else 1
+
+
+def _constant(instruction: _Instruction | None) -> int | None:
+    found = instruction and instruction.opcode == "constant" and re.match(r"(\d+)\)", instruction.rest)
+    return int(found[1]) if found else None

@@ -1,0 +1,39 @@
+"""How many operations a program asks for: its matrix products, from JAX's own description of it."""
+
+import math
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def operations(jaxpr: core.ClosedJaxpr | Any) -> float:
+    """Multiplications and additions of all matrix products, on all devices together.
+
+    The body of a `scan` counts as often as it runs; of a `while`, whose rounds depend on data, once; of the
+    branches of a condition the dearest.
+    """
+    total = 0.0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if equation.primitive.name == "dot_general":
+            total += _product(equation)
+            continue
+        parts = [operations(j) for j in _inner(equation.params)]
+        if equation.primitive.name == "scan":
+            total += equation.params["length"] * sum(parts)
+        elif equation.primitive.name == "cond":
+            total += max(parts)
+        else:
+            total += sum(parts)
+    return total
+
+
+def _product(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+
+
+def _inner(params: dict[str, Any]) -> list[Any]:
+    is_one = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")  # noqa: E731
+    return [x for x in jax.tree.leaves(list(params.values()), is_leaf=is_one) if is_one(x)]

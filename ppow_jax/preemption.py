@@ -1,0 +1,51 @@
+"""SIGTERM, with which schedulers take machines back: save what there is and end, soon.
+
+Work that saves itself step by step runs within `at_steps` and asks `asked` after each; anywhere else the
+process ends at once, as what is finished is on disk.
+"""
+
+import contextlib
+import signal
+import sys
+import types
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+STATUS = 75  # of the process: "try again later" in sysexits.h
+_steps = False  # within `at_steps`
+_asked = False
+
+
+class Stopped(Exception):
+    """The run ends here, saved, to be started again."""
+
+
+def install() -> None:
+    """Takes SIGTERM. Of several processes JAX's own service takes it, and tells the others."""
+    if jax.process_count() == 1:
+        signal.signal(signal.SIGTERM, _on_signal)
+
+
+def _on_signal(number: int, frame: types.FrameType | None) -> None:
+    global _asked
+    _asked = True
+    if not _steps:
+        sys.exit(STATUS)
+
+
+@contextlib.contextmanager
+def at_steps() -> Iterator[None]:
+    """Within it SIGTERM waits until `asked` is called."""
+    global _steps
+    _steps = True
+    try:
+        yield
+    finally:
+        _steps = False
+
+
+def asked(step: int) -> bool:
+    """Whether the run is to end after this step; of several processes all get the same answer."""
+    return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else _asked

@@ -1,0 +1,207 @@
+"""What a program costs, read from its text; and, where libtpu is, steps compiled for a slice."""
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ppow_jax import settings
+from ppow_jax.compile import chips, hlo, report, steps, targets
+from ppow_jax.compile.operations import operations
+from ppow_jax.errors import UserError
+
+CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d","iteration_bounds":["1"]}}'
+PROGRAM = f"""HloModule jit_f, is_scheduled=true
+
+%inner (p.1: bf16[8,4]) -> bf16[8,4] {{
+  ROOT %p.1 = bf16[8,4]{{1,0:T(8,128)}} parameter(0)
+}}
+
+%cond (c.1: (s32[], bf16[8,4])) -> pred[] {{
+  %c.1 = (s32[]{{:T(128)}}, bf16[8,4]{{1,0}}) parameter(0)
+  %limit = s32[]{{:T(128)}} constant(11)
+  %at = s32[]{{:T(128)}} get-tuple-element(%c.1), index=0
+  ROOT %lt = pred[]{{:T(512)}} compare(%at, %limit), direction=LT
+}}
+
+%body (b.1: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {{
+  %b.1 = (s32[]{{:T(128)}}, bf16[8,4]{{1,0}}) parameter(0)
+  %at.1 = s32[]{{:T(128)}} get-tuple-element(%b.1), index=0
+  %x = bf16[8,4]{{1,0}} get-tuple-element(%b.1), index=1
+  %two = s32[]{{:T(128)}} constant(2)
+  %next = s32[]{{:T(128)}} add(%at.1, %two)
+  %fusion.1 = bf16[8,4]{{1,0}} fusion(%x), kind=kLoop, calls=%inner, {CYCLES % 100}
+  %sent = (bf16[8,4]{{1,0}}, bf16[8,4]{{1,0}}) collective-permute-start(%fusion.1), channel_id=1
+  %got = bf16[8,4]{{1,0}} collective-permute-done(%sent)
+  ROOT %out = (s32[]{{:T(128)}}, bf16[8,4]{{1,0}}) tuple(%next, %got)
+}}
+
+%wait (w.1: (s32[], bf16[8,4])) -> pred[] {{
+  %w.1 = (s32[]{{:T(128)}}, bf16[8,4]{{1,0}}) parameter(0)
+  ROOT %again = pred[] fusion(%w.1), kind=kLoop, calls=%inner
+}}
+
+%dear (d.1: bf16[8,4]) -> bf16[8,4] {{
+  %d.1 = bf16[8,4]{{1,0}} parameter(0)
+  ROOT %fusion.2 = bf16[8,4]{{1,0}} fusion(%d.1), kind=kLoop, calls=%inner, {CYCLES % 5000}
+}}
+
+ENTRY %main (arg: bf16[8,4]) -> bf16[8,4] {{
+  %arg = bf16[8,4]{{1,0:T(8,128)}} parameter(0)
+  %three = s32[]{{:T(128)}} constant(3)
+  %begin = (s32[]{{:T(128)}}, bf16[8,4]{{1,0}}) tuple(%three, %arg)
+  %loop = (s32[]{{:T(128)}}, bf16[8,4]{{1,0}}) while(%begin), condition=%cond, body=%body
+  %loop.2 = (s32[]{{:T(128)}}, bf16[8,4]{{1,0}}) while(%loop), condition=%wait, body=%body
+  %y = bf16[8,4]{{1,0}} get-tuple-element(%loop.2), index=1
+  %all = bf16[32,4]{{1,0}} all-gather(%y), replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}, dimensions={{0}}
+  %sum = f32[8,4]{{1,0}} all-reduce(%y), replica_groups=[2,4]<=[8], to_apply=%inner
+  %which = pred[]{{:T(512)}} constant(true)
+  %either = bf16[8,4]{{1,0}} conditional(%which, %y, %y), true_computation=%dear, false_computation=%inner
+  ROOT %last = bf16[8,4]{{1,0}} fusion(%either), kind=kLoop, calls=%inner, {CYCLES % 7}
+}}
+"""
+
+
+def test_loops_count_as_often_as_they_run_and_branches_as_the_dearest():
+    """From 3 to 11 by 2: four times; a loop that ends when data say so: once."""
+    assert hlo.analyse(PROGRAM).cycles == 100 * 4 + 100 + 5000 + 7
+
+
+def test_bytes_that_chips_send():
+    """In a ring of four: of what is gathered three quarters, of what is summed twice that."""
+    costs = hlo.analyse(PROGRAM)
+    array = 8 * 4
+    assert costs.counts == {"collective-permute": 5, "all-gather": 1, "all-reduce": 1}
+    assert costs.bytes["collective-permute"] == 5 * array * 2
+    assert costs.bytes["all-gather"] == 4 * array * 2 * 3 / 4
+    assert costs.bytes["all-reduce"] == 2 * array * 4 * 3 / 4
+
+
+def test_operations_of_products_in_loops_branches_and_gradients():
+    w = jnp.ones((4, 5))
+
+    def loss(w, x):
+        def body(carry, _):
+            return carry @ w @ w.T, None
+
+        x, _ = jax.lax.scan(body, x, length=6)
+        return jax.lax.cond(x.sum() > 0, lambda: (x @ w).sum(), lambda: x.sum())
+
+    x = jnp.ones((3, 4))
+    product = 2 * 3 * 4 * 5
+    assert operations(jax.make_jaxpr(loss)(w, x)) == 6 * 2 * product + product
+    assert operations(jax.make_jaxpr(jax.grad(loss))(w, x)) >= 3 * 6 * 2 * product
+
+
+def test_shapes_of_the_papers_targets():
+    """Their parameters, in billions, as their makers state them."""
+    want = {
+        "meta-llama/Llama-3.1-8B-Instruct": 8.03,
+        "meta-llama/Llama-3.3-70B-Instruct": 70.55,
+        "Qwen/Qwen3-8B": 8.19,
+        "Qwen/Qwen3-32B": 32.76,
+        "lmsys/vicuna-7b-v1.5": 6.74,
+        "lmsys/vicuna-13b-v1.5": 13.02,
+    }
+    assert set(want) == set(targets.KNOWN)
+    for path, billions in want.items():
+        shape = targets.shape_of(settings.TargetSettings(path, "bfloat16", ()))
+        leaves = jax.tree.leaves(steps.target_shapes(shape))
+        assert sum(x.size for x in leaves) / 1e9 == pytest.approx(billions, abs=0.006), path
+        assert {x.dtype.name for x in leaves} == {"bfloat16"}
+
+
+def test_a_target_without_a_known_shape_is_an_error():
+    with pytest.raises(UserError, match="Qwen/Qwen3-8B"):
+        targets.shape_of(settings.TargetSettings("nobody/nothing", "bfloat16", ()))
+
+
+def test_a_slice_of_no_known_kind_is_an_error():
+    with pytest.raises(UserError, match=r"v7x:2x2.*v5p:2x2x4"):
+        chips.slice_mesh("v7x:2x2", settings.MeshSettings(-1, 1, 1))
+
+
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+
+
+@pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
+def test_without_libtpu_it_says_what_is_missing():
+    with pytest.raises(UserError, match=r"compiler for TPUs is not installed.*ppow_jax\[tpu\]"):
+        chips.slice_mesh("v5e:2x2", settings.MeshSettings(-1, 1, 1))
+
+
+def describe(directory) -> str:
+    """A Hugging Face directory without weights: a Llama of two hundred thousand parameters."""
+    small = targets._LLAMA3 | targets._sizes(4, 128, 4, 256) | {"vocab_size": 512, "num_key_value_heads": 2}
+    (directory / "config.json").write_text(json.dumps(small))
+    return str(directory)
+
+
+FLAGS = {
+    "drafter.vocab_size": 256,
+    "mesh.data": -1,
+    "mesh.fsdp": 2,
+    "respond.batch_size": 8,
+    "respond.max_new_tokens": 32,
+    "data.length": 64,
+    "supervise.batch_size": 8,
+    "supervise.window": 2,
+    "ppow.batch_size": 8,
+    "ppow.window": 3,
+    "evaluate.max_new_tokens": 32,
+    "target.dtype": "bfloat16",
+}
+
+
+def test_what_a_slice_would_hold_and_the_steps_there_are(tmp_path):
+    """Of each array its share, by hand, on a mesh that is described and not there."""
+    config = importlib.import_module("configs.base").get_config()
+    with config.unlocked():
+        for key, value in FLAGS.items():
+            section, name = key.split(".")
+            config[section][name] = value
+    config.target.path = describe(tmp_path)
+    chosen = settings.from_config(config)
+    mesh = jax.sharding.AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"))
+    plan = steps.plan(chosen, targets.shape_of(chosen.target), mesh)
+    tables, layers = 2 * 512 * 128, 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256)
+    norms = 9 * 128
+    assert report._held(plan.params) == 2 * ((tables + layers) // 2 + norms)  # bfloat16, over fsdp
+    texts = plan.batch(8)
+    assert report._held(texts["taps"]) == 8 // 4 * 64 * 3 * 128 * 2
+    assert report._held(plan.vocab) == 256 * 4  # whole
+    assert set(steps.GROUPS) == {"respond", "supervise", "ppow", "decode"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_LIBTPU, reason="no libtpu: `pip install 'jax[tpu]'` brings it")
+def test_all_steps_compile_for_a_slice(tmp_path):
+    out = tmp_path / "out.jsonl"
+    flags = [f"--config.{key}={value}" for key, value in FLAGS.items()]
+    command = [sys.executable, "-m", "ppow_jax.compile", "--config=configs/base.py", "--topology=v5e:2x2"]
+    command += [f"--out={out}", f"--config.target.path={describe(tmp_path)}", *flags]
+    root = os.path.dirname(os.path.dirname(__file__))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {row["step"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert list(rows) == [
+        "respond: prompts",
+        "respond: a token",
+        "supervise",
+        "ppow: anchors",
+        "ppow: rollout",
+        "ppow: verification",
+        "ppow: update",
+        "decode: prompt and a round",
+    ]
+    for row in rows.values():
+        assert 0 < sum(row["held"].values()) < row["bytes"] < 2**30
+        assert row["computing"] > 0 and row["operations"] > 0 and 0 < row["utilisation"] < 1
+        assert row["chips"] == 4 and row["collectives"], row["step"]
+    assert "utilisation" in done.stdout

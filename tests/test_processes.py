@@ -1,0 +1,188 @@
+"""The real command on one device, on meshes of eight and in two processes: the same run.
+
+The target is the Markov chain, whose texts are greedy here.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import runs
+
+from ppow_jax import metrics, preemption, processes
+from ppow_jax.data.records import Records
+
+pytestmark = pytest.mark.slow
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS = 20
+FLAGS = {
+    "stages": "('respond','supervise','cst','ppow')",
+    "respond.prompts": "chat=builtin:chat/train[:32]",
+    "respond.batch_size": 16,
+    "respond.temperature": 0.0,
+    "respond.max_new_tokens": 16,
+    "data.length": 64,
+    "data.holdout": 0,
+    "supervise.steps": STEPS,
+    "supervise.batch_size": 8,
+    "ppow.steps": STEPS,
+    "ppow.temperature": 0.0,
+    "ppow.adaw.warmup_steps": 2,
+    "ppow.adaw.rescore_every": 3,
+    "ppow.optimizer.learning_rate": 1e-3,
+    "log.checkpoint_every_steps": 5,
+}
+TO_THE_END = {
+    "stages": "('respond','supervise','cst','ppow','evaluate','export')",
+    "evaluate__prompts": "maths=builtin:maths/eval[:4]",
+    "evaluate__max_new_tokens": 16,
+    "evaluate__batch_size": 8,
+    "evaluate__decode_prompts": 1,
+}
+MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
+
+
+def start(
+    workdir: pathlib.Path,
+    cache: pathlib.Path,
+    mesh: tuple[int, int, int] = (1, 1, 1),
+    devices: int = 1,
+    environment: dict[str, str] | None = None,
+    **changes: object,
+) -> subprocess.Popen:
+    """The command, with so many simulated devices in this process."""
+    flags = FLAGS | dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
+    flags |= {key.replace("__", "."): value for key, value in changes.items()}
+    command = [sys.executable, "-m", "ppow_jax.main", "--config=configs/tiny.py", f"--workdir={workdir}"]
+    about = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    return subprocess.Popen(
+        command + [f"--config.{key}={value}" for key, value in flags.items()],
+        cwd=ROOT,
+        env=os.environ | about | (environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(*started: subprocess.Popen, status: int = 0) -> str:
+    """Waits; all that was said."""
+    said = [process.communicate(timeout=900)[1] for process in started]
+    assert [p.returncode for p in started] == [status] * len(started), "\n".join(s[-3000:] for s in said)
+    return "\n".join(said)
+
+
+def two(workdir: pathlib.Path, cache: pathlib.Path, mesh: tuple[int, int, int], **changes) -> list:
+    """Two processes with four devices each, as SLURM would start them on one host."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    found = []
+    for number in range(2):
+        about = {
+            "SLURM_JOB_ID": "1",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": str(number),
+            "SLURM_LOCALID": str(number),
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        }
+        found.append(start(workdir, cache, mesh, 4, about, distributed=True, **changes))
+    return found
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def alone(places) -> pathlib.Path:
+    """A run on one device."""
+    end(start(places / "alone", places / "cache", **TO_THE_END))
+    return places / "alone"
+
+
+def same(workdir: pathlib.Path, other: pathlib.Path) -> None:
+    """Responses, features, and the losses of every step."""
+    assert runs.digest(workdir / "responses") == runs.digest(other / "responses")
+    mine, theirs = (Records(where / "features") for where in (workdir, other))
+    for one, two_ in zip(mine, theirs, strict=True):
+        for key in one:
+            np.testing.assert_allclose(
+                one[key].astype(np.float32), two_[key].astype(np.float32), atol=2e-3, err_msg=key
+            )
+    for stage in ("supervise", "cst", "ppow"):
+        rows, others = ([r for r in metrics.read(w) if r["stage"] == stage] for w in (workdir, other))
+        assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
+        for row, want in zip(rows, others, strict=True):
+            assert row["loss"] == pytest.approx(want["loss"], rel=1e-5, abs=1e-5), (stage, row["step"])
+
+
+def same_report(workdir: pathlib.Path, other: pathlib.Path) -> None:
+    """Acceptance, and what was decoded."""
+    results = [json.loads((w / "report.json").read_text())["drafters"] for w in (workdir, other)]
+    assert results[0].keys() == {"supervise", "cst", "ppow"}
+    for stage, drafter in results[0].items():
+        result, want = drafter["benchmarks"]["maths"], results[1][stage]["benchmarks"]["maths"]
+        for key in ("tau", "rounds", "tokens", "identical_outputs"):
+            assert result[key] == want[key], (stage, key)
+        assert result["identical_outputs"] == 1
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_eight_devices_in_every_shape(alone, places, mesh):
+    workdir = places / "x".join(map(str, mesh))
+    end(start(workdir, places / "cache", mesh, 8))
+    same(alone, workdir)
+
+
+def test_two_processes(alone, places):
+    """All axes; the second process says and writes nothing."""
+    workdir = places / "two"
+    first, second = two(workdir, places / "cache", (2, 2, 2), **TO_THE_END)
+    said = [process.communicate(timeout=900) for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], said
+    same(alone, workdir)
+    same_report(alone, workdir)
+    assert "stage supervise" in said[0][1] and "stage supervise" not in said[1][1]
+
+
+def test_a_checkpoint_of_one_mesh_goes_on_on_another(alone, places):
+    """Begun on eight devices, gone on with by two processes, ended on one device."""
+    workdir, cache = places / "moved", places / "cache"
+    begun = start(workdir, cache, (2, 4, 1), 8)
+    stop_after(begun, workdir, "supervise", 6)
+    end(begun, status=preemption.STATUS)
+    both = two(workdir, cache, (2, 2, 2))
+    stop_after(both[1], workdir, "ppow", 4)
+    end(*both, status=preemption.STATUS)
+    end(start(workdir, cache))
+    same(alone, workdir)
+
+
+def stop_after(process: subprocess.Popen, workdir: pathlib.Path, stage: str, step: int) -> None:
+    """SIGTERM once a stage has come so far."""
+    while process.poll() is None:
+        if any(r["stage"] == stage and r["step"] >= step for r in metrics.read(workdir)):
+            process.send_signal(signal.SIGTERM)
+            return
+        time.sleep(0.02)
+
+
+def test_one_process_agrees_with_itself():
+    assert processes.agreed({"gamma": 0.12}) == {"gamma": 0.12}
