@@ -75,7 +75,7 @@ def run(settings: Settings, workdir: pathlib.Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--workdir: {str(workdir)!r} cannot be made ({e.strerror})") from e
-    todo = _plan(settings, workdir)
+    todo = processes.agreed(_plan(settings, workdir))
     if not todo:
         log.info("every stage is finished; nothing to do in %s", workdir)
         return

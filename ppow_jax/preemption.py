@@ -37,13 +37,19 @@ def _on_signal(number: int, frame: types.FrameType | None) -> None:
 
 @contextlib.contextmanager
 def at_steps() -> Iterator[None]:
-    """Within it SIGTERM waits until `asked` is called."""
+    """Within it SIGTERM waits until `asked` is called, or for the end.
+
+    Raises:
+      Stopped: it came after the last step had asked.
+    """
     global _steps
     _steps = True
     try:
         yield
     finally:
         _steps = False
+    if _asked:
+        raise Stopped("a stage is saved after its last step")
 
 
 def asked(step: int) -> bool:

@@ -72,7 +72,8 @@ def score_windows(
         of = lambda t: jnp.take_along_axis(  # noqa: E731
             jax.nn.log_softmax(logits / t), tokens_BxLxK[..., None], -1
         )[..., 0]
-        return of(1.0), of(temperature or 1.0)
+        raw = of(1.0)
+        return raw, raw if temperature in (0.0, 1.0) else of(temperature)
 
     def body(carry: tuple[jax.Array, WindowScores]) -> tuple[jax.Array, WindowScores]:
         i, scores = carry

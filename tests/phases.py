@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from ppow_jax import teacher, verification
-from ppow_jax.models.target import head_matrix
+from ppow_jax.models.target import draft_head
 from ppow_jax.rollout import make_rollout
 from ppow_jax.stages import ppow
 
@@ -45,7 +45,7 @@ def run(pair, drafter, params, vocab, settings, batch, key=KEY, stops=NEVER):
 @functools.partial(jax.jit, static_argnames=("target", "drafter", "settings"))
 def differentiate(target, drafter, settings, target_params, weights, batch, rollout, verdict):
     lesson = teacher.lesson_of(target, target_params, batch)
-    head = head_matrix(target.config, target_params)[weights.vocab]
+    head = draft_head(target.config, target_params, weights.vocab)
     counts = tuple(mask.sum() for mask in ppow.credit(settings, verdict))
     args = (drafter, settings, target_params, weights.vocab, head, counts, "none")
     loss = functools.partial(ppow.ppow_loss, *args)

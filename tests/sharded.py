@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from configs import base
 from ppow_jax import partition, settings
+from ppow_jax.decode import batch as large_batches
 from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.experiment import Experiment
 from ppow_jax.interop import huggingface
@@ -53,9 +54,24 @@ def main(path: str) -> None:
             chosen = settings.MeshSettings(*AXES[name])
             many = experiment(partition.make_mesh(chosen), params)
             found |= record(f"{name}/{kind}", many, stepper(many, kind), state, batch)
+    found |= cached(params)
     for family in FAMILIES:
         found |= loaded(family)
     np.savez(path, **found)
+
+
+def cached(params: dict) -> dict[str, np.ndarray]:
+    """After prompts that are read in parts: the shape of a layer's values, and of a device's share."""
+    run = experiment(partition.make_mesh(settings.MeshSettings(*AXES["all"])), params)
+    large_batches._READ = {"default": PROMPT}  # a part is one row a device
+    prompts, lengths = np.ones((B, PROMPT), np.int32), np.full(B, PROMPT, np.int32)
+    rows = partition.shard_batch((prompts, lengths, jax.random.split(jax.random.key(0), B)), run.mesh)
+    config = DecodeConfig(T - PROMPT, (-1,))
+    with jax.set_mesh(run.mesh):
+        out = large_batches._prefill(run.target, run.target_params, *rows, config, "", run.mesh, None, None)
+    values = out[0].cache[1].values
+    shapes = values.shape, values.addressable_shards[0].data.shape
+    return dict(zip(("cache/whole", "cache/share"), map(np.array, shapes), strict=True))
 
 
 def loaded(family: str) -> dict[str, np.ndarray]:

@@ -99,6 +99,13 @@ def test_operations_of_products_in_loops_branches_and_gradients():
     assert operations(jax.make_jaxpr(jax.grad(loss))(w, x)) >= 3 * 6 * 2 * product
 
 
+def test_products_that_nothing_depends_on_are_no_operations():
+    """As the target's law along a text, which a rollout computes and does not look at."""
+    x = jnp.ones((3, 3))
+    unused = jax.jit(lambda x: (x @ x @ x, x @ x))
+    assert operations(jax.make_jaxpr(lambda x: unused(x)[1])(x)) == 2 * 27
+
+
 def test_shapes_of_the_papers_targets():
     """Their parameters, in billions, as their makers state them."""
     want = {

@@ -175,6 +175,12 @@ def test_a_step_keeps_the_layout_of_the_table(steps, mesh, kind):
     assert steps[f"{mesh}/{kind}/split"] == (3 * matrices if mesh == "all" else 0)
 
 
+def test_a_cache_lies_in_parts_by_rows_and_by_heads(steps):
+    whole, share = steps["cache/whole"], steps["cache/share"]
+    assert whole[:2].tolist() == [sharded.B, small.TINY.kv_heads]
+    assert (whole / share).tolist() == [4, 2, 1, 1]
+
+
 @pytest.mark.parametrize("family", sharded.FAMILIES)
 def test_a_directory_read_onto_eight_devices_is_the_familys_model(steps, family):
     """Every matrix and every bias of queries, keys and values lies in parts."""

@@ -61,6 +61,25 @@ def test_a_run_that_is_asked_to_end_saves_the_step_that_it_is_in(
     assert [x["step"] for x in lines] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_that_is_asked_to_end_while_its_last_step_is_saved_ends_before_the_next_stage(
+    tmp_path, monkeypatch, listening, compiled_once
+):
+    require = Checkpoints.require
+
+    def late(store, step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        require(store, step)
+
+    monkeypatch.setattr(Checkpoints, "require", late)
+    with pytest.raises(preemption.Stopped, match="after its last step"):
+        runs.run(tmp_path / "workdir", **CHANGES)
+    stages = json.loads((tmp_path / "workdir" / "stages.json").read_text())
+    assert not stages["supervise"]["finished"]
+    store = Checkpoints(tmp_path / "workdir" / "checkpoints" / "supervise", 2)
+    assert store.latest == 6
+    store.close()
+
+
 def test_outside_of_steps_it_ends_at_once_with_a_status_of_its_own(listening):
     with pytest.raises(SystemExit) as end:
         os.kill(os.getpid(), signal.SIGTERM)

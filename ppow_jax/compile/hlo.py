@@ -9,8 +9,10 @@ import re
 from collections import Counter
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
-_WIDE = {"f64": 8, "s64": 8, "u64": 8, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1}
+_BYTES = {
+    "s4": 0.5, "u4": 0.5, "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2,
+    "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -46,7 +48,6 @@ class _Instruction:
 
 _HEAD = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([^\s,}]+)")
 
 
 def analyse(text: str) -> Costs:
@@ -70,7 +71,7 @@ def analyse(text: str) -> Costs:
                     branches = [of(b) for b in _branches(instruction)]
                     total.add(max(branches, key=lambda c: c.cycles))
                 elif instruction.opcode in ("call", "async-start"):
-                    total.add(of(_CALLED.search(instruction.rest)[1]))
+                    total.add(of(_attribute(instruction, "(?:calls|to_apply)")))
         return known[name]
 
     return of(entry)
@@ -115,7 +116,7 @@ def _shapes(text: str) -> list[tuple[str, str]]:
 
 
 def _size(dtype: str, dimensions: str) -> float:
-    size = (_BYTES | _WIDE).get(dtype, 0)
+    size = _BYTES.get(dtype, 0)
     for dimension in filter(None, dimensions.split(",")):
         size *= int(dimension)
     return size

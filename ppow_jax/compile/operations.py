@@ -5,20 +5,26 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
-def operations(jaxpr: core.ClosedJaxpr | Any) -> float:
+def operations(closed: core.ClosedJaxpr) -> float:
     """Multiplications and additions of all matrix products, on all devices together.
 
-    The body of a `scan` counts as often as it runs; of a `while`, whose rounds depend on data, once; of the
-    branches of a condition the dearest.
+    What no result depends on does not count: the compiler leaves it out. The body of a `scan` counts as often
+    as it runs; of a `while`, whose rounds depend on data, once; of the branches of a condition the dearest.
     """
+    jaxpr = closed.jaxpr
+    return _count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def _count(jaxpr: Any) -> float:
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         if equation.primitive.name == "dot_general":
             total += _product(equation)
             continue
-        parts = [operations(j) for j in _inner(equation.params)]
+        parts = [_count(j) for j in _inner(equation.params)]
         if equation.primitive.name == "scan":
             total += equation.params["length"] * sum(parts)
         elif equation.primitive.name == "cond":

@@ -1,5 +1,6 @@
 """What the compiled steps cost, as rows and as a table."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -11,33 +12,28 @@ from ppow_jax.bench.machine import show as show_table
 from ppow_jax.compile import hlo
 from ppow_jax.compile.chips import Chip
 from ppow_jax.compile.operations import operations
-from ppow_jax.compile.steps import Plan, Step
+from ppow_jax.compile.steps import Plan, Step, Steps
 from ppow_jax.console import log
 
 Row = dict[str, Any]
 
 
-def compile_steps(group: Callable[..., Iterator[Step]], plan: Plan, chip: Chip) -> Iterator[Row]:
+def compile_steps(group: Callable[[Plan], Steps], plan: Plan, chip: Chip) -> Iterator[Row]:
     """Compiles the steps of a group, one after the other."""
-    compiled: dict[int, tuple[Any, Any]] = {}
+    steps, results = group(plan), None
+    with contextlib.suppress(StopIteration):
+        while True:
+            step = steps.send(results)
+            began = time.monotonic()
+            lowered = step.traced.lower()
+            program = lowered.compile()
+            log.info("compile: %s took %.0f s", step.name, time.monotonic() - began)
+            yield _row(step, program, plan, chip)
+            results = jax.tree.map(_placed, lowered.out_info, program.output_shardings)
 
-    def finished(traced: Any) -> tuple[Any, Any]:
-        if id(traced) not in compiled:
-            lowered = traced.lower()
-            compiled[id(traced)] = lowered, lowered.compile()
-        return compiled[id(traced)]
 
-    def results(traced: Any) -> Any:
-        lowered, program = finished(traced)
-        shape = lambda out, at: jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=at)  # noqa: E731
-        return jax.tree.map(shape, lowered.out_info, program.output_shardings)
-
-    for step in group(plan, results):
-        began = time.monotonic()
-        _, program = finished(step.traced)
-        took = time.monotonic() - began
-        yield _row(step, program, plan, chip)
-        log.info("compile: %s took %.0f s", step.name, took)
+def _placed(out: Any, at: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=at)
 
 
 def _row(step: Step, program: Any, plan: Plan, chip: Chip) -> Row:

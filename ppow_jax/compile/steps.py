@@ -5,7 +5,7 @@ Shape letters: B rows, T tokens of a text, P of a prompt, S cache slots, N draft
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.decode.sampling import Sampling
 from ppow_jax.models import drafter as drafters
-from ppow_jax.models.drafter import Drafter, DrafterWeights
+from ppow_jax.models.drafter import Drafter, weights_of
 from ppow_jax.models.target import Target, TargetConfig
 from ppow_jax.models.target import abstract_params as target_shapes
 from ppow_jax.rollout import make_rollout
@@ -29,8 +29,6 @@ from ppow_jax.verification import make_verify
 
 _TEXTS = 2**16  # of ADAW's table
 _STOPS = (0,)
-
-Compiled = Callable[[Any], Any]  # of a traced function: its results' shapes, once it is compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +46,9 @@ class Step:
     traced: Any
     counted: tuple[str, int]
     held: dict[str, Any]
+
+
+Steps = Generator[Step, Any, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ def plan(settings: Settings, shape: TargetConfig, mesh: Mesh) -> Plan:
     return Plan(settings, mesh, Target(shape), drafter, place(target_shapes(shape)), place(learner), vocab)
 
 
-def _respond(plan: Plan, results: Compiled) -> Iterator[Step]:
+def _respond(plan: Plan) -> Steps:
     """Reading the prompts of a batch, then a round: a token of every row, with the cache at its longest."""
     s, B = plan.settings.respond, plan.settings.respond.batch_size
     P = max(8, plan.settings.data.length - s.max_new_tokens)
@@ -120,8 +121,7 @@ def _respond(plan: Plan, results: Compiled) -> Iterator[Step]:
     prompts["keys_B"] = plan.keys(B)
     held = {"target": plan.params}
     traced = batch._prefill.trace(**prompts, **model, mesh=plan.mesh)
-    yield Step("respond: prompts", traced, ("tokens", B * P), held | {"batch": prompts})
-    state, _ = results(traced)
+    state, _ = yield Step("respond: prompts", traced, ("tokens", B * P), held | {"batch": prompts})
     state = _with_slots(state, P + s.max_new_tokens)
     traced = batch._stretch.trace(state=state, by_column=False, **model)
     yield Step("respond: a token", traced, ("tokens", B), held | {"cache": state})
@@ -135,7 +135,7 @@ def _with_slots(state: Any, slots: int) -> Any:
     )
 
 
-def _supervise(plan: Plan, results: Compiled) -> Iterator[Step]:
+def _supervise(plan: Plan) -> Steps:
     s = plan.settings.supervise
     optimizer = training.make_optimizer(s.optimizer, s.steps)
     shape = (s.anchors, s.window, s.decay, plan.mesh, s.accumulate, plan.settings.drafter.remat)
@@ -146,29 +146,25 @@ def _supervise(plan: Plan, results: Compiled) -> Iterator[Step]:
     yield Step("supervise", traced, ("windows", s.batch_size * s.anchors), held)
 
 
-def _ppow(plan: Plan, results: Compiled) -> Iterator[Step]:
+def _ppow(plan: Plan) -> Steps:
     s = plan.settings.ppow
     texts, many = plan.batch(s.batch_size), ("windows", s.batch_size * s.anchors * s.group)
-    held = {"target": plan.params, "learner": plan.learner, "batch": texts}
-    state = plan.learner | {
-        "vocab": plan.vocab,
+    table = {
         "scores": plan.whole((_TEXTS, plan.settings.data.length), np.float32),
         "scored_at": plan.whole((_TEXTS,), np.int32),
     }
+    held = {"target": plan.params, "learner": plan.learner, "adaw": table, "batch": texts}
+    state = plan.learner | {"vocab": plan.vocab} | table
     pick = ppow.make_pick(plan.target, plan.drafter, s).trace(
         state, plan.params, texts, jax.ShapeDtypeStruct((), np.int32), plan.key
     )
-    yield Step("ppow: anchors", pick, many, held)
-    _, anchors, real = results(pick)
+    _, anchors, real = yield Step("ppow: anchors", pick, many, held)
     roll = make_rollout(plan.target, plan.drafter, s).trace(
         plan.learner["params"], plan.vocab, plan.params, texts, anchors, real, plan.key
     )
-    yield Step("ppow: rollout", roll, many, held)
-    rollout = results(roll)
+    rollout = yield Step("ppow: rollout", roll, many, held)
     verify = make_verify(plan.target, s, 0.12, _STOPS).trace(plan.params, texts, rollout, plan.key)
-    given = {"target": plan.params, "batch": texts, "rollout": rollout}
-    yield Step("ppow: verification", verify, many, given)
-    verdict = results(verify)
+    verdict = yield Step("ppow: verification", verify, many, held | {"rollout": rollout})
     optimizer = training.make_optimizer(s.optimizer, s.steps * s.updates)
     remat = plan.settings.drafter.remat
     update = ppow.make_update(plan.target, plan.drafter, optimizer, s, plan.mesh, remat).trace(
@@ -177,14 +173,13 @@ def _ppow(plan: Plan, results: Compiled) -> Iterator[Step]:
     yield Step("ppow: update", update, many, held | {"rollout": (rollout, verdict)})
 
 
-def _decode(plan: Plan, results: Compiled) -> Iterator[Step]:
+def _decode(plan: Plan) -> Steps:
     """A round of the decoding loop, with its prefill; a row for each part of the batch's axes."""
     e, B = plan.settings.evaluate, partition.batch_ways(plan.mesh)
     shape = plan.settings.decode.shape.replace("auto", "chain:3")
     drafting = Eagle(plan.drafter, shapes.parse(shape, "config.decode.shape"))
     P = max(8, plan.settings.data.length - e.max_new_tokens)
-    embedding = plan.learner["params"].get("embedding", plan.params["embedding"])["embedding"]
-    weights = DrafterWeights(plan.learner["params"], embedding, plan.vocab)
+    weights = weights_of(plan.learner["params"], plan.params, plan.vocab)
     prompts = (plan.rows((B, P), np.int32), plan.rows((B,), np.int32), plan.keys(B))
     config = DecodeConfig(e.max_new_tokens, _STOPS)
     traced = loop._decode.trace(plan.target, plan.params, *prompts, config, drafting, weights, None)
@@ -192,8 +187,8 @@ def _decode(plan: Plan, results: Compiled) -> Iterator[Step]:
     yield Step("decode: prompt and a round", traced, ("tokens", B * (P + drafting.tokens)), held)
 
 
-# By stage; a step's results feed the next one of its group.
-GROUPS: dict[str, Callable[[Plan, Compiled], Iterator[Step]]] = {
+# By stage; the shapes of a step's results are sent back to its group, for the next one.
+GROUPS: dict[str, Callable[[Plan], Steps]] = {
     "respond": _respond,
     "supervise": _supervise,
     "ppow": _ppow,

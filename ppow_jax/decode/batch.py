@@ -173,7 +173,7 @@ def _prefill(
         if x.ndim == 1:
             return x[0]
         x = x.swapaxes(0, 1) if spread else x
-        return jax.lax.with_sharding_constraint(x.reshape(B, *x.shape[2:]), partition.batch_sharding(mesh, B))
+        return x.reshape(B, *x.shape[2:])
 
     rows = (prompt_BxP, length_B, keys_B)
     return jax.tree.map(join, jax.lax.map(some, jax.tree.map(cut, rows)))

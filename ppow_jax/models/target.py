@@ -159,7 +159,8 @@ class Target(nn.Module):
         for i, layer in enumerate(self.layers):
             inputs[i] = x
             prefix = None if cache is None else cache[i]
-            x, own = partition.keep_rows(layer(x, positions_BxWxK, prefix, *masks[c.span(i)]))
+            x, own = layer(x, positions_BxWxK, prefix, *masks[c.span(i)])
+            x = partition.keep_rows(x)
             new.append(own)
         inputs[c.layers] = x
         taps = jnp.concatenate([inputs[i] for i in c.taps], -1)
@@ -200,6 +201,11 @@ def head_matrix(config: TargetConfig, params: dict) -> jax.Array:
     if config.tied_head:
         return params["embedding"]["embedding"]
     return params["head"]["weight"]
+
+
+def draft_head(config: TargetConfig, params: dict, vocab_N: jax.Array) -> jax.Array:
+    """The output matrix over the draft vocabulary `[N, D]`: see `partition.at_hand`."""
+    return partition.at_hand(head_matrix(config, params)[vocab_N])
 
 
 def head_at_hand(config: TargetConfig, params: dict) -> dict:

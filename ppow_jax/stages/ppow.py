@@ -23,7 +23,7 @@ from ppow_jax.data import records
 from ppow_jax.decode.cost import measure_gamma
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.drafter import Drafter, weights_of
-from ppow_jax.models.target import Target, head_matrix
+from ppow_jax.models.target import Target, draft_head
 from ppow_jax.rollout import Rollout, drafted_as_one, make_rollout
 from ppow_jax.settings import PPOWSettings
 from ppow_jax.stages import curves, training
@@ -155,7 +155,7 @@ def criticality(
     """ADAW's score `[B, T]` of every anchor: one drafter step from each, against the target's law."""
     lesson = teacher.lesson_of(target, target_params, batch)
     weights = weights_of(state["params"], target_params, state["vocab"])
-    head = partition.at_hand(head_matrix(target.config, target_params)[state["vocab"]])
+    head = draft_head(target.config, target_params, state["vocab"])
     tokens = batch["tokens"]
     B, T = tokens.shape
     prefix = windows.text_prefix(drafter, weights, lesson.taps, tokens)
@@ -198,7 +198,7 @@ def make_update(
         verdict: Verdict,
     ):
         lesson = teacher.lesson_of(target, target_params, batch)
-        head = partition.at_hand(head_matrix(target.config, target_params)[vocab])
+        head = draft_head(target.config, target_params, vocab)
         counts = tuple(mask.sum() for mask in credit(settings, verdict))
         of = functools.partial(ppow_loss, drafter, settings, target_params, vocab, head, counts, remat)
 

@@ -21,7 +21,7 @@ from ppow_jax.experiment import Experiment
 from ppow_jax.models import induction
 from ppow_jax.models.drafter import Drafter, DrafterWeights, weights_of
 from ppow_jax.models.layers import likeliest
-from ppow_jax.models.target import Target, head_matrix
+from ppow_jax.models.target import Target, draft_head, head_matrix
 from ppow_jax.stages import curves, training
 from ppow_jax.stages.training import Batch, State
 
@@ -141,7 +141,7 @@ def make_update(
         lesson = teacher.lesson_of(target, target_params, batch)
         mask_BxT = windows.anchor_mask(batch["assistant"])
         anchors_BxA, real_BxA = adaw.sample_anchors(key, mask_BxT.astype(jnp.float32), anchors)
-        head = partition.at_hand(head_matrix(target.config, target_params)[vocab])
+        head = draft_head(target.config, target_params, vocab)
 
         whole = (batch, anchors_BxA, real_BxA)
         counts_K = jnp.stack([_valid(*whole, step).sum() for step in range(window)])

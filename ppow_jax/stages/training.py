@@ -207,7 +207,7 @@ def gradient(
         return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
 
     def add(path: tuple, a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.maximum(a, b) if str(path[-1]).endswith("_gap']") else a + b
+        return jnp.maximum(a, b) if partition.path_name(path).endswith("_gap") else a + b
 
     def one(total: Any, part: tuple) -> tuple[Any, None]:
         return jax.tree_util.tree_map_with_path(add, total, grad(params, *partition.keep_rows(part))), None
@@ -282,7 +282,7 @@ def train(
                 store.save(number, state, batches, about | {"seconds": writer.seconds})
             if last or stop:
                 store.require(number)
-            if stop and not last:
+            if stop:
                 raise preemption.Stopped(f"{stage} is saved after step {number} of {steps}")
 
 
