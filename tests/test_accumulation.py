@@ -70,10 +70,19 @@ def test_parts_take_every_so_manieth_row():
 
     def loss(w, x_B):
         seen.append(x_B.shape)
-        return jnp.sum(w * x_B**2), {"sum": x_B.sum(), "a_gap": x_B.max()}
+        return jnp.sum(w * x_B**2), {"sum": x_B.sum(), "firsts": x_B[0], "a_gap": x_B.max()}
 
     x = jnp.arange(6.0)
     (value, metrics), grad = training.gradient(loss, jnp.float32(2), 3, x)
     assert set(seen) == {(6,), (2,)}  # the whole: for the shapes of the sums
     assert (float(value), float(grad)) == (110, 55)
     assert (float(metrics["sum"]), float(metrics["a_gap"])) == (15, 5)
+    assert float(metrics["firsts"]) == 0 + 1 + 2
+
+
+def test_a_step_counts_the_anchors_whose_token_is_the_targets_own():
+    """At step 1, token t + 3 of anchors 1, 2, 3, and of padding; of six, the first ones are not written."""
+    batch = {"tokens": np.zeros((2, 6), np.int32), "assistant": np.arange(6) >= np.array([[2], [5]])}
+    anchors, real = np.tile([1, 2, 3, 0], (2, 1)), np.tile([True, True, True, False], (2, 1))
+    valid = supervise._valid(batch, anchors, real, 1)
+    assert valid.tolist() == [[True, True, False, False], [False, True, False, False]]

@@ -91,11 +91,11 @@ def test_operations_of_products_in_loops_branches_and_gradients():
             return carry @ w @ w.T, None
 
         x, _ = jax.lax.scan(body, x, length=6)
-        return jax.lax.cond(x.sum() > 0, lambda: (x @ w).sum(), lambda: x.sum())
+        return jax.lax.cond(x.sum() > 0, lambda: (x @ w).sum(), lambda: (x @ w @ w.T).sum())
 
     x = jnp.ones((3, 4))
     product = 2 * 3 * 4 * 5
-    assert operations(jax.make_jaxpr(loss)(w, x)) == 6 * 2 * product + product
+    assert operations(jax.make_jaxpr(loss)(w, x)) == 6 * 2 * product + 2 * product
     assert operations(jax.make_jaxpr(jax.grad(loss))(w, x)) >= 3 * 6 * 2 * product
 
 

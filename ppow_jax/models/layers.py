@@ -212,13 +212,13 @@ def _attend_by_windows(
 ) -> jax.Array:
     """`attend`, some windows at a time."""
     each = own_mask if own is not None and own_mask.ndim == 4 else None
-    turn = lambda kv, to: kv and KeyValues(*(jnp.moveaxis(x, *to) for x in kv))  # noqa: E731
+    turn = lambda kv: kv and KeyValues(*(x.swapaxes(1, 2) for x in kv))  # noqa: E731
 
     def some(q: jax.Array, visible: Any, own: Any, each: Any) -> jax.Array:
         mask = own_mask if each is None else each
-        return _attend(q, prefix, visible, turn(own, (1, 2)), mask, scale)
+        return _attend(q, prefix, visible, turn(own), mask, scale)
 
-    return blocks.mapped(some, parts, queries_BxWxKxHxE, visible, turn(own, (2, 1)), each)
+    return blocks.mapped(some, parts, queries_BxWxKxHxE, visible, turn(own), each)
 
 
 def _attend_by_tokens(
