@@ -1,6 +1,6 @@
 """What compilers and allocators are asked for in the environment, before they begin.
 
-A TPU's products take a quarter less time, by its compiler's account, if one may use 64 MB of the vector
+A TPU's products take a quarter less time, by its compiler's account, if one may use 32 MB of the vector
 memory (docs/scaling.md).
 
 XLA's CPU backend asks for its buffers anew at every step, and touching fresh pages takes a fifth of a
@@ -11,7 +11,7 @@ keep what is freed, in one heap for all threads, but reads the wish only when a 
 import os
 import sys
 
-_TPU_VARIABLE, _TPU_WISH = "LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=65536"
+_TPU_VARIABLE, _TPU_WISH = "LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=32768"
 _VARIABLE = "GLIBC_TUNABLES"
 _WISH = {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 2**40, "arena_max": 1}
 

@@ -261,18 +261,31 @@ def _attend(
         s = _prefix_scores(q, prefix.keys)
         seen = visible[:, None, :, None, None] if visible.ndim == 3 else visible[:, None, :, None]
         s = jnp.where(seen, s, -jnp.inf)
-        parts.append((s, lambda p: jnp.einsum("bgwrks,bgse->bgwrke", p, prefix.values)))
+        parts.append((s, functools.partial(_weighed, "bgwrks,bgse->bgwrke", prefix.values)))
     if own is not None:
         s = jnp.einsum("bgwrke,bgwej->bgwrkj", q, own.keys, preferred_element_type=jnp.float32)
         s = jnp.where(own_mask if own_mask.ndim == 2 else own_mask[:, None, :, None], s, -jnp.inf)
-        parts.append((s, lambda p: jnp.einsum("bgwrkj,bgwje->bgwrke", p, own.values)))
+        parts.append((s, functools.partial(_weighed, "bgwrkj,bgwje->bgwrke", own.values)))
     largest = functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for s, _ in parts))
     weights = [jnp.exp(s - jax.lax.stop_gradient(largest)) for s, _ in parts]
-    total = sum(w.sum(-1, keepdims=True) for w in weights)
+    found = [weigh(w) for w, (_, weigh) in zip(weights, parts, strict=True)]
     # divided by the sum last: on an accelerator a pass less over the weights
-    out = sum(product(w.astype(q.dtype)) for w, (_, product) in zip(weights, parts, strict=True))
-    out = (out / total).astype(q.dtype)
+    out = (sum(out for out, _ in found) / sum(total for _, total in found)).astype(q.dtype)
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, W, K, H * E)
+
+
+def _weighed(equation: str, values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The product of float32 attention weights `[..., S]` with values `[..., S, E]`, and the weights' sum.
+
+    On a TPU a product with many slots takes as long as their exponentials, and a sum by itself computes those
+    again: there it comes from a column of ones behind the values (docs/scaling.md).
+    """
+    narrow, (S, E) = weights.astype(values.dtype), values.shape[-2:]
+    if partition.platform() != "tpu" or S < E:
+        return jnp.einsum(equation, narrow, values), weights.sum(-1, keepdims=True)
+    wide = jnp.pad(values, ((0, 0),) * (values.ndim - 1) + ((0, 1),), constant_values=1)
+    both = jnp.einsum(equation, narrow, wide, preferred_element_type=jnp.float32)
+    return both[..., :E], both[..., E:]
 
 
 def _prefix_scores(q_BxGxWxRxKxE: jax.Array, keys: jax.Array) -> jax.Array:
