@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small
 
-from ppow_jax import objective, teacher, windows
+from ppow_jax import objective, partition, teacher, windows
 from ppow_jax.models import blocks, layers
 from ppow_jax.models.layers import KeyValues
 
@@ -64,8 +64,8 @@ KINDS = {  # windows, tokens of each, slots before, masks
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_attention_and_its_gradient(kind):
+def attention(kind):
+    """Attention with its gradient, and arguments of both."""
     W, K, S, masks = KINDS[kind]
     q, keep = draw(B, W, K, G * R, E), draw(B, W, K, G * R * E)
     prefix = KeyValues(draw(B, G, E, S), draw(B, G, S, E)) if S else None
@@ -80,7 +80,23 @@ def test_attention_and_its_gradient(kind):
         out = layers.attend(q, prefix, visible, own, mask, 0.5)
         return jnp.sum(out * keep), out
 
-    close(*both(jax.value_and_grad(attended, (0, 1, 2), has_aux=True), q, prefix, own))
+    return jax.value_and_grad(attended, (0, 1, 2), has_aux=True), (q, prefix, own)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_and_its_gradient(kind):
+    of, arguments = attention(kind)
+    close(*both(of, *arguments))
+
+
+@pytest.mark.parametrize("kind", ["a text after a prefix", "trees"])
+def test_on_a_tpu_a_column_of_ones_sums_the_weights(kind, monkeypatch):
+    of, arguments = attention(kind)
+    plain = of(*arguments)
+    monkeypatch.setattr(partition, "platform", lambda: "tpu")
+    summed = jax.make_jaxpr(of)(*arguments)
+    assert f",{E + 1}]" in str(summed)
+    close(plain, of(*arguments))
 
 
 def test_the_law_along_a_text(tiny):

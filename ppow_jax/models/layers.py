@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax import partition
-from ppow_jax.models import blocks
+from ppow_jax.models import blocks, flash
 
 
 class KeyValues(NamedTuple):
@@ -150,7 +150,7 @@ def attend(
     """Softmax attention over a shared prefix and each window's own tokens, jointly normalised.
 
     So many windows at a time, or tokens of the only one, that their scores fit into `blocks.VALUES`; and a
-    long text in parts, each of which sees no more than what stands before its end.
+    long text in parts, each of which sees no more than what stands before its end. See `flash` for GPUs.
 
     Args:
       queries_BxWxKxHxE: rotated queries.
@@ -167,6 +167,8 @@ def attend(
     """
     B, W, K, H, _ = queries_BxWxKxHxE.shape
     if own is not None and own_mask is None:
+        if prefix is None and flash.applies(queries_BxWxKxHxE, own):
+            return flash.causal(queries_BxWxKxHxE, own, scale)
         if W == 1 and K >= _LONG:
             return _attend_in_parts(queries_BxWxKxHxE, prefix, visible, own, scale)
         J = own.values.shape[-2]
