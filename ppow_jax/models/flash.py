@@ -1,7 +1,7 @@
 """Flash attention, where a kernel that JAX ships applies: cuDNN's, on GPUs of NVIDIA.
 
-Shape letters as in `layers`. On a CPU attention runs in blocks; on a TPU too, as the compiler's account of its
-work (docs/scaling.md) does not see into kernels.
+Shape letters as in `layers`. On a CPU attention runs in blocks; on a TPU too, as the accounts of its compiler
+(docs/scaling.md) do not see into kernels.
 """
 
 import functools
