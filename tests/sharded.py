@@ -61,7 +61,8 @@ def main(path: str) -> None:
 
 
 def cached(params: dict) -> dict[str, np.ndarray]:
-    """After prompts that are read in parts: the shape of a layer's values, and of a device's share."""
+    """Of a layer's values after prompts that are read in parts, and when half of the rows have left: the
+    shape of all, and of a device's share."""
     run = experiment(partition.make_mesh(settings.MeshSettings(*AXES["all"])), params)
     large_batches._READ = {"default": PROMPT}  # a part is one row a device
     prompts, lengths = np.ones((B, PROMPT), np.int32), np.full(B, PROMPT, np.int32)
@@ -69,9 +70,15 @@ def cached(params: dict) -> dict[str, np.ndarray]:
     config = DecodeConfig(T - PROMPT, (-1,))
     with jax.set_mesh(run.mesh):
         out = large_batches._prefill(run.target, run.target_params, *rows, config, "", run.mesh, None, None)
-    values = out[0].cache[1].values
-    shapes = values.shape, values.addressable_shards[0].data.shape
-    return dict(zip(("cache/whole", "cache/share"), map(np.array, shapes), strict=True))
+        before = shape_and_share(out[0])
+        slots = before[0][2] + 4
+        after = shape_and_share(large_batches._regroup(out[0], np.arange(0, B, 2), slots, run.mesh, None))
+    return {"cache": np.array([before, after])}
+
+
+def shape_and_share(state) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    values = state.cache[1].values
+    return values.shape, values.addressable_shards[0].data.shape
 
 
 def loaded(family: str) -> dict[str, np.ndarray]:

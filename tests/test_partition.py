@@ -176,9 +176,11 @@ def test_a_step_keeps_the_layout_of_the_table(steps, mesh, kind):
 
 
 def test_a_cache_lies_in_parts_by_rows_and_by_heads(steps):
-    whole, share = steps["cache/whole"], steps["cache/share"]
+    """After prefill, and after half of the rows have left."""
+    (whole, share), (left, share_left) = steps["cache"]
     assert whole[:2].tolist() == [sharded.B, small.TINY.kv_heads]
-    assert (whole / share).tolist() == [4, 2, 1, 1]
+    assert left.tolist() == [sharded.B // 2, whole[1], whole[2] + 4, whole[3]]
+    assert (whole / share).tolist() == (left / share_left).tolist() == [4, 2, 1, 1]
 
 
 @pytest.mark.parametrize("family", sharded.FAMILIES)

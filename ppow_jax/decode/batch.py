@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ppow_jax import partition, processes
 from ppow_jax.decode.drafting import Drafting
@@ -230,13 +230,16 @@ def _regroup(
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def _rows_of(tree: Any, rows_R: jax.Array | None, mesh: Mesh) -> Any:
-    """The named rows of all leaves that have rows; None: all."""
+    """The named rows of all leaves that have rows; None: all. Heads stay where they are."""
     if rows_R is None:
         return tree
-    layout = partition.batch_sharding(mesh, len(rows_R))
+    spread = partition.batch_sharding(mesh, len(rows_R)).spec or (None,)
 
     def take(leaf: jax.Array) -> jax.Array:
-        return leaf if leaf.ndim == 0 else jax.lax.with_sharding_constraint(leaf[rows_R], layout)
+        if leaf.ndim == 0:
+            return leaf
+        layout = PartitionSpec(*spread, *[PartitionSpec.UNCONSTRAINED] * (leaf.ndim - 1))
+        return jax.lax.with_sharding_constraint(leaf[rows_R], NamedSharding(mesh, layout))
 
     return jax.tree.map(take, tree)
 
