@@ -69,8 +69,9 @@ ENTRY %main (arg: bf16[8,4]) -> bf16[8,4] {{
 
 
 def test_loops_count_as_often_as_they_run_and_branches_as_the_dearest():
-    """From 3 to 11 by 2: four times; a loop that ends when data say so: once."""
+    """From 3 to 11 by 2: four times; a loop that ends when data say so: as often as is said."""
     assert hlo.analyse(PROGRAM).cycles == 100 * 4 + 100 + 5000 + 7
+    assert hlo.analyse(PROGRAM, 64).cycles == 100 * 4 + 100 * 64 + 5000 + 7
 
 
 def test_bytes_that_chips_send():
@@ -97,6 +98,15 @@ def test_operations_of_products_in_loops_branches_and_gradients():
     product = 2 * 3 * 4 * 5
     assert operations(jax.make_jaxpr(loss)(w, x)) == 6 * 2 * product + 2 * product
     assert operations(jax.make_jaxpr(jax.grad(loss))(w, x)) >= 3 * 6 * 2 * product
+
+
+def test_a_loop_that_ends_when_data_say_so_counts_as_often_as_is_said():
+    x = jnp.ones((3, 3))
+    program = jax.make_jaxpr(lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x) @ x)(x)
+    assert [operations(program, rounds) for rounds in (1, 64)] == [2 * 54, 65 * 54]
+    again = lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x)  # noqa: E731
+    nested = jax.make_jaxpr(lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, again, x))(x)
+    assert operations(nested, 64) == 64 * 54
 
 
 def test_products_that_nothing_depends_on_are_no_operations():
@@ -199,7 +209,7 @@ def test_all_steps_compile_for_a_slice(tmp_path):
     rows = {row["step"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert list(rows) == [
         "respond: prompts",
-        "respond: a token",
+        "respond: tokens",
         "supervise",
         "ppow: anchors",
         "ppow: rollout",

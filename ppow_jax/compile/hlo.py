@@ -1,7 +1,8 @@
 """What a compiled TPU program does, read from its text: cycles, and bytes that chips send each other.
 
 The compiler's own summary (`cost_analysis`) counts the body of a loop once. Here it counts as often as the
-loop runs; a loop whose number of rounds depends on data counts once.
+loop runs; one whose number of rounds depends on data as often as the caller says, and
+within another such loop once.
 """
 
 import dataclasses
@@ -50,31 +51,35 @@ _HEAD = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 
 
-def analyse(text: str) -> Costs:
+def analyse(text: str, rounds: int = 1) -> Costs:
     """The costs of a program.
 
     Args:
       text: the optimised HLO module, as `Compiled.as_text` gives it.
+      rounds: of a loop that ends when data say so; one within such a loop runs once.
     """
     computations, entry = _parse(text)
-    known: dict[str, Costs] = {}
+    known: dict[tuple[str, int], Costs] = {}
 
-    def of(name: str) -> Costs:
-        if name not in known:
-            known[name] = total = Costs()
+    def of(name: str, rounds: int) -> Costs:
+        if (name, rounds) not in known:
+            known[name, rounds] = total = Costs()
             for instruction in computations[name].values():
                 total.add(_own(instruction))
                 if instruction.opcode == "while":
                     body = _attribute(instruction, "body")
-                    total.add(of(body), _rounds(computations, name, instruction))
+                    if times := _rounds(computations, name, instruction):
+                        total.add(of(body, rounds), times)
+                    else:
+                        total.add(of(body, 1), rounds)
                 elif instruction.opcode == "conditional":
-                    branches = [of(b) for b in _branches(instruction)]
+                    branches = [of(b, rounds) for b in _branches(instruction)]
                     total.add(max(branches, key=lambda c: c.cycles))
                 elif instruction.opcode in ("call", "async-start"):
-                    total.add(of(_attribute(instruction, "(?:calls|to_apply)")))
-        return known[name]
+                    total.add(of(_attribute(instruction, "(?:calls|to_apply)"), rounds))
+        return known[name, rounds]
 
-    return of(entry)
+    return of(entry, rounds)
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
@@ -132,22 +137,22 @@ def _branches(instruction: _Instruction) -> list[str]:
     return [_attribute(instruction, f"{which}_computation") for which in ("true", "false")]
 
 
-def _rounds(computations: dict[str, dict[str, _Instruction]], name: str, loop: _Instruction) -> float:
-    """How often a loop runs that counts from a constant to a constant; else 1."""
+def _rounds(computations: dict[str, dict[str, _Instruction]], name: str, loop: _Instruction) -> int:
+    """How often a loop runs that counts from a constant to a constant; else 0."""
     condition = computations[_attribute(loop, "condition")]
     body = computations[_attribute(loop, "body")]
     test = list(condition.values())[-1]
     if test.opcode != "compare" or "direction=LT" not in test.rest:
-        return 1
+        return 0
     counter, end = (condition.get(operand) for operand in test.operands)
     if _constant(end) is None or counter is None or counter.opcode != "get-tuple-element":
-        return 1
+        return 0
     at = int(re.search(r"index=(\d+)", counter.rest)[1])
     step = body[list(body.values())[-1].operands[at]]
     by = [c for o in step.operands if (c := _constant(body.get(o)))] if step.opcode == "add" else []
     start = computations[name].get(loop.operands[0])
     first = _constant(computations[name].get(start.operands[at])) if start and start.operands[at:] else 0
-    return -(-(_constant(end) - (first or 0)) // by[0]) if by else 1
+    return -(-(_constant(end) - (first or 0)) // by[0]) if by else 0
 
 
 def _constant(instruction: _Instruction | None) -> int | None:

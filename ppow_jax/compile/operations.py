@@ -8,25 +8,30 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 
-def operations(closed: core.ClosedJaxpr) -> float:
+def operations(closed: core.ClosedJaxpr, rounds: int = 1) -> float:
     """Multiplications and additions of all matrix products, on all devices together.
 
     What no result depends on does not count: the compiler leaves it out. The body of a `scan` counts as often
-    as it runs; of a `while`, whose rounds depend on data, once; of the branches of a condition the dearest.
+    as it runs; of a `while`, whose rounds depend on data, `rounds` times, within
+    another such loop once; of the branches of a condition the
+    dearest.
     """
     jaxpr = closed.jaxpr
-    return _count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+    return _count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0], rounds)
 
 
-def _count(jaxpr: Any) -> float:
+def _count(jaxpr: Any, rounds: int) -> float:
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         if equation.primitive.name == "dot_general":
             total += _product(equation)
             continue
-        parts = [_count(j) for j in _inner(equation.params)]
+        loop = equation.primitive.name == "while"
+        parts = [_count(j, 1 if loop else rounds) for j in _inner(equation.params)]
         if equation.primitive.name == "scan":
             total += equation.params["length"] * sum(parts)
+        elif loop:
+            total += rounds * sum(parts)
         elif equation.primitive.name == "cond":
             total += max(parts)
         else:

@@ -37,8 +37,8 @@ def _placed(out: Any, at: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 
 
 def _row(step: Step, program: Any, plan: Plan, chip: Chip) -> Row:
-    memory, costs = program.memory_analysis(), hlo.analyse(program.as_text())
-    asked, chips = operations(step.traced.jaxpr), plan.mesh.size
+    memory, costs = program.memory_analysis(), hlo.analyse(program.as_text(), step.rounds)
+    asked, chips = operations(step.traced.jaxpr, step.rounds), plan.mesh.size
     kind, many = step.counted
     computing, sending = costs.cycles / chip.clock, sum(costs.bytes.values()) / chip.links
     seconds = max(computing, sending)

@@ -40,12 +40,14 @@ class Step:
       traced: the jitted function with its arguments' shapes.
       counted: what it deals with, "windows" or "tokens", and how many of them.
       held: arguments by what they are.
+      rounds: of its loop, if data say when that ends.
     """
 
     name: str
     traced: Any
     counted: tuple[str, int]
     held: dict[str, Any]
+    rounds: int = 1
 
 
 Steps = Generator[Step, Any, None]
@@ -110,7 +112,7 @@ def plan(settings: Settings, shape: TargetConfig, mesh: Mesh) -> Plan:
 
 
 def _respond(plan: Plan) -> Steps:
-    """Reading the prompts of a batch, then a round: a token of every row, with the cache at its longest."""
+    """Reading the prompts of a batch, then tokens of every row with the cache at its longest."""
     s, B = plan.settings.respond, plan.settings.respond.batch_size
     P = max(8, plan.settings.data.length - s.max_new_tokens)
     config = DecodeConfig(s.max_new_tokens, _STOPS, Sampling(s.temperature))
@@ -124,7 +126,8 @@ def _respond(plan: Plan) -> Steps:
     state, _ = yield Step("respond: prompts", traced, ("tokens", B * P), held | {"batch": prompts})
     state = _with_slots(state, P + s.max_new_tokens)
     traced = batch._stretch.trace(state=state, by_column=False, **model)
-    yield Step("respond: a token", traced, ("tokens", B), held | {"cache": state})
+    rounds = batch.ROUNDS
+    yield Step("respond: tokens", traced, ("tokens", B * rounds), held | {"cache": state}, rounds)
 
 
 def _with_slots(state: Any, slots: int) -> Any:

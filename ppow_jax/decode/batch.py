@@ -30,7 +30,7 @@ from ppow_jax.teacher import Features
 _READ = {"cpu": 2048, "default": 8192}
 _SLOTS = 32  # by which the cache grows; each of its lengths is compiled,
 _SHARES = 8  # and each size of the batch, which are multiples of an eighth
-_ROUNDS = 64  # at most, of a stretch
+ROUNDS = 64  # at most, of a stretch
 
 
 def decode_batch(
@@ -264,19 +264,19 @@ def _stretch(
     drafting: Drafting | None,
     weights: Any,
 ) -> tuple[State, Features | None]:
-    """Rounds until every text has ended or the slots are used up; at most `_ROUNDS`.
+    """Rounds until every text has ended or the slots are used up; at most `ROUNDS`.
 
-    With `by_column` the parameters are `_turned`. The features are `[_ROUNDS, R, ...]`: of the token that
+    With `by_column` the parameters are `_turned`. The features are `[ROUNDS, R, ...]`: of the token that
     each round fed.
     """
     first = state.round
     R, c = len(state.done), target.config
     widths = (len(c.taps) * c.width, c.width)
-    blank = Features(*(jnp.zeros((_ROUNDS, R, width), dtype) for width in widths)) if dtype else None
+    blank = Features(*(jnp.zeros((ROUNDS, R, width), dtype) for width in widths)) if dtype else None
 
     def more(carry: tuple[State, Features | None]) -> jax.Array:
         s = carry[0]
-        return ~s.done.all() & _has_room(s, drafting) & (s.round < first + _ROUNDS)
+        return ~s.done.all() & _has_room(s, drafting) & (s.round < first + ROUNDS)
 
     def body(carry: tuple[State, Features | None]) -> tuple[State, Features | None]:
         state, features = carry

@@ -277,13 +277,14 @@ def _attend(
 
 
 def _weighed(equation: str, values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The product of float32 attention weights `[..., S]` with values `[..., S, E]`, and the weights' sum.
+    """The product of float32 attention weights `[B, G, W, R, K, S]` with values `[..., S, E]`, and their sum.
 
-    On a TPU a product with many slots takes as long as their exponentials, and a sum by itself computes those
+    On a TPU a large product takes as long as its weights' exponentials, and a sum by itself computes those
     again: there it comes from a column of ones behind the values (docs/scaling.md).
     """
     narrow, (S, E) = weights.astype(values.dtype), values.shape[-2:]
-    if partition.platform() != "tpu" or S < E:
+    small = min(S, math.prod(weights.shape[2:5])) < E
+    if partition.platform() != "tpu" or small:
         return jnp.einsum(equation, narrow, values), weights.sum(-1, keepdims=True)
     wide = jnp.pad(values, ((0, 0),) * (values.ndim - 1) + ((0, 1),), constant_values=1)
     both = jnp.einsum(equation, narrow, wide, preferred_element_type=jnp.float32)
