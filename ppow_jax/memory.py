@@ -8,6 +8,7 @@ training step and most of the growth of a cache (docs/performance.md). glibc can
 keep what is freed, in one heap for all threads, but reads the wish only when a process begins.
 """
 
+import ctypes
 import os
 import sys
 
@@ -19,6 +20,12 @@ _WISH = {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 2**40, "arena_max": 1}
 def ask_libtpu() -> None:
     """Sets the wish about TPUs, unless the environment has another."""
     os.environ.setdefault(_TPU_VARIABLE, _TPU_WISH)
+
+
+def give_back() -> None:
+    """Gives memory that is free back to the system, where glibc would keep it."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def restart_with_tunables() -> None:

@@ -65,3 +65,26 @@ print(touch(), touch())
     first, second = map(int, run.stdout.split())
     assert first >= 128  # pages of 2 MB at most
     assert second < 16
+
+
+def test_what_is_free_is_given_back():
+    """Below a block that is in use, glibc keeps what is freed."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("it is glibc that keeps it")
+    script = """
+import ctypes
+from ppow_jax import memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+held = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+blocks = [libc.malloc(4096) for _ in range(20_000)]
+for block in blocks:
+    ctypes.memset(ctypes.c_void_p(block), 1, 4096)
+for block in blocks[:-1]:
+    libc.free(block)
+before = held()
+memory.give_back()
+print(before - held())
+"""
+    given = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(given.stdout) > 60_000_000

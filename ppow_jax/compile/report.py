@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from ppow_jax import memory
 from ppow_jax.bench.machine import show as show_table
 from ppow_jax.compile import hlo
 from ppow_jax.compile.chips import Chip
@@ -30,6 +31,8 @@ def compile_steps(group: Callable[[Plan], Steps], plan: Plan, chip: Chip) -> Ite
             log.info("compile: %s took %.0f s", step.name, time.monotonic() - began)
             yield _row(step, program, plan, chip)
             results = jax.tree.map(_placed, lowered.out_info, program.output_shardings)
+            del step, lowered, program
+            memory.give_back()  # gigabytes, of a large target
 
 
 def _placed(out: Any, at: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -37,20 +40,20 @@ def _placed(out: Any, at: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 
 
 def _row(step: Step, program: Any, plan: Plan, chip: Chip) -> Row:
-    memory, costs = program.memory_analysis(), hlo.analyse(program.as_text(), step.rounds)
+    held, costs = program.memory_analysis(), hlo.analyse(program.as_text(), step.rounds)
     asked, chips = operations(step.traced.jaxpr, step.rounds), plan.mesh.size
     kind, many = step.counted
     computing, sending = costs.cycles / chip.clock, sum(costs.bytes.values()) / chip.links
     seconds = max(computing, sending)
-    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    new = held.output_size_in_bytes - held.alias_size_in_bytes
     parts = {name: _held(tree) for name, tree in step.held.items()}
     return {
         "step": step.name,
         "held": parts,
         "results": new,
-        "temporary": memory.temp_size_in_bytes,
+        "temporary": held.temp_size_in_bytes,
         # whatever the step itself reads: all that is held lies there
-        "bytes": sum(parts.values()) + new + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        "bytes": sum(parts.values()) + new + held.temp_size_in_bytes + held.generated_code_size_in_bytes,
         "operations": asked,
         "computing": computing,
         "sending": sending,
