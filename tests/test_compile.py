@@ -1,5 +1,7 @@
 """What a program costs, read from its text; and, where libtpu is, steps compiled for a slice."""
 
+# ruff: noqa: E501 -- a compiler's lines are long
+
 import importlib
 import importlib.util
 import json
@@ -58,8 +60,23 @@ PROGRAM = f"""HloModule jit_f, is_scheduled=true
   ROOT %fusion.2 = bf16[8,4]{{1,0}} fusion(%d.1), kind=kLoop, calls=%inner, {CYCLES % 5000}
 }}
 
+%start (s.1: bf16[8,4]) -> (bf16[8,4], bf16[16,4]) {{
+  %s.1 = bf16[8,4]{{1,0}} parameter(0)
+  %part = bf16[16,4]{{1,0}} all-gather(%s.1), replica_groups=mesh['a'=2,'b'=3,'c'=4], device_ids=([4,2,3]T(1,0,2)) {{'a'}}
+  ROOT %begun = (bf16[8,4], bf16[16,4]) custom-call(%part), custom_call_target="AsyncCollectiveStart"
+}}
+
+%done (e.1: bf16[8,4]) -> bf16[16,4] {{
+  %e.1 = bf16[8,4]{{1,0}} parameter(0)
+  %same = bf16[16,4]{{1,0}} all-gather(%e.1), replica_groups=mesh['a'=2,'b'=3,'c'=4], device_ids=([4,2,3]T(1,0,2)) {{'a'}}
+  ROOT %ended = bf16[16,4] custom-call(%same), custom_call_target="AsyncCollectiveDone"
+}}
+
 ENTRY %main (arg: bf16[8,4]) -> bf16[8,4] {{
   %arg = bf16[8,4]{{1,0:T(8,128)}} parameter(0)
+  %few = f32[4]{{0}} fusion(%arg), kind=kLoop, calls=%inner
+  %more = f32[6]{{0}} fusion(%arg), kind=kLoop, calls=%inner
+  %wide = f32[8,4]{{1,0}} fusion(%arg), kind=kLoop, calls=%inner
   %three = s32[]{{:T(128)}} constant(3)
   %begin = (s32[]{{:T(128)}}, bf16[8,4]{{1,0}}) tuple(%three, %arg)
   %loop = (s32[]{{:T(128)}}, bf16[8,4]{{1,0}}) while(%begin), condition=%cond, body=%body
@@ -67,6 +84,10 @@ ENTRY %main (arg: bf16[8,4]) -> bf16[8,4] {{
   %y = bf16[8,4]{{1,0}} get-tuple-element(%loop.2), index=1
   %all = bf16[32,4]{{1,0}} all-gather(%y), replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}, dimensions={{0}}
   %sum = f32[8,4]{{1,0}} all-reduce(%y), replica_groups=[2,4]<=[8], to_apply=%inner
+  %both = (f32[4]{{0}}, f32[6]{{0}}) all-reduce(%few, %more), replica_groups=mesh['a'=2,'b'=3,'c'=4] {{'b','a'}}, to_apply=%inner
+  %spread = f32[2,4]{{1,0}} reduce-scatter(%wide), replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}, to_apply=%inner
+  %begin.2 = (bf16[8,4], bf16[16,4]) fusion(%y), kind=kCustom, calls=%start
+  %end.2 = bf16[16,4] fusion(%begin.2), kind=kCustom, calls=%done
   %which = pred[]{{:T(512)}} constant(true)
   %either = bf16[8,4]{{1,0}} conditional(%which, %y, %y), true_computation=%dear, false_computation=%inner
   ROOT %last = bf16[8,4]{{1,0}} fusion(%either), kind=kLoop, calls=%inner, {CYCLES % 7}
@@ -82,13 +103,16 @@ def test_loops_count_as_often_as_they_run_and_branches_as_the_dearest():
 
 
 def test_bytes_that_chips_send():
-    """In a ring of four: of what is gathered three quarters, of what is summed twice that."""
+    """In a ring of n: a share n - 1 times; of what is summed, all of it, twice (n - 1) / n, or once where each
+    wants a share. What starts in a fusion counts once, and several arrays as all of them."""
     costs = hlo.analyse(PROGRAM)
     array = 8 * 4
-    assert costs.counts == {"collective-permute": 5, "all-gather": 1, "all-reduce": 1}
+    counts = {"collective-permute": 5, "all-gather": 1 + 1, "all-reduce": 1 + 1, "reduce-scatter": 1}
+    assert costs.counts == counts
     assert costs.bytes["collective-permute"] == 5 * array * 2
-    assert costs.bytes["all-gather"] == 4 * array * 2 * 3 / 4
-    assert costs.bytes["all-reduce"] == 2 * array * 4 * 3 / 4
+    assert costs.bytes["all-gather"] == array * 2 * 3 + array * 2 * 1
+    assert costs.bytes["all-reduce"] == array * 2 * 2 * 3 / 4 + (4 + 6) * 4 * 2 * 5 / 6
+    assert costs.bytes["reduce-scatter"] == array * 4 * 3 / 4
 
 
 def test_operations_of_products_in_loops_branches_and_gradients():

@@ -6,6 +6,7 @@ within another such loop once.
 """
 
 import dataclasses
+import math
 import re
 from collections import Counter
 
@@ -65,7 +66,7 @@ def analyse(text: str, rounds: int = 1) -> Costs:
         if (name, rounds) not in known:
             known[name, rounds] = total = Costs()
             for instruction in computations[name].values():
-                total.add(_own(instruction))
+                total.add(_own(computations[name], instruction))
                 if instruction.opcode == "while":
                     body = _attribute(instruction, "body")
                     if times := _rounds(computations, name, instruction):
@@ -77,6 +78,8 @@ def analyse(text: str, rounds: int = 1) -> Costs:
                     total.add(max(branches, key=lambda c: c.cycles))
                 elif instruction.opcode in ("call", "async-start"):
                     total.add(of(_attribute(instruction, "(?:calls|to_apply)"), rounds))
+                elif instruction.opcode == "fusion" and _starts(computations, instruction):
+                    total.add(of(_attribute(instruction, "calls"), rounds))
         return known[name, rounds]
 
     return of(entry, rounds)
@@ -96,24 +99,39 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
     return computations, entry
 
 
-def _own(instruction: _Instruction) -> Costs:
+def _own(computation: dict[str, _Instruction], instruction: _Instruction) -> Costs:
     costs = Costs()
     if found := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest):
         costs.cycles = float(found[1])
     kind = instruction.opcode.removesuffix("-start")
     if kind in COLLECTIVES:
         costs.counts[kind] = 1
-        costs.bytes[kind] = _sent(kind, instruction)
+        costs.bytes[kind] = _sent(kind, computation, instruction)
     return costs
 
 
-def _sent(kind: str, instruction: _Instruction) -> float:
-    """Bytes that a chip sends, in a ring of the N chips of a group."""
-    group = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", instruction.rest)
-    n = 1 if not group else int(group[2]) if group[2] else group[1].count(",") + 1
-    largest = max((_size(*shape) for shape in _shapes(instruction.shape)), default=0.0)
-    share = (n - 1) / n if group else 1.0
-    return largest * {"collective-permute": 1.0, "all-reduce": 2 * share}.get(kind, share)
+def _starts(computations: dict[str, dict[str, _Instruction]], fusion: _Instruction) -> bool:
+    """Whether a fusion begins a collective; what runs beside it and what ends it name the same one again."""
+    inner = computations.get(_attribute(fusion, "calls"), {})
+    return any('custom_call_target="AsyncCollectiveStart"' in i.rest for i in inner.values())
+
+
+def _sent(kind: str, computation: dict[str, _Instruction], instruction: _Instruction) -> float:
+    """Bytes that a chip sends of its operands, in a ring of the N chips of a group."""
+    n = _group(instruction.rest)
+    operands = [computation[name].shape for name in instruction.operands if name in computation]
+    size = sum(_size(*shape) for operand in operands for shape in _shapes(operand))
+    passed = {"collective-permute": 1.0, "all-gather": n - 1, "all-reduce": 2 * (n - 1) / n}
+    return size * passed.get(kind, (n - 1) / n)
+
+
+def _group(text: str) -> int:
+    """Chips of a group: listed, as a shape, or as axes of a mesh."""
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
+    found = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", text)
+    return 1 if not found else int(found[2]) if found[2] else found[1].count(",") + 1
 
 
 def _shapes(text: str) -> list[tuple[str, str]]:
