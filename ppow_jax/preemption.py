@@ -1,7 +1,8 @@
 """SIGTERM, with which schedulers take machines back: save what there is and end, soon.
 
-Work that saves itself step by step runs within `at_steps` and asks `asked` after each; anywhere else the
-process ends at once, as what is finished is on disk.
+Work that saves itself step by step runs within `at_steps` and asks `asked` after each. Anywhere else what is
+finished is on disk: a process that is alone ends at once, and several, which must end together, wherever they
+ask `leave`.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from jax.experimental import multihost_utils
 STATUS = 75  # of the process: "try again later" in sysexits.h
 _steps = False  # within `at_steps`
 _asked = False
+_questions = 0  # that this process has asked JAX's service
 
 
 class Stopped(Exception):
@@ -52,6 +54,23 @@ def at_steps() -> Iterator[None]:
         raise Stopped("a stage is saved after its last step")
 
 
-def asked(step: int) -> bool:
-    """Whether the run is to end after this step; of several processes all get the same answer."""
-    return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else _asked
+def asked() -> bool:
+    """Whether the run is to end here; of several processes, which ask equally often, all get the same answer.
+
+    JAX's service lets them end together at the number of a question that none of them has come to yet.
+    """
+    global _questions
+    if jax.process_count() == 1:
+        return _asked
+    _questions += 1
+    return multihost_utils.reached_preemption_sync_point(_questions)
+
+
+def leave(done: str) -> None:
+    """Between two pieces of work, outside of steps, that are on disk each: ends here if asked to.
+
+    Raises:
+      Stopped: it was; with what is done.
+    """
+    if asked():
+        raise Stopped(done)

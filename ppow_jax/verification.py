@@ -225,13 +225,13 @@ def score_groups(
         jnp.repeat(rollout.anchors, G, 1),
         rollout.tokens.reshape(B, A * G, K),
         needed_BxAxG.reshape(B, A * G),
-        _windows_at_once(B, A, G, K),
+        windows_at_once(B, A, G, K),
         temperature,
     )
     return jax.tree.map(lambda x: x.reshape(B, A, G, *x.shape[2:]), scores)
 
 
-def _windows_at_once(B: int, A: int, G: int, K: int) -> int:
+def windows_at_once(B: int, A: int, G: int, K: int) -> int:
     """Of a row, whole groups: few on a CPU, where the work is to follow the need, and on accelerators as many
     as fill their matrix units while the weights are gathered."""
     wanted = partition.suited(_TOKENS)

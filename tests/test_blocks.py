@@ -64,7 +64,7 @@ KINDS = {  # windows, tokens of each, slots before, masks
 }
 
 
-def attention(kind):
+def attention(kind, causal=False):
     """Attention with its gradient, and arguments of both."""
     W, K, S, masks = KINDS[kind]
     q, keep = draw(B, W, K, G * R, E), draw(B, W, K, G * R * E)
@@ -77,7 +77,7 @@ def attention(kind):
         mask = jnp.asarray(RNG.random((B, W, K, K)) < 0.5) | jnp.eye(K, dtype=bool)
 
     def attended(q, prefix, own):
-        out = layers.attend(q, prefix, visible, own, mask, 0.5)
+        out = layers.attend(q, prefix, visible, own, None if causal else mask, 0.5)
         return jnp.sum(out * keep), out
 
     return jax.value_and_grad(attended, (0, 1, 2), has_aux=True), (q, prefix, own)
@@ -87,6 +87,19 @@ def attention(kind):
 def test_attention_and_its_gradient(kind):
     of, arguments = attention(kind)
     close(*both(of, *arguments))
+
+
+@pytest.mark.parametrize("kind", ["a text", "a text after a prefix"])
+def test_a_long_text_in_parts(kind, monkeypatch):
+    state = RNG.bit_generator.state
+    of, arguments = attention(kind)
+    whole = of(*arguments)
+    RNG.bit_generator.state = state
+    of, arguments = attention(kind, causal=True)
+    monkeypatch.setattr(layers, "_LONG", 4)  # 11 tokens in eight parts
+    cut = jax.make_jaxpr(of)(*arguments)
+    assert str(cut).count(" exp ") > 8
+    close(whole, of(*arguments))
 
 
 @pytest.mark.parametrize("kind", ["a text after a prefix", "trees"])

@@ -81,6 +81,35 @@ def test_a_run_that_is_asked_to_end_while_its_last_step_is_saved_ends_before_the
     store.close()
 
 
+def test_several_processes_end_at_the_same_question_wherever_it_is_asked(tmp_path, monkeypatch):
+    """JAX's service names a question that nobody has come to yet; here the ninth."""
+    questions = []
+
+    def reached(number: int) -> bool:
+        questions.append(number)
+        return number == 9
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", reached)
+    monkeypatch.setattr(preemption, "_questions", 0)
+    for work in ("a", "b"):
+        preemption.leave(f"{work} is written")
+    with preemption.at_steps():
+        assert [preemption.asked() for _ in range(6)] == [False] * 6  # a stage of six steps
+    with pytest.raises(preemption.Stopped, match="maths"):
+        preemption.leave("evaluate is done with maths")
+    assert questions == list(range(1, 10))
+
+
+def test_between_batches_and_benchmarks_a_run_may_end(tmp_path, monkeypatch, compiled_once):
+    left = []
+    monkeypatch.setattr(preemption, "leave", left.append)
+    stages = ("respond", "supervise", "evaluate")
+    runs.run(tmp_path / "workdir", **CHANGES | {"stages": stages})
+    assert left[0] == "respond is written up to batch 1 of 3"
+    assert left[-1].startswith("evaluate is done with ")
+
+
 def test_outside_of_steps_it_ends_at_once_with_a_status_of_its_own(listening):
     with pytest.raises(SystemExit) as end:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -167,3 +196,22 @@ def test_a_save_that_fails_is_reported_and_the_one_before_it_stays(tmp_path, sma
     again = Checkpoints(tmp_path, 1)
     assert again.latest == 3
     again.close()
+
+
+def test_a_damaged_step_does_not_pass_for_one_that_is_saved_again(tmp_path, small_disk):
+    store = Checkpoints(tmp_path, 2)
+    for number in (1, 2):
+        store.save(number, state_of(number), None, {"n": number})
+    store.close()
+    for file in (tmp_path / "2" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    store = Checkpoints(tmp_path, 2)
+    assert store.latest == 2
+    assert store.restore(shapes())[0] == 1
+    small_disk(True)
+    store.save(2, state_of(2), None, {"n": 2})
+    with pytest.raises(UserError, match=r"step 2 could not be saved.*goes on from step 1"):
+        store.require(2)
+    small_disk(False)
+    store.close()

@@ -84,7 +84,7 @@ def sampled(workdir, **changes):
     return runs.run(workdir, **changes)
 
 
-def test_batches_of_long_texts_hold_fewer_of_them():
+def test_batches_of_long_texts_hold_fewer_of_them(monkeypatch):
     prompts = [respond.Prompt(str(n), "", ("x",)) for n in range(20)]
     lengths = {p.id: 10 if n < 9 else 200 if n < 15 else 500 for n, p in enumerate(prompts)}
     batches = respond.batches_of(prompts, lengths, 6, 100)
@@ -93,6 +93,9 @@ def test_batches_of_long_texts_hold_fewer_of_them():
         str(n) for n in sorted(range(20), key=lambda n: (lengths[str(n)], str(n)))
     ]
     assert [len(b) for b in respond.batches_of(prompts, lengths, 1, 10_000)] == [1] * 20
+    monkeypatch.setattr(respond.partition, "platform", lambda: "tpu")  # whose batch size is for 2,048 tokens
+    assert [len(b) for b in respond.batches_of(prompts, lengths, 6, 100)] == [6, 6, 6, 2]
+    assert [len(b) for b in respond.batches_of(prompts, lengths, 6, 2000)] == [6, 3, 3, 3, 3, 2]
 
 
 def test_a_killed_run_repeats_only_the_batch_in_flight(tmp_path, monkeypatch):

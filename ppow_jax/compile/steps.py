@@ -25,7 +25,7 @@ from ppow_jax.models.target import abstract_params as target_shapes
 from ppow_jax.rollout import make_rollout
 from ppow_jax.settings import Settings
 from ppow_jax.stages import ppow, supervise, training
-from ppow_jax.verification import make_verify
+from ppow_jax.verification import make_verify, windows_at_once
 
 _TEXTS = 2**16  # of ADAW's table
 _STOPS = (0,)
@@ -40,7 +40,7 @@ class Step:
       traced: the jitted function with its arguments' shapes.
       counted: what it deals with, "windows" or "tokens", and how many of them.
       held: arguments by what they are.
-      rounds: of its loop, if data say when that ends.
+      rounds: of its loop, if data say when that ends; at most.
     """
 
     name: str
@@ -167,7 +167,8 @@ def _ppow(plan: Plan) -> Steps:
     )
     rollout = yield Step("ppow: rollout", roll, many, held)
     verify = make_verify(plan.target, s, 0.12, _STOPS).trace(plan.params, texts, rollout, plan.key)
-    verdict = yield Step("ppow: verification", verify, many, held | {"rollout": rollout})
+    rounds = s.anchors * s.group // windows_at_once(s.batch_size, s.anchors, s.group, s.window)
+    verdict = yield Step("ppow: verification", verify, many, held | {"rollout": rollout}, rounds)
     optimizer = training.make_optimizer(s.optimizer, s.steps * s.updates)
     remat = plan.settings.drafter.remat
     update = ppow.make_update(plan.target, plan.drafter, optimizer, s, plan.mesh, remat).trace(

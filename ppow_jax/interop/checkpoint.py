@@ -110,6 +110,7 @@ class Checkpoints:
                 log.error("%s: step %d cannot be read (%s)", self._directory, step, _reason(e))
                 continue
             self._set_aside([s for s in steps if s > step])
+            self._saved = step
             if data is not None:
                 data.set_state(found["about"]["data"])
             return step, found["state"], found["about"]

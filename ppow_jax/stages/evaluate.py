@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ppow_jax import partition, processes, report
+from ppow_jax import partition, preemption, processes, report
 from ppow_jax.console import log
 from ppow_jax.data import conversations, features, prompts, records
 from ppow_jax.decode import cost, shapes
@@ -74,6 +74,7 @@ def run(experiment: Experiment) -> None:
     for name, benchmark in prompts.load(experiment.settings.evaluate.prompts, "evaluate.prompts").items():
         for stage, result in _benchmark(experiment, drafter, candidates, shape, name, benchmark).items():
             results[stage][name] = result
+        preemption.leave(f"evaluate is done with {name}")
     drafters = {
         c.stage: {
             "params_sha256": c.sha256,

@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 
-from ppow_jax import partition, processes
+from ppow_jax import partition, preemption, processes
 from ppow_jax.console import log
 from ppow_jax.data import features, records
 from ppow_jax.data.builtin import Prompt
@@ -24,7 +24,8 @@ from ppow_jax.experiment import Experiment
 from ppow_jax.metrics import duration
 
 _IMPORT_ROWS = 128  # a shard
-_TEXT = 256  # tokens of a text, the prompt's first turn and an answer, that the batch size is meant for
+# Tokens of a text, the prompt's first turn and an answer, that the batch size is meant for.
+_TEXT = {"cpu": 256, "default": 2048}
 _BUCKET = 8  # prompts are padded to a multiple of this, so that few shapes are compiled
 
 
@@ -111,6 +112,7 @@ def write(
             tokens / seconds,
             duration(seconds / n * (len(todo) - n)),
         )
+        preemption.leave(f"{label} is written up to batch {len(batches) - len(todo) + n} of {len(batches)}")
     processes.together(f"{label} is written")
 
 
@@ -136,10 +138,10 @@ def batches_of(
     texts of 416 tokens, with all that is made on the way, takes 18 GB.
     """
     ordered = sorted(prompts, key=lambda p: (len(p.turns), lengths[p.id], p.id))
-    batches = []
+    text, batches = partition.suited(_TEXT), []
     while ordered:
         rows = min(len(ordered), batch_size)
-        while rows > max(1, batch_size // -(-(lengths[ordered[rows - 1].id] + max_new_tokens) // _TEXT)):
+        while rows > max(1, batch_size // -(-(lengths[ordered[rows - 1].id] + max_new_tokens) // text)):
             rows -= 1
         batches.append(ordered[:rows])
         ordered = ordered[rows:]

@@ -276,7 +276,7 @@ def train(
             if number * every.curve_points // steps > (number - 1) * every.curve_points // steps:
                 metrics |= measure(state)
             writer.write(number, metrics)
-            stop = preemption.asked(number)
+            stop = preemption.asked()
             if number % every.checkpoint_every_steps == 0 or last or stop:
                 writer.flush()  # refuses a loss that is not finite before it is saved
                 store.save(number, state, batches, about | {"seconds": writer.seconds})
