@@ -98,7 +98,7 @@ def test_a_long_text_in_parts(kind, monkeypatch):
     of, arguments = attention(kind, causal=True)
     monkeypatch.setattr(layers, "_LONG", 4)  # 11 tokens in eight parts
     cut = jax.make_jaxpr(of)(*arguments)
-    assert str(cut).count(" exp ") > 8
+    assert str(cut).count(" exp ") >= 8
     close(whole, of(*arguments))
 
 
