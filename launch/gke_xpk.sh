@@ -6,7 +6,7 @@
 #   TYPE=v5p-32 launch/gke_xpk.sh pods llama-ppow REGISTRY/ppow_jax:tpu configs/llama31_8b.py /mnt/shared/run
 #
 # IMAGE is made by `docker build -f launch/Dockerfile.tpu -t IMAGE .` and pushed to where the cluster pulls from.
-# STORAGE is what `xpk storage` calls the shared volume that WORKDIR lies on; SLICES (default 1) the slices.
+# STORAGE is what `xpk storage` calls the shared volume that WORKDIR lies on.
 # RESTARTS (default 10) is how often GKE starts the workload again; each time it goes on from its checkpoint.
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -19,5 +19,5 @@ command=(python -m ppow_jax.main "--config=$config" "--workdir=$workdir" --confi
 storage=()
 [ -z "${STORAGE:-}" ] || storage=("--storage=$STORAGE")
 run xpk workload create "--cluster=$cluster" "--workload=$workload" "--docker-image=$image" \
-  "--tpu-type=$TYPE" "--num-slices=${SLICES:-1}" "--max-restarts=${RESTARTS:-10}" "${storage[@]}" \
+  "--tpu-type=$TYPE" --num-slices=1 "--max-restarts=${RESTARTS:-10}" "${storage[@]}" \
   "--command=$(printf '%q ' "${command[@]}")"

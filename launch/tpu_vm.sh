@@ -27,9 +27,12 @@ fi
 archive=$(mktemp -d)/ppow_jax.tar.gz
 run tar -czf "$archive" --exclude=.venv setup.py pyproject.toml README.md LICENSE ppow_jax configs
 run "${tpu[@]}" scp "$archive" "$name:/tmp/ppow_jax.tar.gz" "--zone=$zone" --worker=all
-command=(python3 -m ppow_jax.main "--config=$config" "--workdir=$workdir" --config.distributed=True "$@")
+command=(python -m ppow_jax.main "--config=$config" "--workdir=$workdir" --config.distributed=True "$@")
 there="set -e; mkdir -p ppow_jax && tar -xzf /tmp/ppow_jax.tar.gz -C ppow_jax && cd ppow_jax"
-there+=" && python3 -m venv .venv && . .venv/bin/activate && pip install -q -e '.[tpu,hub,plots]'"
+# the software of TPU VMs comes with a Python of its own, which may be too old
+there+=" && python3 -m pip install -q --user uv && python3 -m uv venv -q --clear --python 3.12 .venv"
+there+=" && python3 -m uv pip install -q --python .venv/bin/python -e '.[tpu,hub,plots]'"
+there+=" && . .venv/bin/activate"
 there+=" && { nohup $(printf '%q ' "${command[@]}") >/tmp/ppow_jax.log 2>&1 & }"
 run "${tpu[@]}" ssh "$name" "--zone=$zone" --worker=all "--command=$there"
 echo "to watch: ${tpu[*]} ssh $name --zone=$zone --worker=0 --command='tail -f /tmp/ppow_jax.log'"

@@ -204,6 +204,8 @@ def rows_here(mesh: Mesh, rows: int) -> np.ndarray:
 def assemble(tree: Any, mesh: Mesh, rows: int) -> Any:
     """A batch of `rows` rows on the mesh, of which each process gives those of `rows_here`."""
     here = rows_here(mesh, rows)
+    if rows % batch_ways(mesh):
+        _warn(f"a batch of {rows} rows is not divisible over {batch_ways(mesh)} devices: each has all of it")
 
     def one(x: np.ndarray) -> jax.Array:
         part = lambda index: x[np.searchsorted(here, np.arange(rows)[index[0]])][:, *index[1:]]  # noqa: E731

@@ -20,7 +20,7 @@ from ppow_jax.experiment import Experiment
 from ppow_jax.metrics import duration
 from ppow_jax.models.target import Target
 
-_BATCH = 16  # texts a forward pass
+_BATCH = 16  # texts a forward pass, or more where that many would not divide over devices
 _BUCKET = 32  # texts are padded to a multiple of this
 
 
@@ -81,9 +81,11 @@ def _compute(experiment: Experiment, name: str) -> None:
     tokens = [texts[i]["tokens"][: data.length] for i in range(len(texts))]
     ordered = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     rows: dict[int, dict[str, np.ndarray]] = {}
-    for at in range(0, len(ordered), _BATCH):
-        batch = ordered[at : at + _BATCH]
-        padded = pad_texts([tokens[i] for i in batch], _BATCH)
+    ways = partition.batch_ways(experiment.mesh)
+    size = -(-_BATCH // ways) * ways
+    for at in range(0, len(ordered), size):
+        batch = ordered[at : at + size]
+        padded = pad_texts([tokens[i] for i in batch], size)
         found = _features(
             experiment.target,
             experiment.target_params,

@@ -3,7 +3,7 @@
 Rewards of rollouts rise on the anchors and texts that training chose; whether decoding gains is read here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,28 +39,31 @@ def acceptance(experiment: Experiment, corpus: training.Corpus) -> training.Meas
     """
     if not len(corpus.held) or experiment.settings.respond.temperature > 0:
         return lambda state: {}
-    samples = {
-        "holdout": _sample(experiment, [corpus.held[i] for i in range(len(corpus.held))]),
-        "train": _sample(
-            experiment, [corpus.train[i] for i in training.spread(len(corpus.train), len(corpus.held))]
-        ),
-    }
+    held, trained = len(corpus.held), training.spread(len(corpus.train), len(corpus.held))
+    samples = {"holdout": (corpus.held, range(held)), "train": (corpus.train, trained)}
     drafter, K = training.drafter_of(experiment), experiment.settings.ppow.window
-    shape = chain(K)
+    shape, rows = chain(K), experiment.settings.evaluate.batch_size
 
     def measure(state: State) -> dict[str, float]:
         weights = weights_of(state["params"], experiment.target_params, state["vocab"])
         metrics = {}
-        for name, s in samples.items():
-            emitted = processes.host(simulate(drafter, weights, *s.texts, shape).emitted)
-            metrics[f"{name}_tau"] = float(emitted.sum() / max(1, (emitted > 0).sum()))
-            length = processes.host(
-                expected_accepted(drafter, weights, s.texts.taps, s.texts.tokens, s.texts.end, s.anchors, K)
-            )
-            metrics[f"{name}_sampled"] = float(length[s.real].mean())
+        for name, (items, chosen) in samples.items():
+            emitted, lengths = [], []
+            for some in _batches(chosen, rows):  # read anew: their taps are too large to be kept
+                s = _sample(experiment, [items[i] for i in some])
+                emitted.append(processes.host(simulate(drafter, weights, *s.texts, shape).emitted))
+                about = (s.texts.taps, s.texts.tokens, s.texts.end, s.anchors)
+                lengths.append(processes.host(expected_accepted(drafter, weights, *about, K))[s.real])
+            tokens, rounds = sum(x.sum() for x in emitted), sum((x > 0).sum() for x in emitted)
+            metrics[f"{name}_tau"] = float(tokens / max(1, rounds))
+            metrics[f"{name}_sampled"] = float(np.concatenate(lengths).mean())
         return metrics
 
     return measure
+
+
+def _batches(chosen: range, rows: int) -> Iterator[range]:
+    return (chosen[at : at + rows] for at in range(0, len(chosen), rows))
 
 
 def texts_of(experiment: Experiment, items: Sequence[Mapping[str, Any]]) -> Texts:
