@@ -1,5 +1,6 @@
 """The acceptance curves, against drafters whose law is known."""
 
+import dataclasses
 import json
 
 import jax
@@ -71,6 +72,10 @@ def test_curves_are_measured_on_held_out_and_on_training_texts(tmp_path):
     corpus = training.corpus(run)
     state, _ = training.load_drafter(run, "supervise")
     again = curves.acceptance(run, corpus)(state)
+    one = dataclasses.replace(run.settings.evaluate, batch_size=1)
+    by_one = dataclasses.replace(run, settings=dataclasses.replace(run.settings, evaluate=one))
+    assert len(corpus.held) > 1
+    assert curves.acceptance(by_one, corpus)(state) == pytest.approx(again, abs=1e-5)
     assert set(again) == {"holdout_tau", "holdout_sampled", "train_tau", "train_sampled"}
     for key, value in again.items():
         assert measured[-1][key] == pytest.approx(value, abs=1e-5)
