@@ -12,12 +12,12 @@ import types
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 STATUS = 75  # of the process: "try again later" in sysexits.h
 _steps = False  # within `at_steps`
 _asked = False
-_questions = 0  # that this process has asked JAX's service
 
 
 class Stopped(Exception):
@@ -25,15 +25,14 @@ class Stopped(Exception):
 
 
 def install() -> None:
-    """Takes SIGTERM. Of several processes JAX's own service takes it, and tells the others."""
-    if jax.process_count() == 1:
-        signal.signal(signal.SIGTERM, _on_signal)
+    """Takes SIGTERM, from JAX's own service too, which of several processes sometimes tells none."""
+    signal.signal(signal.SIGTERM, _on_signal)
 
 
 def _on_signal(number: int, frame: types.FrameType | None) -> None:
     global _asked
     _asked = True
-    if not _steps:
+    if not _steps and jax.process_count() == 1:
         sys.exit(STATUS)
 
 
@@ -50,20 +49,16 @@ def at_steps() -> Iterator[None]:
         yield
     finally:
         _steps = False
-    if _asked:
+    if _asked and jax.process_count() == 1:
         raise Stopped("a stage is saved after its last step")
 
 
 def asked() -> bool:
-    """Whether the run is to end here; of several processes, which ask equally often, all get the same answer.
-
-    JAX's service lets them end together at the number of a question that none of them has come to yet.
-    """
-    global _questions
+    """Whether the run is to end here. Of several processes, which ask equally often, one that was told is
+    enough, and all get the same answer."""
     if jax.process_count() == 1:
         return _asked
-    _questions += 1
-    return multihost_utils.reached_preemption_sync_point(_questions)
+    return bool(multihost_utils.process_allgather(np.int32(_asked)).any())
 
 
 def leave(done: str) -> None:
