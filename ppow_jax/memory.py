@@ -1,6 +1,6 @@
 """What compilers and allocators are asked for in the environment, before they begin.
 
-A TPU's products take a quarter less time, by its compiler's account, if one may use 32 MB of the vector
+A TPU reads texts in an eighth less time, by its compiler's account, if a product may use 32 MB of the vector
 memory (docs/scaling.md).
 
 XLA's CPU backend asks for its buffers anew at every step, and touching fresh pages takes a fifth of a

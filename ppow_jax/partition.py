@@ -162,20 +162,6 @@ def keep_rows(tree: Any) -> Any:
     return jax.tree.map(keep, tree)
 
 
-def lookup(table_VxD: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Inside jit: rows of a table `[V, D]` for tokens `[B, ...]`, kept where the batch has its rows.
-
-    The table's width is split over `fsdp`, as the batch's rows are. Left alone, XLA lets a device find its
-    part of the width for all rows, however many; here for those of its share by `data`.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or len(tokens) % mesh.shape["data"] or table_VxD.shape[1] % mesh.shape["fsdp"]:
-        return table_VxD[tokens]
-    keep, middle = jax.lax.with_sharding_constraint, (None,) * (tokens.ndim - 1)
-    found = table_VxD[keep(tokens, PartitionSpec("data", *middle))]
-    return keep_rows(keep(found, PartitionSpec("data", *middle, "fsdp")))
-
-
 def keep_heads(x_BxWxKxHxE: jax.Array) -> jax.Array:
     """Inside jit: keeps heads whole, split over `tensor` if they divide; else every device has them all."""
     mesh = jax.sharding.get_abstract_mesh()

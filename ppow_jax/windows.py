@@ -52,6 +52,11 @@ class Prefix(NamedTuple):
     hidden: jax.Array
 
 
+def _embedded(weights: DrafterWeights, tokens: jax.Array) -> jax.Array:
+    # left alone the compiler lets every device embed all rows of a batch, however many there are
+    return partition.keep_rows(weights.embedding[tokens])
+
+
 def prefix_pass(
     drafter: Drafter,
     weights: DrafterWeights,
@@ -72,7 +77,7 @@ def prefix_pass(
     """
     variables, positions_Bx1xT = {"params": weights.params}, positions_BxT[:, None]
     hidden = drafter.apply(variables, taps_BxTxC, method=Drafter.features)
-    inputs = (partition.lookup(weights.embedding, next_tokens_BxT)[:, None], hidden[:, None], positions_Bx1xT)
+    inputs = (_embedded(weights, next_tokens_BxT)[:, None], hidden[:, None], positions_Bx1xT)
     visible = before and visible_slots(positions_BxT[:, 0], before[0].values.shape[2])
     _, read = drafter.apply(variables, *inputs, before, visible)
     return Prefix(as_prefix(read), hidden)
@@ -114,7 +119,7 @@ def begin(drafter: Drafter, weights: DrafterWeights, prefix: Cache, start: Start
     visible_BxAxS = jnp.arange(prefix[0].values.shape[2]) <= start.position[..., None]
     hidden, _ = drafter.apply(
         {"params": weights.params},
-        partition.lookup(weights.embedding, start.token)[:, :, None],
+        _embedded(weights, start.token)[:, :, None],
         start.hidden[:, :, None],
         start.position[..., None],
         prefix,
@@ -147,7 +152,7 @@ def advance(
     drafter: Drafter, weights: DrafterWeights, prefix: Cache, windows: Windows, tokens_BxW: jax.Array
 ) -> Windows:
     """A further step: every window reads its next token."""
-    embeddings, position = partition.lookup(weights.embedding, tokens_BxW)[:, :, None], windows.position + 1
+    embeddings, position = _embedded(weights, tokens_BxW)[:, :, None], windows.position + 1
     inputs = (embeddings, windows.hidden, position, prefix, windows.visible, windows.own)
     hidden, own = drafter.apply({"params": weights.params}, *inputs)
     return Windows(hidden, position, windows.visible, own)

@@ -1,8 +1,8 @@
 """What a compiled TPU program does, read from its text: cycles, and bytes that chips send each other.
 
 The compiler's own summary (`cost_analysis`) counts the body of a loop once. Here it counts as often as the
-loop runs; one whose number of rounds depends on data as often as the caller says, and
-within another such loop once.
+loop runs; one whose number of rounds depends on data as often as the caller says, and within another such
+loop once.
 """
 
 import dataclasses

@@ -12,9 +12,8 @@ def operations(closed: core.ClosedJaxpr, rounds: int = 1) -> float:
     """Multiplications and additions of all matrix products, on all devices together.
 
     What no result depends on does not count: the compiler leaves it out. The body of a `scan` counts as often
-    as it runs; of a `while`, whose rounds depend on data, `rounds` times, within
-    another such loop once; of the branches of a condition the
-    dearest.
+    as it runs; of a `while`, whose rounds depend on data, `rounds` times, within another such loop once; of
+    the branches of a condition the dearest.
     """
     jaxpr = closed.jaxpr
     return _count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0], rounds)

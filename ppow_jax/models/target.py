@@ -147,9 +147,10 @@ class Target(nn.Module):
         it. `places` are the positions of the slots, None: their numbers; layers with a span ask for them.
         """
         c = self.config
-        x = partition.lookup(self.embedding.embedding, tokens_BxWxK).astype(c.dtype)
+        x = self.embedding(tokens_BxWxK)
         if c.embedding_scale != 1:
             x *= jnp.asarray(c.embedding_scale, x.dtype)
+        x = partition.keep_rows(x)
         masks = {
             span: _within(span, positions_BxWxK, visible_BxWxS, own_mask, places_BxS)
             for span in {c.span(i) for i in range(c.layers)}

@@ -3,7 +3,7 @@
 Rewards of rollouts rise on the anchors and texts that training chose; whether decoding gains is read here.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,8 +49,8 @@ def acceptance(experiment: Experiment, corpus: training.Corpus) -> training.Meas
         metrics = {}
         for name, (items, chosen) in samples.items():
             emitted, lengths = [], []
-            for some in _batches(chosen, rows):  # read anew: their taps are too large to be kept
-                s = _sample(experiment, [items[i] for i in some])
+            for at in range(0, len(chosen), rows):  # read anew: their taps are too large to be kept
+                s = _sample(experiment, [items[i] for i in chosen[at : at + rows]])
                 emitted.append(processes.host(simulate(drafter, weights, *s.texts, shape).emitted))
                 about = (s.texts.taps, s.texts.tokens, s.texts.end, s.anchors)
                 lengths.append(processes.host(expected_accepted(drafter, weights, *about, K))[s.real])
@@ -60,10 +60,6 @@ def acceptance(experiment: Experiment, corpus: training.Corpus) -> training.Meas
         return metrics
 
     return measure
-
-
-def _batches(chosen: range, rows: int) -> Iterator[range]:
-    return (chosen[at : at + rows] for at in range(0, len(chosen), rows))
 
 
 def texts_of(experiment: Experiment, items: Sequence[Mapping[str, Any]]) -> Texts:
