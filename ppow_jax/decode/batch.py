@@ -149,34 +149,37 @@ def _prefill(
     parts = _parts(B, P, mesh)
     layout = partition.batch_sharding(mesh, B // parts)
 
-    def some(rows: tuple[jax.Array, ...]) -> tuple[State, Features | None]:
+    def some(*rows: jax.Array) -> tuple[State, Features | None]:
         rows = jax.lax.with_sharding_constraint(rows, layout)
         state, seen = prefill(target, params, *rows, config, drafting, weights)
         reach = drafting.depth + 1 if drafting else 1
         state = grow(state, -(-(P + reach) // _SLOTS) * _SLOTS, drafting)
         if partition.platform() == "cpu" and not drafting:
             state = state._replace(cache=kv_cache.in_blocks(state.cache, _SLOTS))
+        state = state._replace(keys=None)
         return state, Features(*(x.astype(dtype) for x in seen)) if dtype else None
 
     # On several devices a part is every so manieth row, so that it lies on all of them; on one, rows that
     # follow each other: nothing is copied.
-    spread = partition.batch_ways(mesh) > 1
+    axis = 1 if partition.batch_ways(mesh) > 1 else 0
 
-    def cut(x: jax.Array) -> jax.Array:
-        return (
-            x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
-            if spread
-            else x.reshape(parts, -1, *x.shape[1:])
-        )
+    def split(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0], parts, *shape[1:]) if axis else (parts, *shape)
 
-    def join(x: jax.Array) -> jax.Array:
-        if x.ndim == 1:
-            return x[0]
-        x = x.swapaxes(0, 1) if spread else x
-        return x.reshape(B, *x.shape[2:])
+    # Each part goes to its place in the whole: put together afterwards, the caches would be held three times.
+    def blank(part: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.zeros(split(part.shape) if part.ndim else (), part.dtype)
 
-    rows = (prompt_BxP, length_B, keys_B)
-    return jax.tree.map(join, jax.lax.map(some, jax.tree.map(cut, rows)))
+    def add(number: jax.Array, whole: Any) -> Any:
+        part = some(*(jax.lax.dynamic_index_in_dim(x, number, axis, False) for x in rows))
+        put = lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, number, axis) if x.ndim else x  # noqa: E731
+        return jax.tree.map(put, whole, part)
+
+    rows = tuple(x.reshape(split((B // parts, *x.shape[1:]))) for x in (prompt_BxP, length_B, keys_B))
+    one = jax.eval_shape(some, *(jax.eval_shape(lambda x: x.take(0, axis), x) for x in rows))
+    whole = jax.lax.fori_loop(0, parts, add, jax.tree.map(blank, one))
+    state, features = jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]) if x.ndim else x, whole)
+    return state._replace(keys=keys_B), features
 
 
 def _parts(rows: int, length: int, mesh: Mesh) -> int:
