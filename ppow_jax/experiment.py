@@ -75,6 +75,7 @@ def run(settings: Settings, workdir: pathlib.Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--workdir: {str(workdir)!r} cannot be made ({e.strerror})") from e
+    _keep_programs(workdir)
     todo = processes.agreed(_plan(settings, workdir))
     if not todo:
         log.info("every stage is finished; nothing to do in %s", workdir)
@@ -90,6 +91,16 @@ def run(settings: Settings, workdir: pathlib.Path) -> None:
             importlib.import_module(f"ppow_jax.stages.{stage}").run(experiment)
             processes.together(f"{stage} is finished")
             _mark(settings, workdir, stage, finished=True)
+
+
+def _keep_programs(workdir: pathlib.Path) -> None:
+    """A run that goes on finds its compiled programs in the workdir, unless JAX was given another place.
+
+    On accelerators alone, where a large target's steps take minutes each to compile; a CPU's program may end
+    the process on another kind of CPU.
+    """
+    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
 
 
 def build(settings: Settings, workdir: pathlib.Path) -> Experiment:

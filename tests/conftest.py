@@ -1,6 +1,7 @@
 """Fixtures that the tests share; see `small` for what they hold."""
 
 import importlib.util
+import os
 import pathlib
 import sys
 
@@ -58,24 +59,20 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-@pytest.fixture(scope="session")
-def compiled_once(tmp_path_factory) -> dict[str, str]:
-    """Keeps what is compiled from here on, so that runs of the same shapes compile once.
-
-    The result makes a subprocess use the same store, as part of its environment.
-    """
-    directory = str(tmp_path_factory.mktemp("compiled"))
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory) -> None:
+    """Keeps what is compiled, for all workers and all processes that tests start: the same program is
+    compiled once."""
+    base = tmp_path_factory.getbasetemp()
+    directory = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    return {
-        "JAX_COMPILATION_CACHE_DIR": directory,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory, compiled_once) -> runs.Finished:
+def finished(tmp_path_factory) -> runs.Finished:
     """A workdir in which supervise, cst, evaluate and export have run. Read it, never write there."""
     workdir = tmp_path_factory.mktemp("finished") / "workdir"
     before = jax.config.read("jax_disable_most_optimizations")

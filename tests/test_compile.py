@@ -227,15 +227,20 @@ def test_what_a_slice_would_hold_and_the_steps_there_are(tmp_path):
     assert set(steps.GROUPS) == {"respond", "supervise", "ppow", "decode"}
 
 
+def compile_for_a_slice(directory, *more: str) -> subprocess.CompletedProcess:
+    """Runs the command for four chips of v5e."""
+    command = [sys.executable, "-m", "ppow_jax.compile", "--config=configs/base.py", "--topology=v5e:2x2"]
+    flags = [f"--config.{key}={value}" for key, value in FLAGS.items()]
+    command += [f"--config.target.path={describe(directory)}", *flags, *more]
+    root = os.path.dirname(os.path.dirname(__file__))
+    return subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=900)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_LIBTPU, reason="no libtpu: `pip install 'jax[tpu]'` brings it")
 def test_all_steps_compile_for_a_slice(tmp_path):
     out = tmp_path / "out.jsonl"
-    flags = [f"--config.{key}={value}" for key, value in FLAGS.items()]
-    command = [sys.executable, "-m", "ppow_jax.compile", "--config=configs/base.py", "--topology=v5e:2x2"]
-    command += [f"--out={out}", f"--config.target.path={describe(tmp_path)}", *flags]
-    root = os.path.dirname(os.path.dirname(__file__))
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=900)
+    done = compile_for_a_slice(tmp_path, f"--out={out}")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = {row["step"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert list(rows) == [
@@ -253,3 +258,16 @@ def test_all_steps_compile_for_a_slice(tmp_path):
         assert row["computing"] > 0 and row["operations"] > 0 and 0 < row["utilisation"] < 1
         assert row["chips"] == 4 and row["collectives"], row["step"]
     assert "utilisation" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_LIBTPU, reason="no libtpu: `pip install 'jax[tpu]'` brings it")
+def test_a_step_that_does_not_fit_is_named_and_the_next_stage_compiled(tmp_path):
+    out = tmp_path / "out.jsonl"
+    flags = ["--steps=respond,decode", "--config.respond.batch_size=2097152", f"--out={out}"]
+    done = compile_for_a_slice(tmp_path, *flags)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "respond: prompts: more than a chip's memory" in done.stderr
+    assert [json.loads(line)["step"] for line in out.read_text().splitlines()] == [
+        "decode: prompt and a round"
+    ]

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 import runs
 
@@ -40,3 +41,18 @@ def test_a_missing_benchmark_shows_before_anything_runs(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.jsonl"):
         experiment.run(chosen, tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("platform", "given", "kept"),
+    [("tpu", None, "{workdir}/compiled"), ("tpu", "elsewhere", "elsewhere"), ("cpu", None, None)],
+)
+def test_where_compiled_programs_are_kept(tmp_path, monkeypatch, platform, given, kept):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", given)
+        experiment._keep_programs(tmp_path)
+        assert jax.config.jax_compilation_cache_dir == (kept and kept.format(workdir=tmp_path))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -10,7 +10,7 @@ import runs
 from ppow_jax.errors import ConfigError
 from ppow_jax.stages import training
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "compiled_once")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STEPS = dict(supervise__steps=4, supervise__optimizer__warmup_steps=2, ppow__steps=2, log__curve_points=1)
 

@@ -32,9 +32,7 @@ def listening(monkeypatch):
     signal.signal(signal.SIGTERM, before)
 
 
-def test_a_run_that_is_asked_to_end_saves_the_step_that_it_is_in(
-    tmp_path, monkeypatch, listening, compiled_once
-):
+def test_a_run_that_is_asked_to_end_saves_the_step_that_it_is_in(tmp_path, monkeypatch, listening):
     begun = supervise.stepper
 
     def stepper(*arguments):
@@ -63,7 +61,7 @@ def test_a_run_that_is_asked_to_end_saves_the_step_that_it_is_in(
 
 
 def test_a_run_that_is_asked_to_end_while_its_last_step_is_saved_ends_before_the_next_stage(
-    tmp_path, monkeypatch, listening, compiled_once
+    tmp_path, monkeypatch, listening
 ):
     require = Checkpoints.require
 
@@ -96,7 +94,7 @@ def test_several_processes_end_together_if_one_is_told(monkeypatch, told):
             preemption.leave("evaluate is done with maths")
 
 
-def test_between_batches_and_benchmarks_a_run_may_end(tmp_path, monkeypatch, compiled_once):
+def test_between_batches_and_benchmarks_a_run_may_end(tmp_path, monkeypatch):
     left = []
     monkeypatch.setattr(preemption, "leave", left.append)
     stages = ("respond", "supervise", "evaluate")

@@ -18,7 +18,7 @@ from ppow_jax.errors import UserError
 from ppow_jax.models import markov, tokenizer
 from ppow_jax.stages import respond
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "compiled_once")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 USER, ASSISTANT, END = (markov.SPECIALS.index(x) for x in ("<user>", "<assistant>", "<end>"))
 BEST = markov.transition(0).argmax(1)
 # As the chain's own, but it keeps the case of what it renders.

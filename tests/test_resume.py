@@ -75,7 +75,7 @@ class Watch:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory, compiled_once):
+def both(tmp_path_factory):
     """Two workdirs and what was seen of them: a run left alone, a run stopped four times."""
     directory = tmp_path_factory.mktemp("resume")
     found = []

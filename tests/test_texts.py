@@ -136,7 +136,7 @@ def test_padded_texts_fill_a_bucket():
 
 
 @pytest.fixture
-def corpora(tmp_path, compiled_once):
+def corpora(tmp_path):
     """Texts of unlike lengths with cached lessons, and an experiment that caches them in float32."""
     rng = np.random.default_rng(3)
     lengths = [5, 40, 12, 33, 9, 7]

@@ -42,16 +42,29 @@ def main(argv: list[str]) -> None:
     if unknown := [name for name in wanted if name not in steps.GROUPS]:
         raise UserError(f"--steps: found {unknown[0]!r}, expected some of {', '.join(steps.GROUPS)}")
     log.info("compile: %s on %s: mesh %s", chosen.target.path, _TOPOLOGY.value, dict(mesh.shape))
-    rows = []
+    about = {"config": chosen.target.path, "topology": _TOPOLOGY.value, "chips": mesh.size}
+    rows, too_large = [], []
     with jax.set_mesh(mesh):
         for name in wanted:
-            for row in report.compile_steps(steps.GROUPS[name], plan, chip):
-                rows.append(row)
-                if _OUT.value:
-                    about = {"config": chosen.target.path, "topology": _TOPOLOGY.value, "chips": mesh.size}
-                    with pathlib.Path(_OUT.value).open("a") as file:
-                        file.write(json.dumps(about | row) + "\n")
+            try:
+                for row in report.compile_steps(steps.GROUPS[name], plan, chip):
+                    rows.append(row)
+                    _keep(about | row)
+            except report.DoesNotFitError as e:
+                log.error("compile: %s", e)
+                too_large.append(str(e).partition(": RESOURCE")[0])
     report.show(f"{chosen.target.path} on {_TOPOLOGY.value}, {mesh.size} chips", rows, chip)
+    if too_large:
+        raise UserError(
+            f"{', '.join(too_large)}: more than a chip's memory, as logged above; a larger slice, more ways "
+            "of config.mesh.fsdp or tensor, a smaller batch_size or more of config.STAGE.accumulate help"
+        )
+
+
+def _keep(row: report.Row) -> None:
+    if _OUT.value:
+        with pathlib.Path(_OUT.value).open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,20 +19,37 @@ from ppow_jax.console import log
 Row = dict[str, Any]
 
 
+class DoesNotFitError(Exception):
+    """A step needs more memory than a chip has; says which one, in the compiler's words."""
+
+
 def compile_steps(group: Callable[[Plan], Steps], plan: Plan, chip: Chip) -> Iterator[Row]:
-    """Compiles the steps of a group, one after the other."""
+    """Compiles the steps of a group, one after the other.
+
+    Raises:
+      DoesNotFitError: a step does not fit a chip. Those after it are made from what it returns: none come.
+    """
     steps, results = group(plan), None
     with contextlib.suppress(StopIteration):
         while True:
             step = steps.send(results)
             began = time.monotonic()
             lowered = step.traced.lower()
-            program = lowered.compile()
+            program = _compiled(step, lowered)
             log.info("compile: %s took %.0f s", step.name, time.monotonic() - began)
             yield _row(step, program, plan, chip)
             results = jax.tree.map(_placed, lowered.out_info, program.output_shardings)
             del step, lowered, program
             memory.give_back()  # gigabytes, of a large target
+
+
+def _compiled(step: Step, lowered: Any) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        raise DoesNotFitError(f"{step.name}: {str(e).splitlines()[0][:200]}") from e
 
 
 def _placed(out: Any, at: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
