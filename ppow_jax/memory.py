@@ -1,7 +1,8 @@
 """What compilers and allocators are asked for in the environment, before they begin.
 
 A TPU reads texts in an eighth less time, by its compiler's account, if a product may use 32 MB of the vector
-memory (docs/scaling.md).
+memory. The compiler gathers weights far ahead of their use, without gain, as long as a program's own arrays
+leave room on the chip; others lie there too, so that it may plan with half of the memory (docs/scaling.md).
 
 XLA's CPU backend asks for its buffers anew at every step, and touching fresh pages takes a fifth of a
 training step and most of the growth of a cache (docs/performance.md). glibc can back them by huge pages and
@@ -12,13 +13,14 @@ import ctypes
 import os
 import sys
 
-_TPU_VARIABLE, _TPU_WISH = "LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=32768"
+_TPU_VARIABLE = "LIBTPU_INIT_ARGS"
+_TPU_WISH = "--xla_tpu_scoped_vmem_limit_kib=32768 --xla_tpu_scheduler_percent_shared_memory_limit=50"
 _VARIABLE = "GLIBC_TUNABLES"
 _WISH = {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 2**40, "arena_max": 1}
 
 
 def ask_libtpu() -> None:
-    """Sets the wish about TPUs, unless the environment has another."""
+    """Sets the wishes about TPUs, unless the environment has others."""
     os.environ.setdefault(_TPU_VARIABLE, _TPU_WISH)
 
 
