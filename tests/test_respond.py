@@ -16,6 +16,7 @@ from ppow_jax.data.builtin import Prompt
 from ppow_jax.data.conversations import Conversation, spans
 from ppow_jax.errors import UserError
 from ppow_jax.models import markov, tokenizer
+from ppow_jax.models.target import Target
 from ppow_jax.stages import respond
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -196,11 +197,12 @@ def test_an_answer_ends_at_the_stop_id_which_is_not_said_twice(experiment):
 
 
 def test_a_full_context_ends_a_dialogue_early(experiment):
-    """The context is 512: 200 letters, 100 new tokens and 200 letters leave no room for 100 more."""
-    long, short = Prompt("1", "", ("a" * 200, "b" * 200, "c")), Prompt("2", "", ("a", "b", "c"))
-    full, other = converse(experiment, [long, short], 100)
-    assert spans(np.array(full.assistant)) == [(202, 302)]
-    assert len(full.tokens) == 302  # and no question stays without an answer
+    """The context is 64: 25 letters, 12 new tokens and 25 letters leave no room for 12 more."""
+    target = Target(dataclasses.replace(experiment.target.config, context=64))
+    long, short = Prompt("1", "", ("a" * 25, "b" * 25, "c")), Prompt("2", "", ("a", "b", "c"))
+    full, other = converse(dataclasses.replace(experiment, target=target), [long, short], 12)
+    assert spans(np.array(full.assistant)) == [(27, 39)]
+    assert len(full.tokens) == 39  # and no question stays without an answer
     assert len(spans(np.array(other.assistant))) == 3
 
 

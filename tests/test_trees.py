@@ -190,18 +190,19 @@ def test_drawn_trees_follow_the_drafters_law_without_replacement(chain, guesses)
     ).all()
 
 
-SAMPLED = {name: SHAPES[name] for name in ("chain", "group", "fixed", "dynamic")}
+FLAT, TOP_K, TOP_P = Sampling(1.0), Sampling(0.8, top_k=3), Sampling(1.0, top_p=0.85)
+SAMPLED = [("chain", FLAT), ("group", TOP_K), ("fixed", TOP_P)]
+SAMPLED += [("dynamic", FLAT), ("dynamic", TOP_K), ("dynamic", TOP_P)]
 
 
-@pytest.mark.parametrize("how", [Sampling(1.0), Sampling(0.8, top_k=3), Sampling(1.0, top_p=0.85)], ids=str)
-@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize(("name", "how"), SAMPLED, ids=str)
 def test_sampled_text_follows_the_targets_law_whatever_is_drafted(chain, name, how):
     """Transitions counted over 256 texts, and those of the first and second token alone."""
     rows, count = 256, 12
     prompts = [[4 + i % 8] for i in range(rows)]
     drafter, weights = small.flawed(chain, (8, 19), np.delete(LETTERS, [2, 11]))
     out = small.generate(
-        chain, prompts, DecodeConfig(count, NEVER, how), Eagle(drafter, SAMPLED[name]), weights, padded=1
+        chain, prompts, DecodeConfig(count, NEVER, how), Eagle(drafter, SHAPES[name]), weights, padded=1
     )
     text = np.concatenate([np.array(prompts), np.asarray(out.tokens)], 1)
     law = chain.law ** (1 / how.temperature)
@@ -222,7 +223,7 @@ def test_sampled_text_follows_the_targets_law_whatever_is_drafted(chain, name, h
     assert max(out.emitted_by_round.max(1)) > 2
 
 
-@pytest.mark.parametrize("how", [Sampling(1.0), Sampling(0.5, top_k=5), Sampling(1.0, top_p=0.8)], ids=str)
+@pytest.mark.parametrize("how", [Sampling(0.5, top_k=5), Sampling(1.0, top_p=0.8)], ids=str)
 def test_with_trees_that_follow_from_the_text_a_sample_is_the_autoregressive_one(tiny, pupil, how):
     keys = jax.random.split(jax.random.key(4), len(PROMPTS))
     config = DecodeConfig(L, NEVER, how)
