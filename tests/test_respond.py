@@ -197,8 +197,8 @@ def test_an_answer_ends_at_the_stop_id_which_is_not_said_twice(experiment):
 
 
 def test_a_full_context_ends_a_dialogue_early(experiment):
-    """The context is 64: 25 letters, 12 new tokens and 25 letters leave no room for 12 more."""
-    target = Target(dataclasses.replace(experiment.target.config, context=64))
+    """39 tokens of the first turn, 28 of the next question and 12 to come: one more than the context."""
+    target = Target(dataclasses.replace(experiment.target.config, context=78))
     long, short = Prompt("1", "", ("a" * 25, "b" * 25, "c")), Prompt("2", "", ("a", "b", "c"))
     full, other = converse(dataclasses.replace(experiment, target=target), [long, short], 12)
     assert spans(np.array(full.assistant)) == [(27, 39)]
