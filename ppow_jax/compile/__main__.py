@@ -51,8 +51,7 @@ def main(argv: list[str]) -> None:
                     rows.append(row)
                     _keep(about | row)
             except report.DoesNotFitError as e:
-                log.error("compile: %s", e)
-                too_large.append(str(e).partition(": RESOURCE")[0])
+                too_large.append(str(e))
     report.show(f"{chosen.target.path} on {_TOPOLOGY.value}, {mesh.size} chips", rows, chip)
     if too_large:
         raise UserError(

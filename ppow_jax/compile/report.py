@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 class DoesNotFitError(Exception):
-    """A step needs more memory than a chip has; says which one, in the compiler's words."""
+    """The named step needs more memory than a chip has."""
 
 
 def compile_steps(group: Callable[[Plan], Steps], plan: Plan, chip: Chip) -> Iterator[Row]:
@@ -49,7 +49,8 @@ def _compiled(step: Step, lowered: Any) -> Any:
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        raise DoesNotFitError(f"{step.name}: {str(e).splitlines()[0][:200]}") from e
+        log.error("compile: %s: %s", step.name, str(e).splitlines()[0][:200])
+        raise DoesNotFitError(step.name) from e
 
 
 def _placed(out: Any, at: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
