@@ -1,5 +1,6 @@
 """Fixtures that the tests share; see `small` for what they hold."""
 
+import fcntl
 import importlib.util
 import os
 import pathlib
@@ -59,12 +60,18 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> pathlib.Path:
+    """A directory of all workers of this session."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory) -> None:
+def compiled_once(shared) -> None:
     """Keeps what is compiled, for all workers and all processes that tests start: the same program is
     compiled once."""
-    base = tmp_path_factory.getbasetemp()
-    directory = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
+    directory = str(shared / "compiled")
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
@@ -72,14 +79,19 @@ def compiled_once(tmp_path_factory) -> None:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> runs.Finished:
+def finished(shared) -> runs.Finished:
     """A workdir in which supervise, cst, evaluate and export have run. Read it, never write there."""
-    workdir = tmp_path_factory.mktemp("finished") / "workdir"
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)  # as `quick_compilation`
-    chosen = runs.run(workdir)
-    jax.config.update("jax_disable_most_optimizations", before)
-    return runs.Finished(workdir, chosen)
+    workdir, done = shared / "finished" / "workdir", shared / "finished" / "done"
+    workdir.parent.mkdir(exist_ok=True)
+    with (shared / "finished" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker that asks for it runs it
+        if not done.exists():
+            before = jax.config.read("jax_disable_most_optimizations")
+            jax.config.update("jax_disable_most_optimizations", True)  # as `quick_compilation`
+            runs.run(workdir)
+            jax.config.update("jax_disable_most_optimizations", before)
+            done.touch()
+    return runs.Finished(workdir, runs.make_settings(workdir.parent))
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ def test_autoregressive_text_is_that_of_reading_everything_again_for_every_token
     assert small.rounds_of(out, 0) == [1] * (L - 1)
 
 
-@pytest.mark.parametrize("window", [1, 3, 7])
+@pytest.mark.parametrize("window", [1, 7])
 def test_drafted_text_is_the_targets_own_and_simulation_counts_the_same_rounds(tiny, texts, pupil, window):
     weights = [small.random_weights(s, tiny.params) for s in (1, 2)] + [pupil]
     for number, w in enumerate(weights):

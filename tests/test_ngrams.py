@@ -78,11 +78,11 @@ def test_what_was_read_later_is_looked_up_and_what_was_refused_is_not():
     assert drafter.draft(None, state, GREEDY, None).tokens.tolist() == [[1, 2, 5]]
 
 
-@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside the trained one"])
-@pytest.mark.parametrize("name", DRAFTERS)
-def test_texts_are_the_targets_own(tiny, texts, pupil, name, beside):
-    drafting, weights = DRAFTERS[name], None
-    if beside:
+@pytest.mark.parametrize("name", [*DRAFTERS, "lookup, beside", "lookahead, beside"])
+def test_texts_are_the_targets_own(tiny, texts, pupil, name):
+    """Drafters alone, and beside the trained one."""
+    drafting, weights = DRAFTERS[name.removesuffix(", beside")], None
+    if name.endswith("beside"):
         drafting, weights = Together(Eagle(tiny.drafter, TREE), drafting), (pupil, None)
     out = small.generate(tiny, PROMPTS, DecodeConfig(L, NEVER), drafting, weights)
     assert out.tokens.tolist() == texts

@@ -18,7 +18,7 @@ from ppow_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 L, NEVER = small.L, small.NEVER
-SHAPES = {"chain": shapes.chain(3), "group": shapes.group(2, 3), "tree": shapes.Dynamic(9, 3, 3)}
+SHAPES = {"chain": shapes.chain(3), "tree": shapes.Dynamic(9, 3, 3)}
 
 
 def session(
