@@ -12,8 +12,8 @@ import types
 from collections.abc import Iterator
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+
+from ppow_jax import processes
 
 STATUS = 75  # of the process: "try again later" in sysexits.h
 _steps = False  # within `at_steps`
@@ -56,9 +56,7 @@ def at_steps() -> Iterator[None]:
 def asked() -> bool:
     """Whether the run is to end here. Of several processes, which ask equally often, one that was told is
     enough, and all get the same answer."""
-    if jax.process_count() == 1:
-        return _asked
-    return bool(multihost_utils.process_allgather(np.int32(_asked)).any())
+    return processes.anywhere(_asked)
 
 
 def leave(done: str) -> None:

@@ -23,6 +23,13 @@ def together(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+def anywhere(found: bool) -> bool:
+    """Whether it is so on any process; all ask, and get the same answer."""
+    if jax.process_count() == 1:
+        return found
+    return bool(multihost_utils.process_allgather(np.int32(found)).any())
+
+
 def agreed(value: Any) -> Any:
     """The first process's value (of JSON), on all: what was measured differs, and must not."""
     if jax.process_count() == 1:

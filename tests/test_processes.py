@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 import runs
+import torn
 
 from ppow_jax import metrics, preemption, processes
 from ppow_jax.data.records import Records
@@ -85,24 +86,24 @@ def end(*started: subprocess.Popen, status: int = 0) -> str:
     return "\n".join(said)
 
 
-def two(workdir: pathlib.Path, cache: pathlib.Path, mesh: tuple[int, int, int], **changes) -> list:
-    """Two processes with four devices each, as SLURM would start them on one host."""
+def neighbours() -> list[dict[str, str]]:
+    """The environments of two processes, as SLURM would start them on one host."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    found = []
-    for number in range(2):
-        about = {
-            "SLURM_JOB_ID": "1",
-            "SLURM_STEP_NODELIST": "localhost",
-            "SLURM_STEP_NUM_TASKS": "2",
-            "SLURM_NTASKS": "2",
-            "SLURM_PROCID": str(number),
-            "SLURM_LOCALID": str(number),
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        }
-        found.append(start(workdir, cache, mesh, 4, about, distributed=True, **changes))
-    return found
+    shared = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_NTASKS": "2",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+    }
+    return [shared | {"SLURM_PROCID": n, "SLURM_LOCALID": n} for n in ("0", "1")]
+
+
+def two(workdir: pathlib.Path, cache: pathlib.Path, mesh: tuple[int, int, int], **changes) -> list:
+    """Two processes with four devices each."""
+    return [start(workdir, cache, mesh, 4, about, distributed=True, **changes) for about in neighbours()]
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +183,20 @@ def stop_after(process: subprocess.Popen, workdir: pathlib.Path, stage: str, ste
             process.send_signal(signal.SIGTERM)
             return
         time.sleep(0.02)
+
+
+def test_a_step_of_which_one_process_cannot_read_its_part_is_left_by_both(tmp_path):
+    """The first would find nothing wrong with it."""
+    command = [sys.executable, torn.__file__, str(tmp_path / "checkpoints")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environments = (os.environ | {"JAX_PLATFORMS": "cpu"} | about for about in neighbours())
+    both = [subprocess.Popen(command, env=environment, **pipes) for environment in environments]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert [out.splitlines()[-1] for out, _ in said] == ["1 1", "1 1"]
+    assert "step 2 cannot be read (another process says why)" in said[0][1]
+    assert "step 2 cannot be read (OUT_OF_RANGE" in said[1][1]
+    assert (tmp_path / "checkpoints" / "damaged-2").is_dir()
 
 
 def test_one_process_agrees_with_itself():

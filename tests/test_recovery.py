@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import runs
 
-from ppow_jax import main, preemption
+from ppow_jax import main, preemption, processes
 from ppow_jax.errors import UserError
 from ppow_jax.interop.checkpoint import Checkpoints
 from ppow_jax.stages import supervise
@@ -84,7 +84,7 @@ def test_several_processes_end_together_if_one_is_told(monkeypatch, told):
     given = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     gather = lambda mine: given.append(int(mine)) or np.array(told)  # noqa: E731
-    monkeypatch.setattr(preemption.multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
     monkeypatch.setattr(preemption, "_asked", bool(told[0]))
     with preemption.at_steps():
         assert preemption.asked() == any(told)
@@ -207,4 +207,24 @@ def test_a_damaged_step_does_not_pass_for_one_that_is_saved_again(tmp_path, smal
     with pytest.raises(UserError, match=r"step 2 could not be saved.*goes on from step 1"):
         store.require(2)
     small_disk(False)
+    store.close()
+
+
+def test_a_step_that_another_process_could_not_save_or_read_is_not_there(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("ppow_jax"), "propagate", True)
+    elsewhere: list[bool] = []
+    monkeypatch.setattr(processes, "anywhere", lambda mine: elsewhere.pop(0) or mine)
+    store = Checkpoints(tmp_path, 3)
+    for number in (1, 2, 3):
+        elsewhere += [number == 2]
+        store.save(number, state_of(number), None, {"n": number})
+        store.settle()
+        assert store._saved == (1 if number == 2 else number)
+    assert (
+        "step 2 could not be saved (another process says why); the newest one saved is step 1" in caplog.text
+    )
+    elsewhere += [True, False]
+    assert store.restore(shapes())[0] == 2  # this process did write it
+    assert "step 3 cannot be read (another process says why)" in caplog.text
+    assert not elsewhere
     store.close()

@@ -18,6 +18,12 @@ from ppow_jax import processes
 from ppow_jax.console import log
 from ppow_jax.errors import UserError
 
+_ELSEWHERE = OSError("another process says why")
+
+
+class _UnreadableError(Exception):
+    """A step cannot be read, by one process at least; with the reason."""
+
 
 class Checkpoints:
     """The checkpoints of one stage."""
@@ -26,7 +32,7 @@ class Checkpoints:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory, self._keep = directory, keep
         self._checkpointer = self._open()
-        self._pending: tuple[int, Any] | None = None  # the save that is being written
+        self._pending: tuple[int, Any] | None = None  # the save that is being written, or why it is not
         self._saved = self.latest
 
     def _open(self) -> ocp.training.Checkpointer:
@@ -54,18 +60,23 @@ class Checkpoints:
         try:
             self._pending = step, self._checkpointer.save_checkpointables_async(step, items)
         except Exception as e:  # a disk that is full surfaces as many kinds of error
-            self._failed(step, e)
+            self._pending = step, e
 
     def settle(self) -> None:
-        """Waits for the save that is being written; reports it if it fails."""
+        """Waits for the save that is being written; reports it if it fails, on whatever process."""
         if self._pending is None:
             return
         (step, response), self._pending = self._pending, None
+        error = response if isinstance(response, Exception) else None
         try:
-            response.result()
-            self._saved = step
+            if error is None:
+                response.result()
         except Exception as e:  # a disk that is full surfaces as many kinds of error
-            self._failed(step, e)
+            error = e
+        if processes.anywhere(error is not None):
+            self._failed(step, error or _ELSEWHERE)
+        else:
+            self._saved = step
 
     def _failed(self, step: int, error: Exception) -> None:
         log.error(
@@ -105,9 +116,9 @@ class Checkpoints:
         steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
         for step in steps:
             try:
-                found = self._checkpointer.load_checkpointables(step, items)
-            except Exception as e:  # a damaged step surfaces as many kinds of error
-                log.error("%s: step %d cannot be read (%s)", self._directory, step, _reason(e))
+                found = self._load(step, items)
+            except _UnreadableError as e:
+                log.error("%s: step %d cannot be read (%s)", self._directory, step, e)
                 continue
             self._set_aside([s for s in steps if s > step])
             self._saved = step
@@ -118,6 +129,26 @@ class Checkpoints:
             f"{self._directory}: none of the checkpoints {steps} can be read; they may be damaged, or "
             "of another model. Delete the directory to start the stage again"
         )
+
+    def _load(self, step: int | None, items: dict[str, Any], partial: bool = False) -> dict[str, Any]:
+        """Items of a step (None: the newest) that all processes could read.
+
+        Each reads by itself, and they compare notes: orbax would have those that met no damage wait for those
+        that did, for minutes, and then fail everywhere.
+        """
+        me, found, error = jax.process_index(), None, None
+        context = ocp.Context()
+        context.pytree.loading.partial_load = partial
+        context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
+        context.multiprocessing.barrier_sync_key_prefix = f"process_{me}"
+        with context:
+            try:
+                found = self._checkpointer.load_checkpointables(step, items)
+            except Exception as e:  # a damaged step surfaces as many kinds of error
+                error = e
+        if processes.anywhere(error is not None):
+            raise _UnreadableError(_reason(error or _ELSEWHERE)) from error
+        return found
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames steps that cannot be read: they would be in the way of saving those steps again."""
@@ -141,13 +172,10 @@ class Checkpoints:
         """
         self.settle()
         step = self.latest
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with context:
-            try:
-                found = self._checkpointer.load_checkpointables(step, {"state": state, "about": None})
-            except Exception as e:  # a damaged step surfaces as many kinds of error
-                raise self._unreadable(step, e) from e
+        try:
+            found = self._load(step, {"state": state, "about": None}, partial=True)
+        except _UnreadableError as e:
+            raise self._unreadable(step, e) from e
         return step, found["state"], found["about"]
 
     def about(self) -> dict[str, Any]:
@@ -158,13 +186,13 @@ class Checkpoints:
         """
         self.settle()
         try:
-            return self._checkpointer.load_checkpointables(None, {"about": None})["about"]
-        except Exception as e:  # a damaged step surfaces as many kinds of error
+            return self._load(None, {"about": None})["about"]
+        except _UnreadableError as e:
             raise self._unreadable(self.latest, e) from e
 
     def _unreadable(self, step: int | None, error: Exception) -> UserError:
         return UserError(
-            f"{self._directory}: step {step} cannot be read ({_reason(error)}); restore it from a copy, or "
+            f"{self._directory}: step {step} cannot be read ({error}); restore it from a copy, or "
             "train again in a new workdir"
         )
 
@@ -175,7 +203,9 @@ class Checkpoints:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, not too long."""
+    """The first line of an error, or of what it came from, not too long."""
+    while error.__cause__:
+        error = error.__cause__
     return str(error).strip("\"' \n").split("\n")[0].split("\\n")[0][:200]
 
 
