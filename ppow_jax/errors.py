@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend."""
+"""The exceptions for mistakes that a user can mend, and what JAX says when memory runs out."""
 
 
 class UserError(Exception):
@@ -7,3 +7,8 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """A `UserError` in the configuration: found before any model is loaded, exit status 2."""
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether it is JAX's, of a device that has no more."""
+    return "RESOURCE_EXHAUSTED" in str(error)

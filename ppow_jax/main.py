@@ -15,7 +15,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from ppow_jax import console, experiment, memory, preemption, settings
-from ppow_jax.errors import ConfigError, UserError
+from ppow_jax.errors import ConfigError, UserError, out_of_memory
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; resumed if it exists.")
@@ -62,7 +62,7 @@ def cli() -> None:
         )
         sys.exit(1)
     except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
+        if not out_of_memory(e):
             raise
         print(
             f"ppow_jax: {str(e).splitlines()[0]}; lower the stage's batch_size or data.length, or leave out "

@@ -175,6 +175,12 @@ def test_a_slice_of_no_known_kind_is_an_error():
         chips.slice_mesh("v7x:2x2", settings.MeshSettings(-1, 1, 1))
 
 
+def test_a_step_that_compiles_must_still_fit_beside_what_is_held():
+    chip = chips.CHIPS["v5e"]
+    rows = [{"step": name, "bytes": gib * 2**30} for name, gib in (("a", 15.9), ("b", 16.1), ("c", 16))]
+    assert report.crowded(rows, chip) == ["b"]
+
+
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 

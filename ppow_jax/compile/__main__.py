@@ -53,9 +53,9 @@ def main(argv: list[str]) -> None:
             except report.DoesNotFitError as e:
                 too_large.append(str(e))
     report.show(f"{chosen.target.path} on {_TOPOLOGY.value}, {mesh.size} chips", rows, chip)
-    if too_large:
+    if too_large := too_large + report.crowded(rows, chip):
         raise UserError(
-            f"{', '.join(too_large)}: more than a chip's memory, as logged above; a larger slice, more ways "
+            f"{', '.join(too_large)}: more than a chip's memory, as said above; a larger slice, more ways "
             "of config.mesh.fsdp or tensor, a smaller batch_size or more of config.STAGE.accumulate help"
         )
 

@@ -15,6 +15,7 @@ from ppow_jax.compile.chips import Chip
 from ppow_jax.compile.operations import operations
 from ppow_jax.compile.steps import Plan, Step, Steps
 from ppow_jax.console import log
+from ppow_jax.errors import out_of_memory
 
 Row = dict[str, Any]
 
@@ -47,10 +48,15 @@ def _compiled(step: Step, lowered: Any) -> Any:
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
+        if not out_of_memory(e):
             raise
         log.error("compile: %s: %s", step.name, str(e).splitlines()[0][:200])
         raise DoesNotFitError(step.name) from e
+
+
+def crowded(rows: list[Row], chip: Chip) -> list[str]:
+    """Steps that compile but do not fit a chip beside what is held: the compiler counts what a step reads."""
+    return [row["step"] for row in rows if row["bytes"] > chip.memory]
 
 
 def _placed(out: Any, at: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

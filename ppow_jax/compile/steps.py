@@ -100,14 +100,12 @@ class Plan:
 
 def plan(settings: Settings, shape: TargetConfig, mesh: Mesh) -> Plan:
     """What a run of these settings on the mesh would hold."""
-    d = settings.drafter
-    sizes = (d.vocab_size, d.mlp_hidden, d.dtype, d.kv_heads, d.layers, d.width)
-    drafter = Drafter(drafters.drafter_config(shape, *sizes))
+    drafter = Drafter(training.shape_by(settings.drafter, shape))
     params = drafters.abstract_params(drafter.config)
     optimizer = training.make_optimizer(settings.supervise.optimizer, settings.supervise.steps)
     learner = {"params": params, "opt_state": jax.eval_shape(optimizer.init, params)}
     place = functools.partial(partition.laid_out, mesh=mesh)
-    vocab = jax.ShapeDtypeStruct((d.vocab_size,), np.int32, sharding=partition.replicated(mesh))
+    vocab = jax.ShapeDtypeStruct((drafter.config.vocab_size,), np.int32, sharding=partition.replicated(mesh))
     return Plan(settings, mesh, Target(shape), drafter, place(target_shapes(shape)), place(learner), vocab)
 
 

@@ -30,7 +30,7 @@ from ppow_jax.models.drafter import (
     init_params,
 )
 from ppow_jax.models.target import TargetConfig
-from ppow_jax.settings import OptimizerSettings
+from ppow_jax.settings import DrafterSettings, OptimizerSettings
 
 State = dict[str, Any]  # params, opt_state, vocab and what a stage adds
 Batch = dict[str, jax.Array]  # see data.texts.Texts
@@ -118,8 +118,12 @@ def shape_of_drafter(experiment: Experiment) -> DrafterConfig:
     d = experiment.settings.drafter
     if found := _imported(experiment):
         return dataclasses.replace(found.config, dtype=d.dtype)
-    sizes = (d.vocab_size, d.mlp_hidden, d.dtype, d.kv_heads, d.layers, d.width)
-    return drafter_config(experiment.target.config, *sizes)
+    return shape_by(d, experiment.target.config)
+
+
+def shape_by(d: DrafterSettings, target: TargetConfig) -> DrafterConfig:
+    """A new drafter's shape by the settings."""
+    return drafter_config(target, d.vocab_size, d.mlp_hidden, d.dtype, d.kv_heads, d.layers, d.width)
 
 
 def fresh_state(experiment: Experiment, optimizer: optax.GradientTransformation, vocab: np.ndarray) -> State:
