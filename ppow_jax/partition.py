@@ -120,9 +120,14 @@ def batch_ways(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def _split(mesh: Mesh, rows: int) -> bool:
+    """Whether rows divide evenly over data and fsdp."""
+    return rows % batch_ways(mesh) == 0
+
+
 def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     """Rows split over data and fsdp if they divide evenly, else replicated."""
-    return NamedSharding(mesh, PartitionSpec(BATCH) if rows % batch_ways(mesh) == 0 else PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec(BATCH) if _split(mesh, rows) else PartitionSpec())
 
 
 def platform() -> str:
@@ -142,8 +147,9 @@ def share(rows: int, heads: int = 1) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return rows * heads
-    ways, tensor = batch_ways(mesh), mesh.shape["tensor"]
-    return (rows // ways if rows % ways == 0 else rows) * (heads // tensor if heads % tensor == 0 else heads)
+    tensor = mesh.shape["tensor"]
+    mine = rows // batch_ways(mesh) if _split(mesh, rows) else rows
+    return mine * (heads // tensor if heads % tensor == 0 else heads)
 
 
 def keep_rows(tree: Any) -> Any:
@@ -156,8 +162,7 @@ def keep_rows(tree: Any) -> Any:
         return tree
 
     def keep(x: jax.Array) -> jax.Array:
-        split = x.shape[0] % batch_ways(mesh) == 0
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH)) if split else x
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH)) if _split(mesh, len(x)) else x
 
     return jax.tree.map(keep, tree)
 
@@ -171,7 +176,7 @@ def keep_heads(x_BxWxKxHxE: jax.Array) -> jax.Array:
     divides = heads % mesh.shape["tensor"] == 0
     if not divides:
         _warn(f"{heads} heads are not divisible over 'tensor' ({mesh.shape['tensor']}): replicated")
-    rows = BATCH if B % batch_ways(mesh) == 0 else None
+    rows = BATCH if _split(mesh, B) else None
     layout = PartitionSpec(rows, None, None, "tensor" if divides else None)
     return jax.lax.with_sharding_constraint(x_BxWxKxHxE, layout)
 
@@ -204,7 +209,7 @@ def rows_here(mesh: Mesh, rows: int) -> np.ndarray:
 def assemble(tree: Any, mesh: Mesh, rows: int) -> Any:
     """A batch of `rows` rows on the mesh, of which each process gives those of `rows_here`."""
     here = rows_here(mesh, rows)
-    if rows % batch_ways(mesh):
+    if not _split(mesh, rows):
         _warn(f"a batch of {rows} rows is not divisible over {batch_ways(mesh)} devices: each has all of it")
 
     def one(x: np.ndarray) -> jax.Array:
