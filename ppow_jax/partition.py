@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ppow_jax.console import log
@@ -53,7 +54,9 @@ def make_mesh(settings: "MeshSettings", devices: Sequence[jax.Device] | None = N
             f"config.mesh: found (data, fsdp, tensor) = {found}, expected a product of {count} "
             "(the devices found), at most one axis -1"
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # split, as fsdp=4 with tensor=2 are on 4x4 chips, where jax.make_mesh would give up
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def path_name(path: tuple) -> str:
