@@ -54,9 +54,27 @@ def make_mesh(settings: "MeshSettings", devices: Sequence[jax.Device] | None = N
             f"config.mesh: found (data, fsdp, tensor) = {found}, expected a product of {count} "
             "(the devices found), at most one axis -1"
         )
-    # split, as fsdp=4 with tensor=2 are on 4x4 chips, where jax.make_mesh would give up
-    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(_placed(shape, devices or jax.devices()), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _placed(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices `[data, fsdp, tensor]`. Where they are of several slices of TPUs, or nodes of GPUs, only `data`
+    goes from one to the next, if it divides; `jax.make_mesh` refuses such a mesh."""
+    slices, (data, *within) = len({getattr(d, "slice_index", 0) for d in devices}), shape
+    # fsdp=4 with tensor=2 on 4x4 chips splits an axis of theirs
+    split = {"allow_split_physical_axes": True}
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, **split)
+    if data % slices == 0:
+        inside, across = (data // slices, *within), (slices, 1, 1)
+        return mesh_utils.create_hybrid_device_mesh(inside, across, devices, **split)
+    log.warning(
+        "config.mesh.data: %d is not a multiple of the %d slices or nodes found: fsdp or tensor goes from "
+        "one to another, which is slow",
+        data,
+        slices,
+    )
+    return np.array(sorted(devices, key=lambda d: (d.slice_index, d.id))).reshape(shape)
 
 
 def path_name(path: tuple) -> str:

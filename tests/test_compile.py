@@ -190,6 +190,14 @@ def test_without_libtpu_it_says_what_is_missing():
         chips.slice_mesh("v5e:2x2", settings.MeshSettings(-1, 1, 1))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_LIBTPU, reason="no libtpu: `pip install 'jax[tpu]'` brings it")
+def test_axes_of_a_mesh_may_split_those_of_a_slice():
+    """fsdp takes one side of 4 chips, tensor and data share the other."""
+    _, mesh = chips.slice_mesh("v6e:4x4", settings.MeshSettings(-1, 4, 2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 2}
+
+
 def describe(directory) -> str:
     """A Hugging Face directory without weights: a Llama of two hundred thousand parameters."""
     small = targets._LLAMA3 | targets._sizes(4, 128, 4, 256) | {"vocab_size": 512, "num_key_value_heads": 2}

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -101,6 +102,30 @@ def test_the_mesh_takes_what_is_left_and_refuses_what_does_not_fit():
     for wrong in ((devices + 1, 1, 1), (-1, -1, 1), (-1, devices + 1, 1)):
         with pytest.raises(ConfigError, match=rf"config\.mesh.*product of {devices}"):
             partition.make_mesh(settings.MeshSettings(*wrong))
+
+
+def nodes(count: int, each: int) -> list[types.SimpleNamespace]:
+    """GPUs of several nodes, in no order."""
+    about = {"platform": "gpu", "device_kind": "H100"}
+    found = [
+        types.SimpleNamespace(**about, id=i, process_index=i // each, slice_index=i // each)
+        for i in range(count * each)
+    ]
+    return found[1::2] + found[::2]
+
+
+def test_of_several_nodes_data_alone_goes_from_one_to_the_next(caplog):
+    def of(shape: tuple[int, int, int]) -> np.ndarray:
+        placed = partition._placed(shape, nodes(2, 4))
+        assert placed.shape == shape and len({d.id for d in placed.flat}) == 8
+        return np.vectorize(lambda d: d.slice_index)(placed)
+
+    with caplog.at_level(logging.WARNING):
+        assert of((2, 2, 2)).tolist() == [[[0, 0]] * 2, [[1, 1]] * 2]
+        assert of((8, 1, 1)).ravel().tolist() == [0] * 4 + [1] * 4
+        assert not caplog.records
+        assert of((1, 4, 2)).tolist() == [[[0, 0], [0, 0], [1, 1], [1, 1]]]
+    assert "config.mesh.data: 1 is not a multiple of the 2 slices or nodes found" in caplog.text
 
 
 def test_without_a_mesh_nothing_is_constrained():
