@@ -2,7 +2,8 @@
 
 A TPU reads texts in an eighth less time, by its compiler's account, if a product may use 32 MB of the vector
 memory. The compiler gathers weights far ahead of their use, without gain, as long as a program's own arrays
-leave room on the chip; others lie there too, so that it may plan with half of the memory (docs/scaling.md).
+leave room on the chip; others lie there too, so that it may plan with half of the memory. Large matrices it
+would gather piece by piece, multiplying meanwhile in many small products: that is slower (docs/scaling.md).
 
 XLA's CPU backend asks for its buffers anew at every step, and touching fresh pages takes a fifth of a
 training step and most of the growth of a cache (docs/performance.md). glibc can back them by huge pages and
@@ -14,7 +15,10 @@ import os
 import sys
 
 _TPU_VARIABLE = "LIBTPU_INIT_ARGS"
-_TPU_WISH = "--xla_tpu_scoped_vmem_limit_kib=32768 --xla_tpu_scheduler_percent_shared_memory_limit=50"
+_TPU_WISH = (
+    "--xla_tpu_scoped_vmem_limit_kib=32768 --xla_tpu_scheduler_percent_shared_memory_limit=50 "
+    "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
+)
 _VARIABLE = "GLIBC_TUNABLES"
 _WISH = {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 2**40, "arena_max": 1}
 
