@@ -61,17 +61,17 @@ def quick_compilation():
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory) -> pathlib.Path:
+def session_directory(tmp_path_factory) -> pathlib.Path:
     """A directory of all workers of this session."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_once(shared) -> None:
+def compiled_once(session_directory) -> None:
     """Keeps what is compiled, for all workers and all processes that tests start: the same program is
     compiled once."""
-    directory = str(shared / "compiled")
+    directory = str(session_directory / "compiled")
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
@@ -79,11 +79,12 @@ def compiled_once(shared) -> None:
 
 
 @pytest.fixture(scope="session")
-def finished(shared) -> runs.Finished:
+def finished(session_directory) -> runs.Finished:
     """A workdir in which supervise, cst, evaluate and export have run. Read it, never write there."""
-    workdir, done = shared / "finished" / "workdir", shared / "finished" / "done"
-    workdir.parent.mkdir(exist_ok=True)
-    with (shared / "finished" / "lock").open("w") as lock:
+    place = session_directory / "finished"
+    workdir, done = place / "workdir", place / "done"
+    place.mkdir(exist_ok=True)
+    with (place / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker that asks for it runs it
         if not done.exists():
             before = jax.config.read("jax_disable_most_optimizations")
