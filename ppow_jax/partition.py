@@ -61,13 +61,12 @@ def _placed(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
     """Devices `[data, fsdp, tensor]`. Where they are of several slices of TPUs, or nodes of GPUs, only `data`
     goes from one to the next, if it divides; `jax.make_mesh` refuses such a mesh."""
     slices, (data, *within) = len({getattr(d, "slice_index", 0) for d in devices}), shape
-    # fsdp=4 with tensor=2 on 4x4 chips splits an axis of theirs
-    split = {"allow_split_physical_axes": True}
+    how = {"allow_split_physical_axes": True}  # as fsdp=4 with tensor=2 on 4x4 chips do
     if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices, **split)
+        return mesh_utils.create_device_mesh(shape, devices, **how)
     if data % slices == 0:
         inside, across = (data // slices, *within), (slices, 1, 1)
-        return mesh_utils.create_hybrid_device_mesh(inside, across, devices, **split)
+        return mesh_utils.create_hybrid_device_mesh(inside, across, devices, **how)
     log.warning(
         "config.mesh.data: %d is not a multiple of the %d slices or nodes found: fsdp or tensor goes from "
         "one to another, which is slow",
@@ -141,14 +140,14 @@ def batch_ways(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def _split(mesh: Mesh, rows: int) -> bool:
+def _divides(mesh: Mesh, rows: int) -> bool:
     """Whether rows divide evenly over data and fsdp."""
     return rows % batch_ways(mesh) == 0
 
 
 def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     """Rows split over data and fsdp if they divide evenly, else replicated."""
-    return NamedSharding(mesh, PartitionSpec(BATCH) if _split(mesh, rows) else PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec(BATCH) if _divides(mesh, rows) else PartitionSpec())
 
 
 def platform() -> str:
@@ -169,7 +168,7 @@ def share(rows: int, heads: int = 1) -> int:
     if mesh.empty:
         return rows * heads
     tensor = mesh.shape["tensor"]
-    mine = rows // batch_ways(mesh) if _split(mesh, rows) else rows
+    mine = rows // batch_ways(mesh) if _divides(mesh, rows) else rows
     return mine * (heads // tensor if heads % tensor == 0 else heads)
 
 
@@ -183,7 +182,7 @@ def keep_rows(tree: Any) -> Any:
         return tree
 
     def keep(x: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH)) if _split(mesh, len(x)) else x
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH)) if _divides(mesh, len(x)) else x
 
     return jax.tree.map(keep, tree)
 
@@ -197,7 +196,7 @@ def keep_heads(x_BxWxKxHxE: jax.Array) -> jax.Array:
     divides = heads % mesh.shape["tensor"] == 0
     if not divides:
         _warn(f"{heads} heads are not divisible over 'tensor' ({mesh.shape['tensor']}): replicated")
-    rows = BATCH if _split(mesh, B) else None
+    rows = BATCH if _divides(mesh, B) else None
     layout = PartitionSpec(rows, None, None, "tensor" if divides else None)
     return jax.lax.with_sharding_constraint(x_BxWxKxHxE, layout)
 
@@ -230,7 +229,7 @@ def rows_here(mesh: Mesh, rows: int) -> np.ndarray:
 def assemble(tree: Any, mesh: Mesh, rows: int) -> Any:
     """A batch of `rows` rows on the mesh, of which each process gives those of `rows_here`."""
     here = rows_here(mesh, rows)
-    if not _split(mesh, rows):
+    if not _divides(mesh, rows):
         _warn(f"a batch of {rows} rows is not divisible over {batch_ways(mesh)} devices: each has all of it")
 
     def one(x: np.ndarray) -> jax.Array:

@@ -1,10 +1,10 @@
-"""Run by test_partition on simulated devices: one step of each kind on one of them and on a mesh
-of all, kept in a .npz.
+"""Run by test_partition on simulated devices: one step of each kind on several meshes, kept in a .npz.
 
 The states that the steps start from come from a few steps on one device: with a fresh Adam, a gradient that
 is rounding noise moves its parameter as far as any other.
 """
 
+import dataclasses
 import pathlib
 import sys
 import tempfile
@@ -28,30 +28,32 @@ from ppow_jax.interop import huggingface
 from ppow_jax.models.target import Target
 from ppow_jax.stages import ppow, supervise, training
 
-MESH = (2, 2, 2)
-KINDS = ("supervise", "ppow")
+AXES = {"data": (8, 1, 1), "all": (2, 2, 2)}
+MESHES = {"supervise": ("data", "all"), "greedy": ("all",), "sampled": ("all",)}
 B, T, PROMPT = 8, 32, 4
 FAMILIES = ("llama2", "qwen2", "gemma3")
 CALM = 6  # steps before the one that is compared
 
 
 def main(path: str) -> None:
-    """Writes parameters, metrics and layouts after one step of each kind."""
+    """Writes parameters, metrics and layouts after one step of each kind on each mesh."""
     jax.config.update("jax_disable_most_optimizations", True)  # compiles in half the time
     params = small.tiny_pair().params
     one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), partition.AXES)
     batch = texts()
     found = {}
     trained: dict = {}
-    for kind in KINDS:
+    for kind in MESHES:
         alone = experiment(one, params)
         state = trained or training.fresh_state(alone, optimizer(), small.DRAFT_VOCAB)
         step = stepper(alone, kind)
         state = host(walk(alone, step, state, batch, range(1, 1 + CALM))[0])
         trained |= {} if trained else {k: state[k] for k in ("params", "opt_state", "vocab")}
         found |= record(f"one/{kind}", alone, step, state, batch)
-        many = experiment(partition.make_mesh(settings.MeshSettings(*MESH)), params)
-        found |= record(f"many/{kind}", many, stepper(many, kind), state, batch)
+        for name in MESHES[kind]:
+            chosen = settings.MeshSettings(*AXES[name])
+            many = experiment(partition.make_mesh(chosen), params)
+            found |= record(f"{name}/{kind}", many, stepper(many, kind), state, batch)
     found |= cached(params)
     for family in FAMILIES:
         found |= loaded(family)
@@ -61,7 +63,7 @@ def main(path: str) -> None:
 def cached(params: dict) -> dict[str, np.ndarray]:
     """Of a layer's values after prompts that are read in parts, and when half of the rows have left: the
     shape of all, and of a device's share."""
-    run = experiment(partition.make_mesh(settings.MeshSettings(*MESH)), params)
+    run = experiment(partition.make_mesh(settings.MeshSettings(*AXES["all"])), params)
     large_batches._READ = {"default": PROMPT}  # a part is one row a device
     prompts, lengths = np.ones((B, PROMPT), np.int32), np.full(B, PROMPT, np.int32)
     rows = partition.shard_batch((prompts, lengths, jax.random.split(jax.random.key(0), B)), run.mesh)
@@ -81,7 +83,7 @@ def shape_and_share(state) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def loaded(family: str) -> dict[str, np.ndarray]:
     """A family's directory read onto all axes: its logits on the golden text, and the layout."""
-    mesh = partition.make_mesh(settings.MeshSettings(*MESH))
+    mesh = partition.make_mesh(settings.MeshSettings(*AXES["all"]))
     with tempfile.TemporaryDirectory() as scratch:
         directory = test_families.write(pathlib.Path(scratch), family, shards=3)
         config, params = huggingface.load(directory, "float32", mesh)
@@ -130,7 +132,6 @@ def experiment(mesh: Mesh, params: dict) -> Experiment:
     c.drafter.vocab_size, c.drafter.mlp_hidden = len(small.DRAFT_VOCAB), 40
     c.supervise.window, c.supervise.anchors = 2, 12
     c.ppow.anchors, c.ppow.window, c.ppow.adaw.warmup_steps = 6, 3, 0
-    c.ppow.temperature = 1.0  # test_processes runs it at 0
     tokenizer = types.SimpleNamespace(stop_ids=(1,))
     target = small.tiny_pair().target
     return Experiment(
@@ -148,7 +149,7 @@ def stepper(run: Experiment, kind: str) -> training.Step:
     """The real step of a kind."""
     if kind == "supervise":
         return supervise.stepper(run, kind, optimizer(), run.settings.supervise.anchors)
-    return ppow.stepper(run, optimizer(), 0.12)
+    return ppow.stepper(with_temperature(run, float(kind == "sampled")), optimizer(), 0.12)
 
 
 def walk(run: Experiment, step: training.Step, state: dict, batch: dict, numbers) -> tuple[dict, dict]:
@@ -160,6 +161,12 @@ def walk(run: Experiment, step: training.Step, state: dict, batch: dict, numbers
         for number in numbers:
             state, metrics = step(number, state, batch)
     return state, metrics
+
+
+def with_temperature(run: Experiment, temperature: float) -> Experiment:
+    """The run with PPOW's verification at a temperature."""
+    changed = dataclasses.replace(run.settings.ppow, temperature=temperature)
+    return dataclasses.replace(run, settings=dataclasses.replace(run.settings, ppow=changed))
 
 
 def lay_out(run: Experiment, state: dict) -> dict:

@@ -78,11 +78,14 @@ def test_what_was_read_later_is_looked_up_and_what_was_refused_is_not():
     assert drafter.draft(None, state, GREEDY, None).tokens.tolist() == [[1, 2, 5]]
 
 
-@pytest.mark.parametrize("name", [*DRAFTERS, "lookup, beside", "lookahead, beside"])
-def test_texts_are_the_targets_own(tiny, texts, pupil, name):
+ALONE_AND_BESIDE = [(name, False) for name in DRAFTERS] + [("lookup", True), ("lookahead", True)]
+
+
+@pytest.mark.parametrize(("name", "beside"), ALONE_AND_BESIDE)
+def test_texts_are_the_targets_own(tiny, texts, pupil, name, beside):
     """Drafters alone, and beside the trained one."""
-    drafting, weights = DRAFTERS[name.removesuffix(", beside")], None
-    if name.endswith("beside"):
+    drafting, weights = DRAFTERS[name], None
+    if beside:
         drafting, weights = Together(Eagle(tiny.drafter, TREE), drafting), (pupil, None)
     out = small.generate(tiny, PROMPTS, DecodeConfig(L, NEVER), drafting, weights)
     assert out.tokens.tolist() == texts
