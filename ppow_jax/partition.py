@@ -215,6 +215,14 @@ def at_hand(matrix_OxI: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(matrix_OxI, PartitionSpec("tensor", None))
 
 
+def in_turn(params: Any, turn: jax.Array) -> Any:
+    """Inside the loop of which this is a turn (a scalar): parameters to be gathered in it, for it alone.
+
+    A compiler for TPUs otherwise gathers all layers of a large target before the loop, and keeps them.
+    """
+    return jax.lax.optimization_barrier((params, turn))[0]
+
+
 def shard_batch(tree: Any, mesh: Mesh) -> Any:
     """Puts host arrays `[B, ...]` on the mesh, split by rows."""
     return jax.tree.map(lambda x: put(x, batch_sharding(mesh, x.shape[0])), tree)

@@ -82,8 +82,7 @@ def score_windows(
         tokens = jnp.take_along_axis(tokens_BxWxK, picked_BxC[..., None], 1)
         context = jnp.take_along_axis(hidden_BxTxD, anchors[..., None] + 1, 1)[:, :, None]
         if K > 1:
-            # for this turn alone: or a TPU's compiler gathers all layers before the loop, and keeps them
-            here, _ = jax.lax.optimization_barrier((params, i))
+            here = partition.in_turn(params, i)
             ahead = target_window_pass(target, here, text, anchors, tokens[..., :-1])
             context = jnp.concatenate([context, ahead], 2)
         values = partition.share(B, target.config.vocab_size) * chunk * K

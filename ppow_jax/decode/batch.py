@@ -149,9 +149,9 @@ def _prefill(
     parts = _parts(B, P, mesh)
     layout = partition.batch_sharding(mesh, B // parts)
 
-    def some(*rows: jax.Array) -> tuple[State, Features | None]:
+    def some(here: dict, *rows: jax.Array) -> tuple[State, Features | None]:
         rows = jax.lax.with_sharding_constraint(rows, layout)
-        state, seen = prefill(target, params, *rows, config, drafting, weights)
+        state, seen = prefill(target, here, *rows, config, drafting, weights)
         reach = drafting.depth + 1 if drafting else 1
         state = grow(state, -(-(P + reach) // _SLOTS) * _SLOTS, drafting)
         if partition.platform() == "cpu" and not drafting:
@@ -171,12 +171,13 @@ def _prefill(
         return jnp.zeros(split(part.shape) if part.ndim else (), part.dtype)
 
     def add(number: jax.Array, whole: Any) -> Any:
-        part = some(*(jax.lax.dynamic_index_in_dim(x, number, axis, False) for x in rows))
+        picked = [jax.lax.dynamic_index_in_dim(x, number, axis, False) for x in rows]
+        part = some(partition.in_turn(params, number), *picked)
         put = lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, number, axis) if x.ndim else x  # noqa: E731
         return jax.tree.map(put, whole, part)
 
     rows = tuple(x.reshape(split((B // parts, *x.shape[1:]))) for x in (prompt_BxP, length_B, keys_B))
-    one = jax.eval_shape(some, *(jax.eval_shape(lambda x: x.take(0, axis), x) for x in rows))
+    one = jax.eval_shape(some, params, *(jax.eval_shape(lambda x: x.take(0, axis), x) for x in rows))
     whole = jax.lax.fori_loop(0, parts, add, jax.tree.map(blank, one))
     state, features = jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]) if x.ndim else x, whole)
     return state._replace(keys=keys_B), features
