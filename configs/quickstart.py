@@ -17,15 +17,15 @@ def get_config():
     c.data.length = 192
     c.data.holdout = 24
     c.drafter.kv_heads = 9
-    c.supervise.steps = 500
-    c.supervise.anchors = 24
-    c.cst.anchors = 24
-    c.ppow.steps = 30
-    c.ppow.anchors = 48
-    c.ppow.window = 6  # a drafter this young is seldom right six times in a row
-    c.ppow.proximity_weight = 0.0  # the dearest phase of a step; without it groups are drafted as one
-    c.ppow.optimizer.learning_rate = 1e-4
-    c.ppow.adaw.warmup_steps = 10
+    c.train.supervise.steps = 500
+    c.train.supervise.anchors = 24
+    c.train.cst.anchors = 24
+    c.train.ppow.steps = 30
+    c.train.ppow.anchors = 48
+    c.train.ppow.window = 6  # a drafter this young is seldom right six times in a row
+    c.train.ppow.proximity_weight = 0.0  # the dearest phase of a step; without it groups are drafted as one
+    c.train.ppow.optimizer.learning_rate = 1e-4
+    c.train.ppow.anchor_rule.warmup_steps = 10
     c.evaluate.prompts = ",".join(f"{kind}=builtin:{kind}/eval[:16]" for kind in KINDS)
     c.evaluate.max_new_tokens = 64
     c.evaluate.decode_prompts = 6

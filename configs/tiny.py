@@ -22,23 +22,24 @@ def get_config():
     c.drafter.vocab_size = 24
     c.drafter.mlp_hidden = 128
     c.drafter.induction = False  # in an order-1 chain there is nothing to copy
-    c.supervise.steps = 40
-    c.supervise.anchors = 16
-    c.supervise.window = 3
-    c.supervise.optimizer.learning_rate = 1e-3
-    c.supervise.optimizer.warmup_steps = 5
-    c.cst.anchors = 16
-    c.cst.optimizer.warmup_steps = 5
-    c.ppow.steps = 400
-    c.ppow.batch_size = 8
-    c.ppow.window = 4
-    c.ppow.temperature = 1.0
-    c.ppow.adaw.warmup_steps = 10
-    c.ppow.adaw.rescore_every = 20
-    # The policy gradient's noise keeps the law off the target's; a strong anchor brings it there.
-    c.ppow.kl_weight = 30.0
-    c.ppow.optimizer.learning_rate = 3e-2
-    c.ppow.optimizer.warmup_steps = 5
+    c.train.supervise.steps = 40
+    c.train.supervise.anchors = 16
+    c.train.supervise.window = 3
+    c.train.supervise.optimizer.learning_rate = 1e-3
+    c.train.supervise.optimizer.warmup_steps = 5
+    c.train.cst.anchors = 16
+    c.train.cst.window = 3
+    c.train.cst.optimizer.warmup_steps = 5
+    c.train.ppow.steps = 400
+    c.train.ppow.batch_size = 8
+    c.train.ppow.window = 4
+    c.train.ppow.temperature = 1.0
+    c.train.ppow.anchor_rule.warmup_steps = 10
+    c.train.ppow.anchor_rule.rescore_every = 20
+    # The policy gradient's noise keeps the drafter off the target; a strong anchor brings it there.
+    c.train.ppow.kl_weight = 30.0
+    c.train.ppow.optimizer.learning_rate = 3e-2
+    c.train.ppow.optimizer.warmup_steps = 5
     c.evaluate.prompts = "chat=builtin:chat/eval[:8],maths=builtin:maths/eval[:8]"
     c.evaluate.max_new_tokens = 48
     c.evaluate.batch_size = 16

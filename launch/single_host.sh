@@ -3,7 +3,7 @@
 #
 #   launch/single_host.sh [--dry-run] CONFIG WORKDIR [--config.KEY=VALUE ...]
 #
-#   launch/single_host.sh configs/smollm2_135m.py /data/run --config.ppow.steps=200
+#   launch/single_host.sh configs/smollm2_135m.py /data/run --config.train.ppow.steps=200
 #
 # The log is WORKDIR/log.txt. A run goes on from its last checkpoint, so starting it again is always safe.
 # TRIES (default 3) bounds the restarts after a crash. A mistake in the configuration (status 2) and a run that

@@ -10,12 +10,12 @@ import sys
 
 from absl import flags
 
-from ppow_jax import console, memory, partition
-from ppow_jax.console import log
+from ppow_jax.config import TargetSettings
 from ppow_jax.errors import UserError
-from ppow_jax.experiment import load_target
-from ppow_jax.interop import target_checkpoint
-from ppow_jax.settings import MeshSettings, TargetSettings
+from ppow_jax.parallel import console, memory, partition
+from ppow_jax.parallel.console import log
+from ppow_jax.targets import orbax
+from ppow_jax.targets.load import load
 
 _TARGET = flags.DEFINE_string("target", "", "As config.target.path.")
 _OUT = flags.DEFINE_string("out", "", "Directory to write; made if need be.")
@@ -27,9 +27,9 @@ def main(argv: list[str]) -> None:
     console.setup()
     if len(argv) > 1 or not _TARGET.value or not _OUT.value:
         raise UserError("expected --target=PATH and --out=DIR; see --help")
-    mesh = partition.make_mesh(MeshSettings(data=1, fsdp=-1, tensor=1))
-    config, params, tokens = load_target(TargetSettings(_TARGET.value, _DTYPE.value, ()), mesh)
-    target_checkpoint.save(pathlib.Path(_OUT.value), config, partition.shard(params, mesh), tokens)
+    mesh = partition.make_mesh((1, -1, 1))
+    config, params, tokens = load(TargetSettings(_TARGET.value, _DTYPE.value, ()), mesh)
+    orbax.save(pathlib.Path(_OUT.value), config, partition.shard(params, mesh), tokens)
     log.info("convert: %s is in %s", _TARGET.value, _OUT.value)
 
 

@@ -3,7 +3,10 @@
   python -m ppow_jax.main --config=configs/quickstart.py --workdir=DIR [--config.KEY=VALUE ...]
 
 The stages that the config names run in order; a finished stage is not run again on the same workdir and
-an interrupted one resumes. Keys and their meaning: configs/base.py.
+an interrupted one resumes. `python -m ppow_jax.config_help` lists all keys, with defaults and meaning.
+
+Exit status: 0, done; 2, the command or the config is wrong; 1, another mistake that can be mended; 75, asked
+to end (SIGTERM), to be started again.
 """
 
 import errno
@@ -14,12 +17,12 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from ppow_jax import console, experiment, memory, preemption, settings
+from ppow_jax import config, run
 from ppow_jax.errors import ConfigError, UserError, out_of_memory
+from ppow_jax.parallel import console, memory, preemption
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; resumed if it exists.")
-_USAGE = 2
 
 
 def main(argv: list[str]) -> None:
@@ -29,47 +32,41 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"found the argument {argv[1]!r}, expected flags only; see --help")
     if _CONFIG.value is None or not _WORKDIR.value:
         raise ConfigError("expected --config=configs/NAME.py and --workdir=DIR; see --help")
-    chosen = settings.from_config(_CONFIG.value)
-    if chosen.distributed:
+    settings = config.from_config(_CONFIG.value)
+    if settings.distributed:
         jax.distributed.initialize()
         console.only_the_first_speaks()
     preemption.install()
-    experiment.run(chosen, pathlib.Path(_WORKDIR.value))
+    run.run(settings, pathlib.Path(_WORKDIR.value))
 
 
 def cli() -> None:
     """Runs `main`; a user's mistake ends as one line on stderr."""
     console.setup()
+    if any(a in ("--help", "-h", "--helpfull", "--helpshort") for a in sys.argv):
+        print(__doc__.strip() + "\n\n" + flags.FLAGS.module_help(sys.modules[__name__]))
+        return
     try:
-        argv = sys.argv
-        if any(a in ("--help", "-h", "--helpfull", "--helpshort") for a in argv):
-            print(__doc__.strip() + "\n\n" + flags.FLAGS.module_help(sys.modules[__name__]))
-            return
-        app.run(main, argv=argv, flags_parser=console.parse_with_config)
+        app.run(main, flags_parser=console.parse_with_config)
     except UserError as e:
-        print(f"ppow_jax: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(_USAGE if isinstance(e, ConfigError) else 1)
+        _end(2 if isinstance(e, ConfigError) else 1, " ".join(str(e).split()))
     except preemption.Stopped as e:
-        print(f"ppow_jax: asked to end: {e}; the same command goes on from there", file=sys.stderr)
-        sys.exit(preemption.STATUS)
+        _end(preemption.STATUS, f"asked to end: {e}; the same command goes on from there")
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(
-            f"ppow_jax: no room on the disk ({e}); what is finished is kept: make room and run the same "
-            "command again",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        mend = "what is finished is kept: make room and run the same command again"
+        _end(1, f"no room on the disk ({e}); {mend}")
     except jax.errors.JaxRuntimeError as e:
         if not out_of_memory(e):
             raise
-        print(
-            f"ppow_jax: {str(e).splitlines()[0]}; lower the stage's batch_size or data.length, or leave out "
-            "very long prompts; what is finished is kept",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        mend = "lower the stage's batch_size or data.length, or leave out very long prompts"
+        _end(1, f"{str(e).splitlines()[0]}; {mend}; what is finished is kept")
+
+
+def _end(status: int, message: str) -> None:
+    print(f"ppow_jax: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

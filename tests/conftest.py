@@ -13,14 +13,16 @@ import optax
 import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))  # for configs/
+sys.path.append(str(pathlib.Path(__file__).parent / "helpers"))
 
 import runs
 import small
 
-from ppow_jax.interop import gguf
-from ppow_jax.models.drafter import weights_of
+from ppow_jax.drafters.eagle3 import weights_of
 from ppow_jax.models.target import Target
-from ppow_jax.stages import supervise
+from ppow_jax.objectives.supervised import Supervised
+from ppow_jax.targets import gguf
+from ppow_jax.training.step import Recipe, make_step
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +82,7 @@ def compiled_once(session_directory) -> None:
 
 @pytest.fixture(scope="session")
 def finished(session_directory) -> runs.Finished:
-    """A workdir in which supervise, cst, evaluate and export have run. Read it, never write there."""
+    """A workdir in which all stages have run, with the runs supervise and cst. Read it, never write there."""
     place = session_directory / "finished"
     workdir, done = place / "workdir", place / "done"
     place.mkdir(exist_ok=True)
@@ -113,9 +115,10 @@ def pupil(tiny, texts) -> small.DrafterWeights:
     optimizer = optax.adam(1e-2)
     params = jax.tree.map(jnp.copy, tiny.weights.params)  # the step donates them
     learner = {"params": params, "opt_state": optimizer.init(params)}
-    update = supervise.make_update(tiny.target, tiny.drafter, optimizer, 16, 2, 0.8)
+    state = learner | {"vocab": tiny.weights.vocab, "memory": {}}
+    recipe = Recipe(Supervised(16, 2), tiny.target, tiny.drafter, optimizer)
+    step = make_step(recipe, tiny.params, jax.random.key(0))
     batch = {"tokens": tokens, "assistant": assistant}
     for number in range(25):
-        key = jax.random.key(number)
-        learner, _ = update(learner, tiny.weights.vocab, tiny.params, batch, key)
-    return weights_of(learner["params"], tiny.params, tiny.weights.vocab)
+        state, _ = step(number, state, batch)
+    return weights_of(state["params"], tiny.params, tiny.weights.vocab)

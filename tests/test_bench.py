@@ -1,15 +1,20 @@
 """The commands that set decoders against each other, on the Markov target: what they print is so."""
 
 import dataclasses
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import runs
 import small
 
-from ppow_jax.bench import decoding, parting
+from ppow_jax import experiment
+from ppow_jax.bench import decoding, machine, parting, stages, training_steps
+from ppow_jax.bench.machine import Machine
 from ppow_jax.decode import cost, shapes
 from ppow_jax.decode.cost import Costs
 from ppow_jax.decode.loop import DecodeConfig
@@ -58,7 +63,7 @@ def test_costs_and_shapes_are_listed(run, capsys):
 
 
 def test_a_drafter_that_the_workdir_lacks_is_named(run):
-    with pytest.raises(UserError, match="--stage: found 'ppow', expected one of supervise, cst"):
+    with pytest.raises(UserError, match="--run: found 'ppow', expected one of supervise, cst"):
         decoding.costs(run, "ppow")
 
 
@@ -80,15 +85,15 @@ def test_in_float32_no_text_parts(run, capsys):
 def test_a_text_that_parts_is_found_with_the_logits_that_decided(run, chain, capsys):
     """A decoder of another chain: it parts where the two chains' likeliest letters differ first."""
     other = small.markov_chain(seed=1)
-    law, strange = chain.law, Session(other.target, other.params, DecodeConfig(24, (1,)))
-    context, best = [3, 9], law.argmax(-1)
+    probs, strange = chain.probs, Session(other.target, other.params, DecodeConfig(24, (1,)))
+    context, best = [3, 9], probs.argmax(-1)
     text = small.walk(9, 24)
     drifted = np.asarray(strange([context]).tokens)[0].tolist()
     at = next(i for i in range(24) if text[i] != drifted[i])
     found = parting.parting(chain.target, chain.params, context, text, drifted)
     before = [9, *text][at]
     assert found.position == at
-    assert found.gap == pytest.approx(np.log(law[before].max() / law[before, drifted[at]]), rel=1e-4)
+    assert found.gap == pytest.approx(np.log(probs[before].max() / probs[before, drifted[at]]), rel=1e-4)
     assert best[before] == text[at]
     half = dataclasses.replace(chain.target.config, dtype="bfloat16")
     coarse = parting.parting(type(chain.target)(half), chain.params, context, text, drifted)
@@ -96,8 +101,6 @@ def test_a_text_that_parts_is_found_with_the_logits_that_decided(run, chain, cap
 
 
 def test_an_exact_target_computes_in_float32(finished, tmp_path):
-    from ppow_jax import experiment
-
     shutil.copytree(finished.workdir, tmp_path / "workdir")
     half = runs.build(tmp_path / "workdir", target__dtype="bfloat16")
     whole = experiment.exact(half)
@@ -106,3 +109,76 @@ def test_an_exact_target_computes_in_float32(finished, tmp_path):
     coarse, fine = (small.forward(x.target, half.target_params, tokens)[1] for x in (half, whole))
     rounded = lambda x: (np.asarray(x) == np.asarray(x.astype("bfloat16").astype("float32"))).all()  # noqa: E731
     assert rounded(coarse) and not rounded(fine)
+
+
+PARTS = dict(train__ppow__proximity_weight=0.5, train__ppow__anchor_rule__warmup_steps=0)
+
+
+def test_every_kind_of_training_step_is_taken_apart(tmp_path, monkeypatch, capsys):
+    """Of supervise and cst, whose steps do the same work, the first; and what PPOW's signal is made of."""
+    for timer in ("target_timer", "draft_timer"):
+        monkeypatch.setattr(cost, timer, lambda *about: lambda: 0.01)
+    monkeypatch.setattr(cost, "median_seconds", lambda call, repeats: call() and 0.01)
+    monkeypatch.setattr(Machine, "__init__", lambda self: None)
+    monkeypatch.setattr(Machine, "floor", lambda self, operations, bytes_: operations / 1e9)
+    made = runs.build(tmp_path / "w", runs=(), **PARTS)
+    stages.parts(made, Machine())
+    out = capsys.readouterr().out
+    names = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
+    assert names[:1] == ["target, 1 token"] and names[7:] == [
+        "drafter step",
+        "supervise: signal",
+        "supervise: update",
+        "ppow: signal",
+        "ppow: rollout",
+        "ppow: verification",
+        "ppow: update",
+    ]
+
+
+def test_operations_of_a_ppow_signal(tmp_path, monkeypatch):
+    """By hand, of the rollout: B = 4 texts of T = 32, A = 2, G = 2, K = 3; a group shares its first step."""
+    monkeypatch.setattr(cost, "median_seconds", lambda call, repeats: 0.01)
+    made = runs.build(tmp_path / "w", runs=("ppow",), **PARTS)
+    trained = machine.fresh_drafter(made)
+    found = training_steps.phases(made, made.settings.train["ppow"], trained)
+    c, step = trained.drafter.config, machine.step_weights(trained.params)
+    keys_values = 2 * c.kv_heads * c.head_size * 2 * c.width
+    texts = 4 * 32 * (c.taps_width * c.width + keys_values)
+    windows = 8 * (step - keys_values) + (16 + 16) * step  # an anchor's are the text's
+    attention = 2 * c.heads * c.head_size * (8 * 32 + 16 * (32 + 1) + 16 * (32 + 2))
+    assert found["rollout"][0] == 2 * (texts + windows + attention)
+    assert found["signal"][0] == found["rollout"][0] + found["verification"][0]
+    assert found["verification"][0] > 0
+
+
+def bench(directory, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs the command in a directory."""
+    command = [sys.executable, "-m", "ppow_jax.bench", *arguments]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""}
+    return subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True)
+
+
+def test_it_needs_no_checkout(tmp_path):
+    """`configs/`, which is not installed with the package, is asked for by --config alone."""
+    done = bench(tmp_path, "load", "--target=markov:0")
+    assert done.returncode == 0, done.stderr
+    assert "markov:0" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("cost",), "cost: found no --workdir, expected one of a run with a trained drafter"),
+        (("parts", "--workdir=."), "config.json: not there, expected the workdir of a run"),
+        (("race",), "found 'race', expected one of load, parts, respond, cost, decode, parting; see --help"),
+    ],
+)
+def test_what_a_command_lacks_is_named(tmp_path, arguments, message):
+    done = bench(tmp_path, *arguments)
+    assert (done.returncode, done.stderr) == (2, f"ppow_jax: {message}\n")
+
+
+def test_a_workdir_has_a_config_of_its_own(finished, tmp_path):
+    done = bench(tmp_path, "load", f"--workdir={finished.workdir}", "--target=markov:1")
+    assert done.returncode == 2 and "found --workdir beside --config or --target" in done.stderr

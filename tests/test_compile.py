@@ -1,11 +1,9 @@
 """What a program costs, read from its text; and, where libtpu is, steps compiled for a slice."""
 
-# ruff: noqa: E501 -- a compiler's lines are long
-
 import importlib
 import importlib.util
 import json
-import os
+import pathlib
 import subprocess
 import sys
 
@@ -13,12 +11,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ppow_jax import settings
+import ppow_jax
+from ppow_jax import config
+from ppow_jax.compile import __main__ as command
 from ppow_jax.compile import chips, hlo, report, steps, targets
 from ppow_jax.compile.operations import operations
-from ppow_jax.errors import UserError
+from ppow_jax.errors import ConfigError, UserError
+from ppow_jax.objectives.ppow import PPOW
+from ppow_jax.parallel import partition
 
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d","iteration_bounds":["1"]}}'
+AXES, RING = "replica_groups=mesh['a'=2,'b'=3,'c'=4]", "{{0,1,2,3}}"
 PROGRAM = f"""HloModule jit_f, is_scheduled=true
 
 %inner (p.1: bf16[8,4]) -> bf16[8,4] {{
@@ -62,13 +65,13 @@ PROGRAM = f"""HloModule jit_f, is_scheduled=true
 
 %start (s.1: bf16[8,4]) -> (bf16[8,4], bf16[16,4]) {{
   %s.1 = bf16[8,4]{{1,0}} parameter(0)
-  %part = bf16[16,4]{{1,0}} all-gather(%s.1), replica_groups=mesh['a'=2,'b'=3,'c'=4], device_ids=([4,2,3]T(1,0,2)) {{'a'}}
+  %part = bf16[16,4]{{1,0}} all-gather(%s.1), {AXES}, device_ids=([4,2,3]T(1,0,2)) {{'a'}}
   ROOT %begun = (bf16[8,4], bf16[16,4]) custom-call(%part), custom_call_target="AsyncCollectiveStart"
 }}
 
 %done (e.1: bf16[8,4]) -> bf16[16,4] {{
   %e.1 = bf16[8,4]{{1,0}} parameter(0)
-  %same = bf16[16,4]{{1,0}} all-gather(%e.1), replica_groups=mesh['a'=2,'b'=3,'c'=4], device_ids=([4,2,3]T(1,0,2)) {{'a'}}
+  %same = bf16[16,4]{{1,0}} all-gather(%e.1), {AXES}, device_ids=([4,2,3]T(1,0,2)) {{'a'}}
   ROOT %ended = bf16[16,4] custom-call(%same), custom_call_target="AsyncCollectiveDone"
 }}
 
@@ -84,8 +87,8 @@ ENTRY %main (arg: bf16[8,4]) -> bf16[8,4] {{
   %y = bf16[8,4]{{1,0}} get-tuple-element(%loop.2), index=1
   %all = bf16[32,4]{{1,0}} all-gather(%y), replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}, dimensions={{0}}
   %sum = f32[8,4]{{1,0}} all-reduce(%y), replica_groups=[2,4]<=[8], to_apply=%inner
-  %both = (f32[4]{{0}}, f32[6]{{0}}) all-reduce(%few, %more), replica_groups=mesh['a'=2,'b'=3,'c'=4] {{'b','a'}}, to_apply=%inner
-  %spread = f32[2,4]{{1,0}} reduce-scatter(%wide), replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}, to_apply=%inner
+  %both = (f32[4]{{0}}, f32[6]{{0}}) all-reduce(%few, %more), {AXES} {{'b','a'}}, to_apply=%inner
+  %spread = f32[2,4]{{1,0}} reduce-scatter(%wide), replica_groups={RING}, dimensions={{0}}, to_apply=%inner
   %begin.2 = (bf16[8,4], bf16[16,4]) fusion(%y), kind=kCustom, calls=%start
   %end.2 = bf16[16,4] fusion(%begin.2), kind=kCustom, calls=%done
   %which = pred[]{{:T(512)}} constant(true)
@@ -103,8 +106,8 @@ def test_loops_count_as_often_as_they_run_and_branches_as_the_dearest():
 
 
 def test_bytes_that_chips_send():
-    """In a ring of n: a share n - 1 times; of what is summed, all of it, twice (n - 1) / n, or once where each
-    wants a share. What starts in a fusion counts once, and several arrays as all of them."""
+    """In a ring of n: a share n - 1 times; of what is summed, all of it, twice (n - 1) / n, or once where
+    each wants a share. What starts in a fusion counts once, and several arrays as all of them."""
     costs = hlo.analyse(PROGRAM)
     array = 8 * 4
     counts = {"collective-permute": 5, "all-gather": 1 + 1, "all-reduce": 1 + 1, "reduce-scatter": 1}
@@ -141,7 +144,7 @@ def test_a_loop_that_ends_when_data_say_so_counts_as_often_as_is_said():
 
 
 def test_products_that_nothing_depends_on_are_no_operations():
-    """As the target's law along a text, which a rollout computes and does not look at."""
+    """As the target's distribution along a text, which a rollout computes and does not look at."""
     x = jnp.ones((3, 3))
     unused = jax.jit(lambda x: (x @ x @ x, x @ x))
     assert operations(jax.make_jaxpr(lambda x: unused(x)[1])(x)) == 2 * 27
@@ -159,7 +162,7 @@ def test_shapes_of_the_papers_targets():
     }
     assert set(want) == set(targets.KNOWN)
     for path, billions in want.items():
-        shape = targets.shape_of(settings.TargetSettings(path, "bfloat16", ()))
+        shape = targets.shape_of(config.TargetSettings(path, "bfloat16", ()))
         leaves = jax.tree.leaves(steps.target_shapes(shape))
         assert sum(x.size for x in leaves) / 1e9 == pytest.approx(billions, abs=0.006), path
         assert {x.dtype.name for x in leaves} == {"bfloat16"}
@@ -167,12 +170,12 @@ def test_shapes_of_the_papers_targets():
 
 def test_a_target_without_a_known_shape_is_an_error():
     with pytest.raises(UserError, match="Qwen/Qwen3-8B"):
-        targets.shape_of(settings.TargetSettings("nobody/nothing", "bfloat16", ()))
+        targets.shape_of(config.TargetSettings("nobody/nothing", "bfloat16", ()))
 
 
 def test_a_slice_of_no_known_kind_is_an_error():
     with pytest.raises(UserError, match=r"v7x:2x2.*v5p:2x2x4"):
-        chips.slice_mesh("v7x:2x2", settings.MeshSettings(-1, 1, 1))
+        chips.slice_mesh("v7x:2x2", (-1, 1, 1))
 
 
 def test_a_step_that_compiles_must_still_fit_beside_what_is_held():
@@ -187,14 +190,14 @@ HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 @pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
 def test_without_libtpu_it_says_what_is_missing():
     with pytest.raises(UserError, match=r"compiler for TPUs is not installed.*ppow_jax\[tpu\]"):
-        chips.slice_mesh("v5e:2x2", settings.MeshSettings(-1, 1, 1))
+        chips.slice_mesh("v5e:2x2", (-1, 1, 1))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_LIBTPU, reason="no libtpu: `pip install 'jax[tpu]'` brings it")
 def test_axes_of_a_mesh_may_split_those_of_a_slice():
     """fsdp takes one side of 4 chips, tensor and data share the other."""
-    _, mesh = chips.slice_mesh("v6e:4x4", settings.MeshSettings(-1, 4, 2))
+    _, mesh = chips.slice_mesh("v6e:4x4", (-1, 4, 2))
     assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 2}
 
 
@@ -212,24 +215,31 @@ FLAGS = {
     "respond.batch_size": 8,
     "respond.max_new_tokens": 32,
     "data.length": 64,
-    "supervise.batch_size": 8,
-    "supervise.window": 2,
-    "ppow.batch_size": 8,
-    "ppow.window": 3,
+    "train.supervise.batch_size": 8,
+    "train.supervise.window": 2,
+    "train.ppow.batch_size": 8,
+    "train.ppow.window": 3,
     "evaluate.max_new_tokens": 32,
     "target.dtype": "bfloat16",
 }
 
 
+def small_config(directory):
+    """`configs/base.py` with these changes."""
+    chosen = importlib.import_module("configs.base").get_config()
+    for key, value in FLAGS.items():
+        *path, name = key.split(".")
+        section = chosen
+        for part in path:
+            section = section[part]
+        section[name] = value
+    chosen.target.path = describe(directory)
+    return chosen
+
+
 def test_what_a_slice_would_hold_and_the_steps_there_are(tmp_path):
     """Of each array its share, by hand, on a mesh that is described and not there."""
-    config = importlib.import_module("configs.base").get_config()
-    with config.unlocked():
-        for key, value in FLAGS.items():
-            section, name = key.split(".")
-            config[section][name] = value
-    config.target.path = describe(tmp_path)
-    chosen = settings.from_config(config)
+    chosen = config.from_config(small_config(tmp_path))
     mesh = jax.sharding.AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"))
     plan = steps.plan(chosen, targets.shape_of(chosen.target), mesh)
     tables, layers = 2 * 512 * 128, 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256)
@@ -238,7 +248,107 @@ def test_what_a_slice_would_hold_and_the_steps_there_are(tmp_path):
     texts = plan.batch(8)
     assert report._held(texts["taps"]) == 8 // 4 * 64 * 3 * 128 * 2
     assert report._held(plan.vocab) == 256 * 4  # whole
-    assert set(steps.GROUPS) == {"respond", "supervise", "ppow", "decode"}
+    memory = plan.memory(chosen.train["ppow"].method)  # ADAW's table, whole
+    assert report._held(memory) == 2**16 * (64 + 1) * 4
+    assert plan.memory(chosen.train["supervise"].method) == {}
+    names = [name for name, _ in steps.groups(chosen)]
+    assert names == ["respond", "supervise", "cst", "ppow", "decode"]
+
+
+def traced_steps(chosen: config.Settings, *only: str) -> dict[str, steps.Step]:
+    """Every step, or those of some groups, as it would be compiled, on a mesh of one device here."""
+    mesh = partition.make_mesh((1, 1, 1), jax.devices()[:1])
+    plan = steps.plan(chosen, targets.shape_of(chosen.target), mesh)
+    found = {}
+    with jax.set_mesh(mesh):
+        for group in [group for name, group in steps.groups(chosen) if name in only or not only]:
+            made, results = group(plan), None
+            while (step := send(made, results)) is not None:
+                found[step.name] = step
+                results = jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=partition.replicated(mesh)),
+                    step.traced.out_info,
+                )
+    return found
+
+
+def send(generator, value):
+    """What a generator yields next, or None at its end."""
+    try:
+        return generator.send(value)
+    except StopIteration:
+        return None
+
+
+class Double(PPOW):
+    """An objective of one's own."""
+
+    def rounds(self, texts):
+        return 7
+
+
+def test_the_steps_of_whatever_runs_a_config_has(tmp_path):
+    """Runs by other names, of other objectives, one of them from outside the package, and not all chosen."""
+    given = small_config(tmp_path)
+    given.train = {}
+    small = dict(steps=3, batch_size=8, anchors=2, window=2)
+    given.train.closed = config.training_run("expected", **small)
+    given.train.not_this_one = config.training_run("supervised", **small)
+    given.train.decode = config.training_run("test_compile:Double", start="closed", group=3, **small)
+    given.export.drafter = given.evaluate.control = ""
+    given.runs = ("closed", "decode")
+    chosen = config.from_config(given)
+    assert [name for name, _ in steps.groups(chosen)] == ["respond", "closed", "decode", "decode"]
+    found = traced_steps(chosen)
+    assert list(found) == [
+        "respond: prompts",
+        "respond: tokens",
+        "closed: signal",
+        "closed: update",
+        "decode: signal",
+        "decode: update",
+        "decode: prompt and a round",
+    ]
+    for half in ("signal", "update"):
+        assert found[f"closed: {half}"].counted == ("windows", 8 * 2)
+        assert found[f"decode: {half}"].counted == ("windows", 8 * 2 * 3)
+    assert set(found["closed: update"].held) == {"target", "learner", "batch", "signal"}
+    assert set(found["decode: update"].held) == {"target", "learner", "batch", "memory", "signal"}
+    turns = {name: step.rounds for name, step in found.items() if step.rounds > 1}
+    assert turns == {"respond: tokens": 64, "decode: signal": 7}
+    for name in ("closed: update", "decode: signal", "decode: update"):
+        assert operations(found[name].traced.jaxpr) > 0
+    table = found["decode: signal"].held["memory"]
+    assert {k: x.shape for k, x in table.items()} == {"scores": (2**16, 64), "scored_at": (2**16,)}
+
+
+@pytest.mark.parametrize("objective", config.OBJECTIVES)
+def test_every_objective_has_its_steps(tmp_path, objective):
+    given = small_config(tmp_path)
+    given.train = {"one": config.training_run(objective, steps=3, batch_size=8)}
+    given.export.drafter = given.evaluate.control = ""
+    found = traced_steps(config.from_config(given), "one")
+    assert list(found) == ["one: signal", "one: update"]
+    assert operations(found["one: update"].traced.jaxpr) > 0
+    assert {step.counted[0] for step in found.values()} == {"windows"}
+
+
+def test_turns_of_the_loop_that_scores_windows():
+    """On a CPU 512 tokens at once: of 8 texts, groups of 8 windows of 10 tokens, one group; of 1, 7."""
+    assert PPOW(anchors=4).rounds(8) == 4 * 8 // 8
+    assert PPOW(anchors=7).rounds(1) == 1
+    assert PPOW(anchors=4, proximity_weight=0.0).rounds(8) == 1
+    assert PPOW(anchors=4, proximity_weight=0.0, temperature=1.0).rounds(8) == 4
+
+
+def test_rows_of_every_batch_over_chips(tmp_path):
+    chosen = command.with_rows(config.from_config(small_config(tmp_path)), 24)
+    assert chosen.respond.batch_size == 24
+    assert {run.batch_size for run in chosen.train.values()} == {24}
+    parts = small_config(tmp_path)
+    parts.train.cst.accumulate = 4
+    with pytest.raises(ConfigError, match=r"config.train.cst.accumulate: found 4, expected a divisor"):
+        command.with_rows(config.from_config(parts), 6)
 
 
 def compile_for_a_slice(directory, *more: str) -> subprocess.CompletedProcess:
@@ -246,7 +356,7 @@ def compile_for_a_slice(directory, *more: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "ppow_jax.compile", "--config=configs/base.py", "--topology=v5e:2x2"]
     flags = [f"--config.{key}={value}" for key, value in FLAGS.items()]
     command += [f"--config.target.path={describe(directory)}", *flags, *more]
-    root = os.path.dirname(os.path.dirname(__file__))
+    root = pathlib.Path(ppow_jax.__file__).parents[1]
     return subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=900)
 
 
@@ -260,13 +370,18 @@ def test_all_steps_compile_for_a_slice(tmp_path):
     assert list(rows) == [
         "respond: prompts",
         "respond: tokens",
-        "supervise",
-        "ppow: anchors",
-        "ppow: rollout",
-        "ppow: verification",
+        "supervise: signal",
+        "supervise: update",
+        "cst: signal",
+        "cst: update",
+        "ppow: signal",
         "ppow: update",
         "decode: prompt and a round",
     ]
+    for name in ("supervise: signal", "cst: signal"):  # anchors and the text along windows: no product
+        row = rows.pop(name)
+        assert row["operations"] == 0 and 0 < row["computing"] < 1e-3
+        assert 0 < sum(row["held"].values()) < row["bytes"] < 2**30
     for row in rows.values():
         assert 0 < sum(row["held"].values()) < row["bytes"] < 2**30
         assert row["computing"] > 0 and row["operations"] > 0 and 0 < row["utilisation"] < 1

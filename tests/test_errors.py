@@ -16,8 +16,10 @@ import runs
 from ppow_jax import main
 from ppow_jax.data import records
 from ppow_jax.errors import ConfigError, UserError
-from ppow_jax.interop import gguf
-from ppow_jax.interop.checkpoint import Checkpoints
+from ppow_jax.parallel.checkpoint import Checkpoints
+from ppow_jax.report.measure import params_sha256
+from ppow_jax.targets import gguf
+from ppow_jax.training import drafters
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
@@ -62,15 +64,19 @@ def test_help():
     ("arguments", "message"),
     [
         (
-            ["--config.supervise.stepz=3"],
-            "config.supervise.stepz: unknown key 'stepz' (did you mean 'steps'?); configs/base.py lists",
+            ["--config.train.supervise.stepz=3"],
+            "config.train.supervise.stepz: unknown key 'stepz' (did you mean 'steps'?); "
+            "configs/base.py lists",
         ),
         (
             ["--config.colours.red=3"],
             "config.colours.red: unknown key 'colours'; configs/base.py lists",
         ),
-        (["--config.supervise.steps=many"], "flag --config.supervise.steps=many: invalid literal for int()"),
-        (["--config.ppow.group=1"], "config.ppow.group: found 1, expected at least 2"),
+        (
+            ["--config.train.supervise.steps=many"],
+            "flag --config.train.supervise.steps=many: invalid literal for int()",
+        ),
+        (["--config.train.ppow.group=1"], "config.train.ppow.group: found 1, expected 2 or more"),
         (["--workdirr=x"], "Unknown command line flag 'workdirr'"),
         (["evaluate"], "found the argument 'evaluate', expected flags only; see --help"),
     ],
@@ -95,7 +101,10 @@ def test_a_missing_config_file(tmp_path, form):
         ("import none_such\n", "mine.py: cannot be loaded (ModuleNotFoundError: No module named 'none_such'"),
         (BASE + "  c.sead = 1\n  return c\n", "config.sead: unknown key; expected one of seed,"),
         (BASE + "  c.seed = 'x'\n  return c\n", "mine.py: TypeError: Could not override field 'seed'"),
-        (BASE + "  c.suprevise.steps = 1\n", "mine.py: unknown key 'suprevise' (did you mean 'supervise'?)"),
+        (
+            BASE + "  c.train.suprevise.steps = 1\n",
+            "mine.py: unknown key 'suprevise' (did you mean 'supervise'?)",
+        ),
     ],
 )
 def test_a_broken_config_file(tmp_path, body, message):
@@ -163,7 +172,7 @@ def rerun(finished, workdir, **changes) -> str:
     """Runs the finished run's settings with changes; the message it is refused with."""
     chosen = runs.make_settings(finished.workdir.parent, **changes)
     with pytest.raises(UserError) as caught:
-        runs.experiment.run(chosen, workdir)
+        runs.runner.run(chosen, workdir)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -183,8 +192,8 @@ def test_mistakes_leave_earlier_work_intact(finished, workdir):
     long = runs.write_jsonl(workdir.parent / "long.jsonl", [{"id": "x", "turns": ["a" * 600]}])
     message = rerun(finished, workdir, **again, evaluate__prompts=f"e={long}")
     assert "prompt 'x' has 602 tokens" in message and "context of 512" in message
-    message = rerun(finished, workdir, supervise__steps=31)
-    assert message.startswith("config.supervise.steps: found 31, but stage 'supervise' was begun")
+    message = rerun(finished, workdir, train__supervise__steps=31)
+    assert message.startswith("config.train.supervise.steps: found 31, but stage 'train/supervise' was begun")
     assert all(before.values()) and work(workdir) == before
 
 
@@ -207,11 +216,11 @@ def test_a_checkpoint_of_another_target_is_refused(finished, workdir):
     assert not (other / "export").exists()
 
 
-def unfinished(workdir, stage: str) -> None:
-    """As if the stage had been killed after its last save."""
+def unfinished(workdir, unit: str) -> None:
+    """As if the unit had been killed after its last save."""
     path = workdir / "stages.json"
     stages = json.loads(path.read_text())
-    stages[stage]["finished"] = False
+    stages[unit]["finished"] = False
     path.write_text(json.dumps(stages))
 
 
@@ -222,13 +231,14 @@ def cut(directory: pathlib.Path) -> None:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_damaged_checkpoint_falls_back_and_the_stage_ends_as_it_did(finished, workdir):
+@pytest.mark.parametrize("damage", ["state", "about"])
+def test_a_damaged_checkpoint_falls_back_and_the_stage_ends_as_it_did(finished, workdir, damage):
     directory = workdir / "checkpoints" / "supervise"
     assert {p.name for p in directory.iterdir() if p.is_dir()} == {"20", "30"}
-    cut(directory / "30" / "state")
-    unfinished(workdir, "supervise")
+    cut(directory / "30" / damage)
+    unfinished(workdir, "train/supervise")
     supervised = json.loads((workdir / "report.json").read_text())["drafters"]["supervise"]
-    runs.experiment.run(finished.settings, workdir)
+    runs.runner.run(finished.settings, workdir)
     again = json.loads((workdir / "report.json").read_text())["drafters"]["supervise"]
     assert again["params_sha256"] == supervised["params_sha256"]  # steps 21 to 30 once more, bit by bit
     assert (directory / "damaged-30").is_dir()  # set aside, not thrown away
@@ -248,7 +258,7 @@ def test_a_damaged_final_checkpoint_is_named(finished, workdir, damage):
 
 def test_no_readable_checkpoint_at_all(finished, workdir):
     cut(workdir / "checkpoints" / "supervise")
-    unfinished(workdir, "supervise")
+    unfinished(workdir, "train/supervise")
     message = rerun(finished, workdir)
     assert "checkpoints/supervise: none of the checkpoints [30, 20] can be read" in message
 
@@ -256,7 +266,7 @@ def test_no_readable_checkpoint_at_all(finished, workdir):
 def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(finished, tmp_path):
     """One text's features are poisoned; once mended, the stage goes on to where it would have ended."""
     workdir = tmp_path / "w"
-    runs.experiment.run(runs.make_settings(finished.workdir.parent, stages=("respond",)), workdir)
+    runs.runner.run(runs.make_settings(finished.workdir.parent, stages=("respond",)), workdir)
     shard = records.shards(workdir / "features")[0]
     rows = list(records.Records(workdir / "features", [shard]))
     bad = next(i for i in range(len(rows)) if i not in HELD)
@@ -266,28 +276,31 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(finished, tm
     records.write_shard(workdir / "features", shard, poisoned)
     assert runs.digest(workdir / "features") != good
 
-    changes = dict(stages=("respond", "supervise"), log__checkpoint_every_steps=1, log__keep_checkpoints=1)
+    changes = dict(
+        stages=("respond", "train"),
+        runs=("supervise",),
+        log__checkpoint_every_steps=1,
+        log__keep_checkpoints=1,
+    )
     chosen = runs.make_settings(finished.workdir.parent, **changes)
     with pytest.raises(UserError, match=r"^supervise: the loss at step \d+ is nan; the last good check") as e:
-        runs.experiment.run(chosen, workdir)
+        runs.runner.run(chosen, workdir)
     step = int(str(e.value).split("step ")[1].split(" ")[0])
     directory = workdir / "checkpoints" / "supervise"
     store = Checkpoints(directory, 1)
     assert store.latest == (step - 1 or None)
     store.close()
     stages = json.loads((workdir / "stages.json").read_text())
-    assert stages["respond"]["finished"] and not stages["supervise"]["finished"]
+    assert stages["respond"]["finished"] and not stages["train/supervise"]["finished"]
 
     records.write_shard(workdir / "features", shard, rows)
     assert runs.digest(workdir / "features") == good
-    runs.experiment.run(chosen, workdir)
+    runs.runner.run(chosen, workdir)
     experiment = runs.experiment.build(chosen, workdir)
-    from ppow_jax.stages import evaluate, training
-
-    state, about = training.load_drafter(experiment, "supervise")
+    trained = drafters.load(experiment, "supervise")
     report = json.loads((finished.workdir / "report.json").read_text())
-    assert about["steps"] == 30
-    assert evaluate.params_sha256(state["params"]) == report["drafters"]["supervise"]["params_sha256"]
+    assert trained.steps == 30
+    assert params_sha256(trained.params) == report["drafters"]["supervise"]["params_sha256"]
 
 
 def test_a_truncated_gguf_file(tmp_path):

@@ -8,11 +8,17 @@ import pytest
 import runs
 
 from ppow_jax.errors import ConfigError
-from ppow_jax.stages import training
+from ppow_jax.training import drafters
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-STEPS = dict(supervise__steps=4, supervise__optimizer__warmup_steps=2, ppow__steps=2, log__curve_points=1)
+STEPS = dict(
+    train__supervise__steps=4,
+    train__supervise__optimizer__warmup_steps=2,
+    train__ppow__steps=2,  # and those of cst
+    log__curve_points=1,
+)
+TRAINED = ("respond", "train", "evaluate")
 
 
 @pytest.fixture
@@ -31,26 +37,27 @@ def report(workdir: pathlib.Path) -> dict:
 def test_training_goes_on_from_files_and_the_report_shows_where_it_began(exported, tmp_path):
     files = str(exported / "vllm")
     chosen = dict(STEPS, drafter__path=files, drafter__vocab_size=7)  # the files know better
-    runs.run(tmp_path / "w", stages=("respond", "cst", "evaluate"), **chosen)
-    drafters = report(tmp_path / "w")["drafters"]
+    chosen |= dict(stages=TRAINED, train__cst__start="fresh")
+    runs.run(tmp_path / "w", runs=("cst",), **chosen)
+    found = report(tmp_path / "w")["drafters"]
     manifest = json.loads((exported / "manifest.json").read_text())
-    assert list(drafters) == ["imported", "cst"] and drafters["imported"]["steps"] == 0
-    assert drafters["imported"]["params_sha256"] == manifest["params_sha256"]
-    assert drafters["cst"]["params_sha256"] != manifest["params_sha256"]
-    runs.run(tmp_path / "w", stages=("respond", "supervise", "evaluate"), **chosen)
-    drafters = report(tmp_path / "w")["drafters"]
-    assert list(drafters) == ["imported", "supervise", "cst"]
-    for drafter in drafters.values():
+    assert list(found) == ["imported", "cst"] and found["imported"]["steps"] == 0
+    assert found["imported"]["params_sha256"] == manifest["params_sha256"]
+    assert found["cst"]["params_sha256"] != manifest["params_sha256"]
+    runs.run(tmp_path / "w", runs=("supervise", "cst"), **chosen)
+    found = report(tmp_path / "w")["drafters"]
+    assert list(found) == ["imported", "supervise", "cst"]
+    for drafter in found.values():
         assert all(b["identical_outputs"] == 2 for b in drafter["benchmarks"].values())
     with pytest.raises(ConfigError, match=r"target.taps: found \(0, 1, 4\), expected \(1, 2, 3\), which the"):
-        runs.run(tmp_path / "other", stages=("respond", "cst"), target__taps=(0, 1, 4), **chosen)
+        runs.run(tmp_path / "other", runs=("cst",), target__taps=(0, 1, 4), **chosen)
 
 
 @pytest.mark.slow
 def test_a_drafter_of_another_shape_from_training_to_files(tmp_path):
     shape = dict(drafter__layers=2, drafter__width=48, drafter__induction=False, target__taps=(2, 4))
     chosen = dict(STEPS, **shape, drafter__mlp_hidden=0, export__server="vllm", export__dtype="float32")
-    chosen |= dict(stages=("respond", "supervise", "ppow", "evaluate", "export"), export__drafter="ppow")
+    chosen |= dict(stages=(*TRAINED, "export"), runs=("supervise", "ppow"), export__drafter="ppow")
     runs.run(tmp_path / "w", **chosen)
     found = report(tmp_path / "w")["drafters"]
     assert list(found) == ["supervise", "ppow"]
@@ -63,8 +70,8 @@ def test_a_drafter_of_another_shape_from_training_to_files(tmp_path):
     assert config["num_attention_heads"] == 3 and config["intermediate_size"] == 24
     assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4]
     run = runs.build(tmp_path / "w", **chosen)
-    own = training.shape_of_drafter(run)
-    again = training.imported(str(files), run.target.config, run.fingerprint)
+    own = drafters.shape_by(run.settings.drafter, run.target.config)
+    again = drafters.imported(str(files), run.target.config, run.fingerprint)
     assert again.config == own
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ppow_jax import memory
+from ppow_jax.parallel import memory
 
 TUNABLES = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
@@ -73,7 +73,7 @@ def test_what_is_free_is_given_back():
         pytest.skip("it is glibc that keeps it")
     script = """
 import ctypes
-from ppow_jax import memory
+from ppow_jax.parallel import memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 held = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096

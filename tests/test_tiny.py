@@ -9,10 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppow_jax import experiment, rollout, settings, windows
+from ppow_jax import experiment, run
+from ppow_jax.config import from_config
 from ppow_jax.data import texts
-from ppow_jax.models import markov
-from ppow_jax.stages import training
+from ppow_jax.drafters import windows
+from ppow_jax.models.target_outputs import outputs_of
+from ppow_jax.objectives.base import models_of
+from ppow_jax.objectives.rollout import roll
+from ppow_jax.targets import markov
+from ppow_jax.training import drafters
 
 TINY = pathlib.Path(__file__).parents[1] / "configs" / "tiny.py"
 
@@ -24,16 +29,16 @@ def tiny_config():
     return module.get_config()
 
 
-def optimum(law: np.ndarray, vocab: np.ndarray, window: int, gamma: float) -> np.ndarray:
+def optimum(probs: np.ndarray, vocab: np.ndarray, window: int, gamma: float) -> np.ndarray:
     """Best expected reward `[V]` from every last token.
 
     A drafted token x is kept with probability min(P(x), Q(x)) in all, so no window survives more often than
     when Q >= P wherever the draft vocabulary reaches, and Q = P renormalised does that. So P, cut to the
     vocabulary, says how many windows survive j tokens.
     """
-    cut = np.zeros_like(law)
-    cut[:, vocab] = law[:, vocab]
-    survive = [np.ones(len(law))]
+    cut = np.zeros_like(probs)
+    cut[:, vocab] = probs[:, vocab]
+    survive = [np.ones(len(probs))]
     for _ in range(window):
         survive.append(cut @ survive[-1])
     k = np.arange(1, window + 1)
@@ -43,9 +48,9 @@ def optimum(law: np.ndarray, vocab: np.ndarray, window: int, gamma: float) -> np
 
 def test_the_optimum_by_hand():
     """Two tokens, one of them in the vocabulary, kept with probability 0.6 each time."""
-    law = np.array([[0.6, 0.4], [0.6, 0.4]])
+    probs = np.array([[0.6, 0.4], [0.6, 0.4]])
     expected = 0.6 * 0.4 * (1 / 1.5) + 0.36 * (2 / 2)
-    np.testing.assert_allclose(optimum(law, np.array([0]), 2, 0.5), [expected] * 2, rtol=1e-12)
+    np.testing.assert_allclose(optimum(probs, np.array([0]), 2, 0.5), [expected] * 2, rtol=1e-12)
 
 
 class Scored(NamedTuple):
@@ -55,40 +60,40 @@ class Scored(NamedTuple):
     best: float
 
 
-def score(run: experiment.Experiment, stage: str) -> Scored:
-    """Expected reward of a stage's drafter, windows sampled, acceptance integrated out."""
-    s = run.settings.ppow
-    train, _ = texts.split(run.responses, run.settings.data.length, run.settings.data.holdout)
-    rows = texts.Texts(run.responses, None, train[:64], run.settings.data.length)
-    items = [rows[i] for i in range(len(rows))]
-    batch = {key: jnp.asarray(np.stack([item[key] for item in items])) for key in items[0]}
-    state, _ = training.load_drafter(run, stage)
+def score(built: experiment.Experiment, name: str) -> Scored:
+    """Expected reward of a run's drafter, windows sampled, acceptance integrated out."""
+    ppow, data = built.settings.train["ppow"].method, built.settings.data
+    train, _ = texts.split(built.responses, data.length, data.holdout)
+    rows = texts.Texts(built.responses, None, train[:64], data.length)
+    batch = jax.tree.map(jnp.asarray, texts.stack([rows[i] for i in range(len(rows))]))
+    trained = drafters.load(built, name)
     mask = np.asarray(windows.anchor_mask(batch["assistant"]))
     anchors = np.stack([np.random.default_rng(i).choice(np.flatnonzero(m), 24) for i, m in enumerate(mask)])
-    roll = rollout.make_rollout(run.target, training.drafter_of(run), s)
-    real = jnp.ones(anchors.shape, bool)
-    key = jax.random.key(5)
-    found = roll(state["params"], state["vocab"], run.target_params, batch, jnp.asarray(anchors), real, key)
-    law = markov.transition(0)
+    real, key = jnp.ones(anchors.shape, bool), jax.random.key(5)
+    shape = (ppow.group, ppow.window, ppow.rollout_temperature, ppow.along_text)
+    parts = (built.target, trained.drafter, built.target_params, trained.params, trained.vocab)
+    models, outputs = models_of(*parts), outputs_of(built.target, built.target_params, batch)
+    found = roll(models, batch, outputs, jnp.asarray(anchors), real, key, *shape)
+    probs = markov.transition(0)
     drafted, log_q = np.asarray(found.tokens), np.asarray(found.log_prob)
     first = np.take_along_axis(np.asarray(batch["tokens"]), anchors + 1, 1)
     before = np.concatenate([np.broadcast_to(first[..., None, None], (*drafted.shape[:3], 1)), drafted], -1)
-    keep = np.minimum(1.0, law[before[..., :-1], drafted] / np.exp(log_q))
+    keep = np.minimum(1.0, probs[before[..., :-1], drafted] / np.exp(log_q))
     survive = np.cumprod(keep, -1)
-    k, gamma = np.arange(1, s.window + 1), float(s.gamma)
+    k, gamma = np.arange(1, ppow.window + 1), float(ppow.gamma)
     gain = np.diff(np.concatenate([[0], k / (k * gamma + 1)]))
-    best = optimum(law, np.asarray(state["vocab"]), s.window, gamma)
+    best = optimum(probs, np.asarray(trained.vocab), ppow.window, gamma)
     return Scored(float((survive * gain).sum(-1).mean()), float(best[first].mean()))
 
 
 @pytest.mark.slow
 def test_ppow_reaches_98_percent_of_the_known_optimum(tmp_path):
     config = tiny_config()
-    config.stages = ("respond", "supervise", "ppow")
-    chosen = settings.from_config(config)
-    experiment.run(chosen, tmp_path)
-    run = experiment.build(chosen, tmp_path)
-    before, after = score(run, "supervise"), score(run, "ppow")
+    config.stages, config.runs = ("respond", "train"), ("supervise", "ppow")
+    chosen = from_config(config)
+    run.run(chosen, tmp_path)
+    built = experiment.build(chosen, tmp_path)
+    before, after = score(built, "supervise"), score(built, "ppow")
     print(f"supervise {before}, ppow {after}")
     assert before.reward < 0.6 * before.best
     assert after.reward >= 0.98 * after.best

@@ -10,14 +10,13 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ppow_jax.bench.machine import show
-from ppow_jax.console import log
 from ppow_jax.data import prompts
 from ppow_jax.decode import cost, shapes
 from ppow_jax.decode.drafting import Drafting, Eagle, Together
@@ -26,25 +25,27 @@ from ppow_jax.decode.ngrams import Lookahead, Lookup
 from ppow_jax.decode.session import Session, bucket
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
-from ppow_jax.interop import gguf, huggingface
-from ppow_jax.stages import evaluate, training
+from ppow_jax.parallel.console import log
+from ppow_jax.stages import evaluate
+from ppow_jax.targets import gguf, huggingface
 
 _LOOKAHEAD = (2, 3, 1)  # columns, n-gram and candidates: seven tokens in a pass
 _TORCH_LOOKUP = 10  # of transformers, its documentation's
 _PAUSE = 0.3  # seconds after which threads of another library have stopped spinning
 
 
-def _candidate(run: Experiment, stage: str) -> evaluate.Candidate:
-    found = {c.stage: c for c in evaluate.find_candidates(run)}
-    if stage and stage not in found:
-        raise UserError(f"--stage: found {stage!r}, expected one of {', '.join(found)}")
-    return found[stage] if stage else list(found.values())[-1]
+def _candidate(experiment: Experiment, run: str) -> evaluate.Candidate:
+    """The drafter of a training run; empty: of the last one."""
+    found = {c.run: c for c in evaluate.find_candidates(experiment)}
+    if run and run not in found:
+        raise UserError(f"--run: found {run!r}, expected one of {', '.join(found)}")
+    return found[run] if run else list(found.values())[-1]
 
 
-def costs(run: Experiment, stage: str) -> None:
+def costs(experiment: Experiment, run: str) -> None:
     """Costs of the parts, and the shapes that they favour on held-out texts."""
-    drafter, candidate = training.drafter_of(run), _candidate(run, stage)
-    found = cost.measure(run.target, run.target_params, drafter, candidate.weights)
+    candidate = _candidate(experiment, run)
+    found = cost.measure(experiment.target, experiment.target_params, candidate.drafter, candidate.weights)
     row = lambda name, seconds: [name, f"{seconds * 1e3:.2f}", f"{seconds / found.step:.3f}"]  # noqa: E731
     rows = [row("autoregressive round", found.step)]
     rows += [row(f"target pass, {n} tokens", s) for n, s in found.target.items()]
@@ -52,13 +53,13 @@ def costs(run: Experiment, stage: str) -> None:
     rows += [row(f"drafter, further step, {n} windows", s) for n, s in found.level.items()]
     rows += [row(f"rest of a round of {n} tokens", s) for n, s in found.overhead.items()]
     show("costs", ["part", "ms", "autoregressive steps"], rows)
-    best = cost.choices(found, drafter, candidate.weights, evaluate.held_out(run))
+    best = cost.choices(found, candidate.drafter, candidate.weights, evaluate.held_out(experiment))
     columns = ["shape", "tau", "round (steps)", "predicted speedup"]
     rows = [
         [shapes.name(c.shape), f"{c.tau:.3f}", f"{c.seconds / found.step:.2f}", f"{c.speedup:.2f}x"]
         for c in best[:12]
     ]
-    show(f"shapes for {candidate.stage}, on held-out responses", columns, rows)
+    show(f"shapes for {candidate.run}, on held-out responses", columns, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Race:
     torch_python: str
 
 
-class Run(NamedTuple):
+class DecodedPrompt(NamedTuple):
     """A decoded prompt: seconds by the clock, ids, tokens of each verification pass."""
 
     seconds: float
@@ -80,20 +81,20 @@ class Run(NamedTuple):
     emitted: list[int]
 
 
-Decoder = Callable[[Sequence[int]], Run]
+Decoder = Callable[[Sequence[int]], DecodedPrompt]
 
 
-def race(run: Experiment, stage: str, about: Race) -> None:
+def race(experiment: Experiment, run: str, about: Race) -> None:
     """All decoders on the same prompts, in turn; prints the table."""
-    candidate, ids = _candidate(run, stage), _prompts(run, about)
+    candidate, ids = _candidate(experiment, run), _prompts(experiment, about)
     length = bucket(len(ids[0]))
-    config = DecodeConfig(about.tokens, run.tokenizer.stop_ids)
-    plain = Session(run.target, run.target_params, config)
-    ours = _drafters(run, candidate, about.decoders)
+    config = DecodeConfig(about.tokens, experiment.tokenizer.stop_ids)
+    plain = Session(experiment.target, experiment.target_params, config)
+    ours = _drafters(experiment, candidate, about.decoders)
     decoders: dict[str, Decoder] = {"autoregressive": _ours(plain)}
     for name, (drafting, weights) in ours.items():
         decoders[name] = _ours(dataclasses.replace(plain, drafting=drafting, weights=weights))
-    worker = _torch(run, about)
+    worker = _torch(experiment, about)
     if worker:
         decoders["transformers, autoregressive"] = functools.partial(worker, lookup=0)
         decoders["transformers, prompt lookup"] = functools.partial(worker, lookup=_TORCH_LOOKUP)
@@ -102,54 +103,64 @@ def race(run: Experiment, stage: str, about: Race) -> None:
         decoder(ids[0])
     begin = _ours(dataclasses.replace(plain, config=dataclasses.replace(config, max_new_tokens=1)))
     begin(ids[0])
-    slots = length + about.tokens
-    sizes = {1, *(d.tokens for d, _ in ours.values())}
-    verifies = {n: cost.target_timer(run.target, run.target_params, n, slots) for n in sizes}
-    both = {name: cost.parts_timer(run.target, run.target_params, *who, slots) for name, who in ours.items()}
-    runs: dict[str, list[Run]] = {name: [] for name in decoders}
+    needed = _needed(experiment, ours, length + about.tokens)
+    decoded: dict[str, list[DecodedPrompt]] = {name: [] for name in decoders}
     parts: dict[str, list[tuple[float, float]]] = {name: [] for name in ours}
     prefills = []
     for number, prompt in enumerate(ids):
         for name in list(decoders)[:: 1 if number % 2 else -1]:
             time.sleep(_PAUSE)
-            runs[name].append(decoders[name](prompt))
+            decoded[name].append(decoders[name](prompt))
             if name in ours:  # beside each prompt: a machine's mood hits all alike
-                step, verify = verifies[1](), verifies[ours[name][0].tokens]()
-                parts[name].append((verify / step, both[name]() / step))
+                parts[name].append(needed(name))
         prefills.append(begin(prompt).seconds)
         log.info("decode: %d/%d prompts", number + 1, len(ids))
     if worker:
         worker.close()
-    title = (
-        f"{len(ids)} prompts padded to {length}, at most {about.tokens} tokens, drafter of {candidate.stage}"
-    )
-    _report(title, runs, parts, np.array(prefills))
+    about_it = f"{len(ids)} prompts padded to {length}, at most {about.tokens} tokens"
+    _report(f"{about_it}, drafter of {candidate.run}", decoded, parts, np.array(prefills))
 
 
-def _prompts(run: Experiment, about: Race) -> list[list[int]]:
+def _needed(
+    experiment: Experiment, ours: Mapping[str, tuple[Drafting, Any]], slots: int
+) -> Callable[[str], tuple[float, float]]:
+    """Measures, of a decoder, a target pass over its draft, and one in turn with drafting, in passes of one
+    token."""
+    target, sizes = (experiment.target, experiment.target_params), {d.tokens for d, _ in ours.values()}
+    passes = {n: cost.target_timer(*target, n, slots) for n in {1, *sizes}}
+    both = {name: cost.parts_timer(*target, *who, slots) for name, who in ours.items()}
+
+    def needed(name: str) -> tuple[float, float]:
+        step, verify = passes[1](), passes[ours[name][0].tokens]()
+        return verify / step, both[name]() / step
+
+    return needed
+
+
+def _prompts(experiment: Experiment, about: Race) -> list[list[int]]:
     """Prompts of the bucket of lengths that most have."""
     sources = prompts.load(about.prompts, "prompts")
-    ids = {name: [run.tokenizer.first_turn(p.turns[0]) for p in of] for name, of in sources.items()}
+    ids = {name: [experiment.tokenizer.first_turn(p.turns[0]) for p in of] for name, of in sources.items()}
     common = collections.Counter(bucket(len(i)) for of in ids.values() for i in of).most_common(1)[0][0]
     return [i for of in ids.values() for i in [i for i in of if bucket(len(i)) == common][: about.count]]
 
 
-def sessions(run: Experiment, stage: str, names: Sequence[str], tokens: int) -> dict[str, Session]:
+def sessions(experiment: Experiment, run: str, names: Sequence[str], tokens: int) -> dict[str, Session]:
     """A session for each decoder named."""
-    config = DecodeConfig(tokens, run.tokenizer.stop_ids)
-    plain = Session(run.target, run.target_params, config)
-    found = _drafters(run, _candidate(run, stage), names)
+    config = DecodeConfig(tokens, experiment.tokenizer.stop_ids)
+    plain = Session(experiment.target, experiment.target_params, config)
+    found = _drafters(experiment, _candidate(experiment, run), names)
     return {name: dataclasses.replace(plain, drafting=d, weights=w) for name, (d, w) in found.items()}
 
 
 def _drafters(
-    run: Experiment, candidate: evaluate.Candidate, names: Sequence[str]
+    experiment: Experiment, candidate: evaluate.Candidate, names: Sequence[str]
 ) -> dict[str, tuple[Drafting, Any]]:
     """Who drafts, with weights, by name: a shape, `lookup:K`, `lookahead`, or two of them with a +."""
-    drafter, found = training.drafter_of(run), {}
+    drafter, found = candidate.drafter, {}
     for name in names:
         if name == "auto":
-            shape, _ = evaluate.choose_shape(run, drafter, candidate)
+            shape, _ = evaluate.choose_shape(experiment, candidate)
             found[f"auto ({shapes.name(shape)})"] = (Eagle(drafter, shape), candidate.weights)
             continue
         drafters = []
@@ -158,7 +169,7 @@ def _drafters(
             if kind == "lookup" and size.isdecimal() and int(size):
                 drafters.append((Lookup(int(size)), None))
             elif part == "lookahead":
-                drafters.append((Lookahead(run.target.config.vocab_size, *_LOOKAHEAD), None))
+                drafters.append((Lookahead(experiment.target.config.vocab_size, *_LOOKAHEAD), None))
             else:
                 drafters.append((Eagle(drafter, shapes.parse(part, "--decoders")), candidate.weights))
         if len(drafters) > 2:
@@ -169,12 +180,14 @@ def _drafters(
 
 
 def _ours(session: Session) -> Decoder:
-    def decode(ids: Sequence[int]) -> Run:
+    def decode(ids: Sequence[int]) -> DecodedPrompt:
         began = time.perf_counter()
         out = jax.block_until_ready(session([ids]))
         seconds = time.perf_counter() - began
         emitted = np.asarray(out.emitted_by_round[0])
-        return Run(seconds, np.asarray(out.tokens[0, : out.count[0]]).tolist(), emitted[emitted > 0].tolist())
+        return DecodedPrompt(
+            seconds, np.asarray(out.tokens[0, : out.count[0]]).tolist(), emitted[emitted > 0].tolist()
+        )
 
     return decode
 
@@ -195,10 +208,10 @@ class _Worker:
             raise UserError(f"--torch_python: the worker ended with status {self._process.wait()}; see above")
         return json.loads(line)
 
-    def __call__(self, ids: Sequence[int], lookup: int) -> Run:
+    def __call__(self, ids: Sequence[int], lookup: int) -> DecodedPrompt:
         asked = self._about | {"ids": list(ids), "lookup": lookup}
         print(json.dumps(asked), file=self._process.stdin, flush=True)
-        return Run(**self._answer(), emitted=[])
+        return DecodedPrompt(**self._answer(), emitted=[])
 
     def close(self) -> None:
         self._process.stdin.close()
@@ -209,21 +222,21 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _torch(run: Experiment, about: Race) -> _Worker | None:
+def _torch(experiment: Experiment, about: Race) -> _Worker | None:
     """The rival, if there is one."""
     python = about.torch_python or (sys.executable if importlib.util.find_spec("transformers") else "")
     if not python:
         log.info("decode: no transformers beside (--torch_python)")
         return None
-    path = run.settings.target.path
+    path = experiment.settings.target.path
     return _Worker(
-        python, str(huggingface.find(path) or gguf.find(path)), about.tokens, run.tokenizer.stop_ids
+        python, str(huggingface.find(path) or gguf.find(path)), about.tokens, experiment.tokenizer.stop_ids
     )
 
 
 def _report(
     title: str,
-    runs: dict[str, list[Run]],
+    decoded: dict[str, list[DecodedPrompt]],
     parts: dict[str, list[tuple[float, float]]],
     prefills: np.ndarray,
 ) -> None:
@@ -234,12 +247,12 @@ def _report(
     over a pass of one token: drafting is what the second takes more, its weights no longer in a processor's
     cache. What is reached is a step over a round, both of whole decoding loops.
     """
-    plain, rows = runs["autoregressive"], []
+    plain, rows = decoded["autoregressive"], []
     sums = lambda of: np.array([len(r.ids) for r in of])  # noqa: E731
     clock = lambda of: np.array([r.seconds for r in of])  # noqa: E731
     steps = (clock(plain) - prefills) / np.maximum(1, sums(plain) - 1)
     rates = sums(plain) / clock(plain)
-    for name, of in runs.items():
+    for name, of in decoded.items():
         low, middle, high = np.quantile(sums(of) / clock(of) / rates, (0.1, 0.5, 0.9))
         whole = sums(of).sum() / clock(of).sum()
         same = sum(r.ids == p.ids for r, p in zip(of, plain, strict=True))

@@ -6,11 +6,11 @@ import time
 
 import jax
 
-from ppow_jax import partition
 from ppow_jax.bench.machine import show
+from ppow_jax.config import Settings
 from ppow_jax.errors import UserError
-from ppow_jax.experiment import load_target
-from ppow_jax.settings import Settings
+from ppow_jax.parallel import partition
+from ppow_jax.targets.load import load as load_target
 
 _STATUS = pathlib.Path("/proc/self/status")
 _EVERY = 0.002  # seconds
@@ -24,7 +24,7 @@ def load(chosen: Settings) -> None:
     """
     if not _STATUS.exists():
         raise UserError("load: found no /proc/self/status, expected Linux, which tells a process its memory")
-    mesh = partition.make_mesh(chosen.mesh)
+    mesh = partition.make_mesh(chosen.mesh.shape)
     jax.block_until_ready(jax.device_put(0))  # what the runtime itself takes
     before, began = _own_bytes(), time.perf_counter()
     with _Peak() as peak:

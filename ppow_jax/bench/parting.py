@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax.bench.machine import show
-from ppow_jax.console import log
 from ppow_jax.data import prompts
 from ppow_jax.data.conversations import Conversation
 from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.decode.session import Session, bucket
 from ppow_jax.experiment import Experiment
-from ppow_jax.metrics import duration
 from ppow_jax.models.target import Target
+from ppow_jax.parallel.console import log
+from ppow_jax.training.metrics import duration
 
 
 class Parting(NamedTuple):
@@ -42,14 +42,17 @@ class Parting(NamedTuple):
 Turn = tuple[list[int], list[int]]  # context, and the autoregressive answer
 
 
-def conversations(run: Experiment, plain: Session, sources: str, count: int) -> Iterator[Turn]:
+def conversations(experiment: Experiment, plain: Session, sources: str, count: int) -> Iterator[Turn]:
     """Every turn of `count` prompts a source, as long as the target's context has room."""
     for of in prompts.load(sources, "prompts").values():
         for prompt in of[:count]:
             talk = Conversation(prompt)
             for turn in range(len(prompt.turns)):
-                ids = talk.question(run.tokenizer, turn)
-                if len(talk.tokens) + len(ids) + plain.config.max_new_tokens > run.target.config.context:
+                ids = talk.question(experiment.tokenizer, turn)
+                if (
+                    len(talk.tokens) + len(ids) + plain.config.max_new_tokens
+                    > experiment.target.config.context
+                ):
                     break
                 talk.ask(ids)
                 out = plain([talk.tokens])
@@ -59,16 +62,16 @@ def conversations(run: Experiment, plain: Session, sources: str, count: int) -> 
 
 
 def compare(
-    run: Experiment, decoders: dict[str, Session], batch: int, sources: str, count: int, tokens: int
+    experiment: Experiment, decoders: dict[str, Session], batch: int, sources: str, count: int, tokens: int
 ) -> None:
     """Decodes every turn autoregressively and with all decoders, one by one and `batch` at a time.
 
     Prints a table.
     """
-    config = DecodeConfig(tokens, run.tokenizer.stop_ids)
-    plain = Session(run.target, run.target_params, config)
+    config = DecodeConfig(tokens, experiment.tokenizer.stop_ids)
+    plain = Session(experiment.target, experiment.target_params, config)
     turns: list[Turn] = []
-    for turn in conversations(run, plain, sources, count):
+    for turn in conversations(experiment, plain, sources, count):
         turns.append(turn)
         if len(turns) % 20 == 0:
             log.info("parting: %d turns decoded autoregressively", len(turns))
@@ -77,7 +80,7 @@ def compare(
         jobs |= {name: (session, 1), f"{name}, batch {batch}": (session, batch)}
     rows = []
     for name, (session, size) in jobs.items():
-        partings = _partings(run, session, turns, size, name)
+        partings = _partings(experiment, session, turns, size, name)
         row = [name, f"{len(partings)}/{len(turns)}"]
         if partings:
             middle = int(np.median([p.position for p in partings]))
@@ -92,11 +95,11 @@ def compare(
         "largest gap of logits",
         "in units of rounding",
     ]
-    show(f"{len(turns)} turns of at most {tokens} tokens in {run.target.config.dtype}", columns, rows)
+    show(f"{len(turns)} turns of at most {tokens} tokens in {experiment.target.config.dtype}", columns, rows)
 
 
 def _partings(
-    run: Experiment, session: Session, turns: Sequence[Turn], size: int, name: str
+    experiment: Experiment, session: Session, turns: Sequence[Turn], size: int, name: str
 ) -> list[Parting]:
     """Of the turns that part; in batches, turns of like length side by side."""
     order = sorted(range(len(turns)), key=lambda i: len(turns[i][0])) if size > 1 else list(range(len(turns)))
@@ -108,7 +111,7 @@ def _partings(
         for row, (context, answer) in enumerate(some):
             text = np.asarray(out.tokens[row, : out.count[row]]).tolist()
             if text != answer:
-                found.append(parting(run.target, run.target_params, context, answer, text))
+                found.append(parting(experiment.target, experiment.target_params, context, answer, text))
         done = at + len(some)
         if at // size % max(1, 20 // size) == 0:
             left = duration((time.monotonic() - began) / done * (len(turns) - done))

@@ -5,21 +5,23 @@ import time
 import jax
 import jax.numpy as jnp
 
-from ppow_jax import teacher
-from ppow_jax.bench.machine import Machine, Work, fresh_drafter, show
+from ppow_jax.bench import training_steps
+from ppow_jax.bench.machine import Machine, Work, fresh_drafter, show, step_weights
 from ppow_jax.data import builtin
 from ppow_jax.decode import cost
 from ppow_jax.decode.batch import decode_batch
 from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.decode.shapes import chain
+from ppow_jax.drafters.eagle3 import weights_of
 from ppow_jax.experiment import Experiment
-from ppow_jax.stages import ppow, respond, training
+from ppow_jax.stages import respond
 
 
-def parts(run: Experiment, machine: Machine) -> None:
-    """Floors and times of a target step, verifications, a drafter step and a PPOW step."""
-    work, (drafter, weights, state) = Work(run), fresh_drafter(run)
+def parts(experiment: Experiment, machine: Machine) -> None:
+    """Floors and times of a target step, verifications, a drafter step and the phases of training steps."""
+    work, trained = Work(experiment.target.config), fresh_drafter(experiment)
+    target, params = experiment.target, experiment.target_params
     rows = []
 
     def row(name: str, operations: float, bytes_: float, seconds: float) -> None:
@@ -28,48 +30,41 @@ def parts(run: Experiment, machine: Machine) -> None:
         rows.append([name, *(f"{c:,.1f}" for c in cells), f"{floor / seconds:.0%}"])
 
     for tokens in (1, 2, 4, 8, 11, 16, 32):
-        seconds = cost.typical(cost.target_timer(run.target, run.target_params, tokens))
+        seconds = cost.typical(cost.target_timer(target, params, tokens))
         row(f"target, {tokens} token{'s' * (tokens > 1)}", *work.target(tokens), seconds)
-    seconds = cost.typical(cost.draft_timer(run.target, Eagle(drafter, chain(10)), weights)) / 10
-    row("drafter step", 2.0 * work.step, 4.0 * work.step, seconds)
-    for name, (operations, seconds) in _ppow_phases(run, work, state).items():
-        row(f"PPOW {name}", operations, 0.0, seconds)
+    weights = weights_of(trained.params, params, jnp.asarray(trained.vocab))
+    seconds = cost.typical(cost.draft_timer(target, Eagle(trained.drafter, chain(10)), weights)) / 10
+    read = step_weights(trained.params)
+    row("drafter step", 2.0 * read, 4.0 * read, seconds)
+    for name, settings in training_steps.kinds(experiment.settings).items():
+        for phase, (operations, seconds) in training_steps.phases(experiment, settings, trained).items():
+            row(f"{name}: {phase}", operations, 0.0, seconds)
     columns = ["part", "operations (1e9)", "bytes (1e6)", "floor (ms)", "measured (ms)", "of the floor"]
-    show("batch 1; PPOW: one step at the config's sizes", columns, rows)
+    show("batch 1; training: one step at the config's sizes", columns, rows)
 
 
-def _ppow_phases(run: Experiment, work: Work, state: training.State) -> dict[str, tuple[float, float]]:
-    """Operations and seconds of the phases of the third PPOW step, on texts of random ids."""
-    s, T = run.settings.ppow, run.settings.data.length
-    tokens = jax.random.randint(jax.random.key(0), (s.batch_size, T), 0, 8192)
-    batch = {"tokens": tokens, "assistant": jnp.ones(tokens.shape, bool), "index": jnp.arange(s.batch_size)}
-    lesson = jax.jit(teacher.lesson_of, static_argnums=0)(run.target, run.target_params, batch)
-    batch |= {"taps": lesson.taps, "hidden": lesson.hidden}
-    optimizer = training.make_optimizer(s.optimizer, s.steps)
-    state = state | ppow.blank_scores(run, s.batch_size)
-    step = ppow.stepper(run, optimizer, 0.12)
-    for number in range(1, 4):
-        began = time.perf_counter()
-        state, metrics = step(number, state, batch)
-        seconds = time.perf_counter() - began
-    operations = work.ppow(s, T, float(metrics["share_refused"]))
-    return {name: (operations[name], seconds * float(metrics[f"share_{name}"])) for name in operations}
-
-
-def batch_writing(run: Experiment, machine: Machine, size: int, tokens: int, repeats: int) -> None:
+def batch_writing(experiment: Experiment, machine: Machine, size: int, tokens: int, repeats: int) -> None:
     """Useful operations a second of `respond`: tokens of prompts and answers, no padding counted.
 
     The rate of matrix products beside it is the mean of one measured just before and one just after.
     """
-    work, size = Work(run), size or run.settings.respond.batch_size
+    work, size = Work(experiment.target.config), size or experiment.settings.respond.batch_size
     prompts = [p for kind in builtin.KINDS for p in builtin.generate(kind, "train")[: 4 * size]]
-    batches = respond.batches_of(prompts, respond.lengths_of(run, prompts, tokens), size, tokens)
+    batches = respond.batches_of(prompts, respond.lengths_of(experiment, prompts, tokens), size, tokens)
     middle = batches[len(batches) // 2]  # of twelve
-    prompt_BxP, length_B = respond.pad([run.tokenizer.first_turn(p.turns[0]) for p in middle], size)
+    prompt_BxP, length_B = respond.pad([experiment.tokenizer.first_turn(p.turns[0]) for p in middle], size)
     keys_B = jax.random.split(jax.random.key(0), size)
-    stops = run.tokenizer.stop_ids
+    stops = experiment.tokenizer.stop_ids
     config = DecodeConfig(tokens, stops)
-    inputs = (run.target, run.target_params, prompt_BxP, length_B, keys_B, config, run.mesh)
+    inputs = (
+        experiment.target,
+        experiment.target_params,
+        prompt_BxP,
+        length_B,
+        keys_B,
+        config,
+        experiment.mesh,
+    )
     out, _ = decode_batch(*inputs)  # compilation, and the first touch of all memory
     rows = []
     for _ in range(repeats):

@@ -14,15 +14,18 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from ppow_jax import console, memory, settings
 from ppow_jax.compile import chips, report, steps, targets
-from ppow_jax.console import log
+from ppow_jax.config import Settings, from_config, to_dict
 from ppow_jax.errors import UserError
+from ppow_jax.parallel import console, memory
+from ppow_jax.parallel.console import log
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/.")
 _TOPOLOGY = flags.DEFINE_string("topology", "", "The slice, as v5p:2x2x4, v5e:4x4, v6e:2x4, v4:2x2x2.")
 _ROWS = flags.DEFINE_integer("rows_per_chip", 0, "Rows of every batch over chips; 0: the config's batches.")
-_STEPS = flags.DEFINE_string("steps", "", "Some of respond, supervise, ppow, decode, by commas; empty: all.")
+_STEPS = flags.DEFINE_string(
+    "steps", "", "Some of respond, decode and the config's training runs, by commas; empty: all."
+)
 _OUT = flags.DEFINE_string("out", "", "A file for the figures as JSON lines, added to it.")
 
 
@@ -31,33 +34,45 @@ def main(argv: list[str]) -> None:
     console.setup()
     if len(argv) > 1 or _CONFIG.value is None or not _TOPOLOGY.value:
         raise UserError("expected --config=configs/NAME.py and --topology=KIND:SHAPE; see --help")
-    config = _CONFIG.value
-    chip, mesh = chips.slice_mesh(_TOPOLOGY.value, settings.from_config(config).mesh)
+    settings = from_config(_CONFIG.value)
+    groups = steps.groups(settings)
+    names = [name for name, _ in groups]
+    wanted = [name for name in _STEPS.value.split(",") if name] or names
+    if unknown := [name for name in wanted if name not in names]:
+        raise UserError(f"--steps: found {unknown[0]!r}, expected some of {', '.join(names)}")
+    chip, mesh = chips.slice_mesh(_TOPOLOGY.value, settings.mesh.shape)
     if _ROWS.value:
-        for stage in ("respond", "supervise", "ppow"):
-            config[stage].batch_size = _ROWS.value * mesh.size
-    chosen = settings.from_config(config)
-    plan = steps.plan(chosen, targets.shape_of(chosen.target), mesh)
-    wanted = [name for name in _STEPS.value.split(",") if name] or list(steps.GROUPS)
-    if unknown := [name for name in wanted if name not in steps.GROUPS]:
-        raise UserError(f"--steps: found {unknown[0]!r}, expected some of {', '.join(steps.GROUPS)}")
-    log.info("compile: %s on %s: mesh %s", chosen.target.path, _TOPOLOGY.value, dict(mesh.shape))
-    about = {"config": chosen.target.path, "topology": _TOPOLOGY.value, "chips": mesh.size}
+        settings = with_rows(settings, _ROWS.value * mesh.size)
+    plan = steps.plan(settings, targets.shape_of(settings.target), mesh)
+    log.info("compile: %s on %s: mesh %s", settings.target.path, _TOPOLOGY.value, dict(mesh.shape))
+    about = {"config": settings.target.path, "topology": _TOPOLOGY.value, "chips": mesh.size}
     rows, too_large = [], []
     with jax.set_mesh(mesh):
-        for name in wanted:
+        for group in [group for name, group in groups if name in wanted]:
             try:
-                for row in report.compile_steps(steps.GROUPS[name], plan, chip):
+                for row in report.compile_steps(group, plan, chip):
                     rows.append(row)
                     _keep(about | row)
             except report.DoesNotFitError as e:
                 too_large.append(str(e))
-    report.show(f"{chosen.target.path} on {_TOPOLOGY.value}, {mesh.size} chips", rows, chip)
+    report.show(f"{settings.target.path} on {_TOPOLOGY.value}, {mesh.size} chips", rows, chip)
     if too_large := too_large + report.crowded(rows, chip):
         raise UserError(
             f"{', '.join(too_large)}: more than a chip's memory, as said above; a larger slice, more ways "
-            "of config.mesh.fsdp or tensor, a smaller batch_size or more of config.STAGE.accumulate help"
+            "of config.mesh.fsdp or tensor, a smaller batch_size or more of config.train.RUN.accumulate help"
         )
+
+
+def with_rows(settings: Settings, rows: int) -> Settings:
+    """The settings with batches of so many rows, of `respond` and of every training run.
+
+    Raises:
+      ConfigError: a run's `accumulate` does not divide them.
+    """
+    values = to_dict(settings)
+    for section in (values["respond"], *values["train"].values()):
+        section["batch_size"] = rows
+    return from_config(values)
 
 
 def _keep(row: report.Row) -> None:

@@ -8,9 +8,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from ppow_jax import partition
 from ppow_jax.errors import UserError
-from ppow_jax.settings import MeshSettings
+from ppow_jax.parallel import partition
 
 
 class Chip(NamedTuple):
@@ -38,7 +37,7 @@ CHIPS = {
 }
 
 
-def slice_mesh(topology: str, settings: MeshSettings) -> tuple[Chip, Mesh]:
+def slice_mesh(topology: str, shape: tuple[int, int, int]) -> tuple[Chip, Mesh]:
     """The chip and the mesh of a slice such as `v5p:2x2x4`.
 
     Raises:
@@ -50,7 +49,7 @@ def slice_mesh(topology: str, settings: MeshSettings) -> tuple[Chip, Mesh]:
             f"--topology: found {topology!r}, expected KIND:SHAPE with KIND one of {', '.join(CHIPS)}, as in "
             "v5p:2x2x4 or v5e:4x4"
         )
-    return CHIPS[kind], partition.make_mesh(settings, _devices(topology))
+    return CHIPS[kind], partition.make_mesh(shape, _devices(topology))
 
 
 def _devices(topology: str) -> list[Any]:

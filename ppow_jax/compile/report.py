@@ -8,14 +8,14 @@ from typing import Any
 
 import jax
 
-from ppow_jax import memory
 from ppow_jax.bench.machine import show as show_table
 from ppow_jax.compile import hlo
 from ppow_jax.compile.chips import Chip
 from ppow_jax.compile.operations import operations
 from ppow_jax.compile.steps import Plan, Step, Steps
-from ppow_jax.console import log
 from ppow_jax.errors import out_of_memory
+from ppow_jax.parallel import memory
+from ppow_jax.parallel.console import log
 
 Row = dict[str, Any]
 

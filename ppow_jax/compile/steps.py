@@ -1,34 +1,38 @@
-"""The stages' own jitted steps, asked for with shapes in place of arrays.
+"""The run's own jitted steps, asked for with shapes in place of arrays.
 
 Shape letters: B rows, T tokens of a text, P of a prompt, S cache slots, N draft vocabulary.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
-from ppow_jax import partition
+from ppow_jax.config import Settings
 from ppow_jax.decode import batch, loop, shapes
 from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.decode.sampling import Sampling
-from ppow_jax.models import drafter as drafters
-from ppow_jax.models.drafter import Drafter, weights_of
+from ppow_jax.drafters import eagle3
+from ppow_jax.drafters.eagle3 import Drafter, weights_of
 from ppow_jax.models.target import Target, TargetConfig
 from ppow_jax.models.target import abstract_params as target_shapes
-from ppow_jax.rollout import make_rollout
-from ppow_jax.settings import Settings
-from ppow_jax.stages import ppow, supervise, training
-from ppow_jax.verification import make_verify, windows_at_once
+from ppow_jax.objectives.base import Corpus, Objective, Signal
+from ppow_jax.parallel import partition
+from ppow_jax.training import drafters
+from ppow_jax.training.loop import memory_layout
+from ppow_jax.training.step import Recipe, make_optimizer, make_signal, make_update
 
-_TEXTS = 2**16  # of ADAW's table
+_TEXTS = 2**16  # that an objective's memory is sized by, as ADAW's table
 _STOPS = (0,)
+_GAMMA = 0.12  # where it would be measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +59,23 @@ Steps = Generator[Step, Any, None]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that the steps are made of: settings, models, and shapes of what they hold on the mesh."""
+    """All that the steps are made of: settings, models, and shapes of what they hold on the mesh.
+
+    Attributes:
+      settings: of the run.
+      mesh: of the slice.
+      target, drafter: the modules.
+      params: the target's parameters.
+      drafter_params: the drafter's.
+      vocab: int32 `[N]`, target ids of the draft ids.
+    """
 
     settings: Settings
     mesh: Mesh
     target: Target
     drafter: Drafter
     params: dict
-    learner: dict
+    drafter_params: dict
     vocab: jax.ShapeDtypeStruct
 
     def whole(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -87,6 +100,21 @@ class Plan:
             arrays["hidden"] = self.rows((B, data.length, c.width), data.feature_dtype)
         return arrays
 
+    def opt_state(self, optimizer: optax.GradientTransformation) -> Any:
+        """Of the drafter's parameters."""
+        state = jax.eval_shape(optimizer.init, self.drafter_params)
+        return partition.laid_out(state, self.mesh)
+
+    def memory(self, objective: Objective) -> dict[str, Any]:
+        """What an objective keeps from step to step, laid out as in `training.loop.place`."""
+        sizes = Corpus(_TEXTS, self.settings.data.length)
+        shapes = jax.eval_shape(lambda params: objective.init(sizes, params), self.drafter_params)
+        return jax.tree.map(
+            lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),
+            shapes,
+            memory_layout(shapes, self.mesh),
+        )
+
     @property
     def key(self) -> jax.ShapeDtypeStruct:
         """A random key."""
@@ -99,14 +127,12 @@ class Plan:
 
 
 def plan(settings: Settings, shape: TargetConfig, mesh: Mesh) -> Plan:
-    """What a run of these settings on the mesh would hold."""
-    drafter = Drafter(training.shape_by(settings.drafter, shape))
-    params = drafters.abstract_params(drafter.config)
-    optimizer = training.make_optimizer(settings.supervise.optimizer, settings.supervise.steps)
-    learner = {"params": params, "opt_state": jax.eval_shape(optimizer.init, params)}
-    place = functools.partial(partition.laid_out, mesh=mesh)
+    """What a run of these settings would hold on the mesh, with a drafter that `config.drafter` describes."""
+    drafter = Drafter(drafters.shape_by(settings.drafter, shape))
+    params = partition.laid_out(target_shapes(shape), mesh)
+    drafter_params = partition.laid_out(eagle3.abstract_params(drafter.config), mesh)
     vocab = jax.ShapeDtypeStruct((drafter.config.vocab_size,), np.int32, sharding=partition.replicated(mesh))
-    return Plan(settings, mesh, Target(shape), drafter, place(target_shapes(shape)), place(learner), vocab)
+    return Plan(settings, mesh, Target(shape), drafter, params, drafter_params, vocab)
 
 
 def _respond(plan: Plan) -> Steps:
@@ -136,43 +162,30 @@ def _with_slots(state: Any, slots: int) -> Any:
     )
 
 
-def _supervise(plan: Plan) -> Steps:
-    s = plan.settings.supervise
-    optimizer = training.make_optimizer(s.optimizer, s.steps)
-    shape = (s.anchors, s.window, s.decay, plan.mesh, s.accumulate, plan.settings.drafter.remat)
-    step = supervise.make_update(plan.target, plan.drafter, optimizer, *shape)
-    texts = plan.batch(s.batch_size)
-    traced = step.trace(plan.learner, plan.vocab, plan.params, texts, plan.key)
-    held = {"target": plan.params, "learner": plan.learner, "batch": texts}
-    yield Step("supervise", traced, ("windows", s.batch_size * s.anchors), held)
+def _train(plan: Plan, name: str) -> Steps:
+    """The halves of a training run's step, `training.step.make_signal` and `make_update`."""
+    run = plan.settings.train[name]
+    objective, B = run.method, run.batch_size
+    optimizer = make_optimizer(run.optimizer, max(1, run.steps) * objective.updates)
+    models, remat = (plan.target, plan.drafter), plan.settings.drafter.remat
+    recipe = Recipe(objective, *models, optimizer, run.accumulate, remat, _STOPS, _GAMMA, plan.mesh)
+    learner = {"params": plan.drafter_params, "opt_state": plan.opt_state(optimizer)}
+    memory, texts = plan.memory(objective), plan.batch(B)
+    held = {"target": plan.params, "learner": learner, "batch": texts}
+    held |= {"memory": memory} if memory else {}
+    frozen, number = (plan.vocab, plan.params, texts), jax.ShapeDtypeStruct((), np.int32)
+    traced = make_signal(recipe).trace(learner["params"], *frozen, memory, number, plan.key)
+    many = ("windows", windows_of(traced.out_info[0]))
+    # Loops that end when data say so: an objective that has any may tell their turns by a method `rounds`.
+    rounds = objective.rounds(B) if hasattr(objective, "rounds") else 1
+    signal, _, _ = yield Step(f"{name}: signal", traced, many, held, rounds)
+    traced = make_update(recipe).trace(learner, *frozen, signal)
+    yield Step(f"{name}: update", traced, many, held | {"signal": signal})
 
 
-def _ppow(plan: Plan) -> Steps:
-    s = plan.settings.ppow
-    texts, many = plan.batch(s.batch_size), ("windows", s.batch_size * s.anchors * s.group)
-    table = {
-        "scores": plan.whole((_TEXTS, plan.settings.data.length), np.float32),
-        "scored_at": plan.whole((_TEXTS,), np.int32),
-    }
-    held = {"target": plan.params, "learner": plan.learner, "adaw": table, "batch": texts}
-    state = plan.learner | {"vocab": plan.vocab} | table
-    pick = ppow.make_pick(plan.target, plan.drafter, s).trace(
-        state, plan.params, texts, jax.ShapeDtypeStruct((), np.int32), plan.key
-    )
-    _, anchors, real = yield Step("ppow: anchors", pick, many, held)
-    roll = make_rollout(plan.target, plan.drafter, s).trace(
-        plan.learner["params"], plan.vocab, plan.params, texts, anchors, real, plan.key
-    )
-    rollout = yield Step("ppow: rollout", roll, many, held)
-    verify = make_verify(plan.target, s, 0.12, _STOPS).trace(plan.params, texts, rollout, plan.key)
-    rounds = s.anchors * s.group // windows_at_once(s.batch_size, s.anchors, s.group, s.window)
-    verdict = yield Step("ppow: verification", verify, many, held | {"rollout": rollout}, rounds)
-    optimizer = training.make_optimizer(s.optimizer, s.steps * s.updates)
-    remat = plan.settings.drafter.remat
-    update = ppow.make_update(plan.target, plan.drafter, optimizer, s, plan.mesh, remat).trace(
-        plan.learner, plan.vocab, plan.params, texts, rollout, verdict
-    )
-    yield Step("ppow: update", update, many, held | {"rollout": (rollout, verdict)})
+def windows_of(signal: Signal) -> int:
+    """B A G: how many windows a signal counts. Those of a group may share what they read on."""
+    return max(math.prod(x.shape[:3]) for x in (signal.tokens, *signal.weights.values()))
 
 
 def _decode(plan: Plan) -> Steps:
@@ -181,18 +194,18 @@ def _decode(plan: Plan) -> Steps:
     shape = plan.settings.decode.shape.replace("auto", "chain:3")
     drafting = Eagle(plan.drafter, shapes.parse(shape, "config.decode.shape"))
     P = max(8, plan.settings.data.length - e.max_new_tokens)
-    weights = weights_of(plan.learner["params"], plan.params, plan.vocab)
+    weights = weights_of(plan.drafter_params, plan.params, plan.vocab)
     prompts = (plan.rows((B, P), np.int32), plan.rows((B,), np.int32), plan.keys(B))
     config = DecodeConfig(e.max_new_tokens, _STOPS)
     traced = loop._decode.trace(plan.target, plan.params, *prompts, config, drafting, weights, None)
-    held = {"target": plan.params, "drafter": plan.learner["params"], "batch": prompts}
+    held = {"target": plan.params, "drafter": plan.drafter_params, "batch": prompts}
     yield Step("decode: prompt and a round", traced, ("tokens", B * (P + drafting.tokens)), held)
 
 
-# By stage; the shapes of a step's results are sent back to its group, for the next one.
-GROUPS: dict[str, Callable[[Plan], Steps]] = {
-    "respond": _respond,
-    "supervise": _supervise,
-    "ppow": _ppow,
-    "decode": _decode,
-}
+def groups(settings: Settings) -> list[tuple[str, Callable[[Plan], Steps]]]:
+    """Steps by the stage or the training run that they belong to, in the order of a run.
+
+    The shapes of a step's results are sent back to its group, for the next step.
+    """
+    runs = [(name, functools.partial(_train, name=name)) for name in settings.chosen()]
+    return [("respond", _respond), *runs, ("decode", _decode)]

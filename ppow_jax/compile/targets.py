@@ -1,10 +1,9 @@
 """Shapes of targets, without their weights."""
 
+from ppow_jax.config import TargetSettings
 from ppow_jax.errors import UserError
-from ppow_jax.interop import huggingface
-from ppow_jax.models import families
 from ppow_jax.models.target import TargetConfig
-from ppow_jax.settings import TargetSettings
+from ppow_jax.targets import families, huggingface
 
 _LLAMA3 = {
     "model_type": "llama",

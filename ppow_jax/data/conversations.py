@@ -9,7 +9,7 @@ import numpy as np
 from ppow_jax.data.builtin import Prompt
 from ppow_jax.data.prompts import read_jsonl
 from ppow_jax.errors import UserError
-from ppow_jax.models.tokenizer import Tokenizer
+from ppow_jax.targets.tokenizer import Tokenizer
 
 _SAMPLE = 64  # imported rows whose ids are decoded and encoded again
 _ROUND_TRIPS = 0.5  # share of them that must come back; text of this tokenizer: about 0.97
@@ -19,7 +19,7 @@ _ROUND_TRIPS = 0.5  # share of them that must come back; text of this tokenizer:
 class Conversation:
     """A dialogue as it grows: all ids so far, a mask of those that the target wrote, and their features.
 
-    `features` has the fields of `teacher.Features`, one row a token; None if they are not kept.
+    `features` has the fields of `target_outputs.Features`, one row a token; None if they are not kept.
     """
 
     prompt: Prompt

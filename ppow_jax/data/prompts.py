@@ -28,17 +28,18 @@ def load(spec: str, key: str) -> dict[str, list[Prompt]]:
       UserError: malformed spec, missing or malformed file, no prompts, an id that occurs twice.
     """
     sources: dict[str, list[Prompt]] = {}
-    seen: dict[str, str] = {}
+    sources_of: dict[str, str] = {}
     for name, where, limit in parse(spec, key):
         prompts = _read(where, key)[:limit]
         if not prompts:
             raise UserError(f"{key}: {where!r} holds no prompts; expected at least one")
         for prompt in prompts:
-            if prompt.id in seen:
+            if prompt.id in sources_of:
                 raise UserError(
-                    f"{key}: id {prompt.id!r} is in {seen[prompt.id]!r} and in {name!r}; ids must be unique"
+                    f"{key}: id {prompt.id!r} is in {sources_of[prompt.id]!r} and in {name!r}; ids must be "
+                    f"unique"
                 )
-            seen[prompt.id] = name
+            sources_of[prompt.id] = name
         sources[name] = prompts
     return sources
 

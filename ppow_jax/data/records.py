@@ -1,6 +1,5 @@
 """Records in ArrayRecord shards: written whole or not at all, read at random."""
 
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -10,8 +9,8 @@ import grain
 from array_record.python import array_record_module
 from flax import serialization
 
-from ppow_jax import processes
 from ppow_jax.errors import UserError
+from ppow_jax.parallel import processes
 
 _SUFFIX = ".arrayrecord"
 
@@ -78,27 +77,3 @@ class Records(Sequence):
                     "and run again: what is missing is made again"
                 )
         return UserError(f"{self._paths[0]} and its like cannot be read: {error}")
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Replaces a JSON file in one step; of several processes the first one does."""
-    if not processes.first():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(scratch, path)
-
-
-def read_json(path: pathlib.Path) -> Any:
-    """The value of a JSON file, or None where there is no file.
-
-    Raises:
-      UserError: the file is damaged.
-    """
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise UserError(f"{path}: damaged ({e}); restore it, or delete it and run its stage again") from e

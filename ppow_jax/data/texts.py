@@ -1,11 +1,13 @@
 """Training texts: responses (and their features) as fixed-length batches through Grain."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import grain
 import numpy as np
 
+from ppow_jax.config import DataSettings
 from ppow_jax.data import records
 from ppow_jax.errors import UserError
 
@@ -16,7 +18,7 @@ class Texts(Sequence):
     """Random access to texts of `length` tokens; the source of the Grain pipeline.
 
     An item has `index` (of the record), `tokens` int32 `[T]`, `assistant` bool `[T]` and, with
-    features, `taps` and `hidden` (see `teacher.Features`), zero beyond the text.
+    features, `taps` and `hidden` (see `target_outputs.Features`), zero beyond the text.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ def iterate(texts: Texts, batch_size: int, seed: int, rows: Sequence[int] | None
 
     def batch(number: int) -> dict[str, np.ndarray]:
         items = [order[number * batch_size + int(row)] for row in wanted]
-        return {key: np.stack([item[key] for item in items]) for key in items[0]}
+        return stack(items)
 
     read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(grain.MapDataset.range(_ENDLESS).map(batch).to_iter_dataset(read))
@@ -127,3 +129,41 @@ def first_span(assistant_T: np.ndarray) -> tuple[int, int]:
     start = int(np.argmax(assistant_T))
     rest = assistant_T[start:]
     return start, start + (len(rest) if rest.all() else int(np.argmin(rest)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The responses as training and held-out texts.
+
+    Attributes:
+      train, held: the texts.
+      indices: of the training records.
+      records: how many there are in all.
+    """
+
+    train: Texts
+    held: Texts
+    indices: list[int]
+    records: int
+
+
+def corpus(responses: records.Records, features: records.Records | None, settings: DataSettings) -> Corpus:
+    """Splits responses into training and held-out texts.
+
+    Raises:
+      UserError: see `split`.
+    """
+    train, held = split(responses, settings.length, settings.holdout)
+    texts = (Texts(responses, features, indices, settings.length) for indices in (train, held))
+    return Corpus(*texts, train, len(responses))
+
+
+def spread(available: int, wanted: int) -> range:
+    """Indices of as many items as wanted, evenly spread; of all if there are no more."""
+    count = min(wanted, available)
+    return range(0, count * (available // count), available // count)
+
+
+def stack(items: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Items of `Texts` as arrays `[B, ...]`."""
+    return {key: np.stack([item[key] for item in items]) for key in items[0]}

@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ppow_jax import partition, processes
 from ppow_jax.decode.drafting import Drafting
 from ppow_jax.decode.loop import DecodeConfig, Decoded, State, grow, next_round, prefill
 from ppow_jax.models import cache as kv_cache
-from ppow_jax.models.layers import FEW_ROWS, KeyValues
+from ppow_jax.models.cache import KeyValues
+from ppow_jax.models.layers import FEW_ROWS
 from ppow_jax.models.target import Target
-from ppow_jax.teacher import Features
+from ppow_jax.models.target_outputs import Features
+from ppow_jax.parallel import partition, processes
 
 # Tokens of prompts that a device reads at once: what they leave behind stays in a CPU's cache; accelerators
 # gather weights for every part.
@@ -77,8 +78,8 @@ def decode_batch(
     tokens, count, emitted = np.zeros((B, L), np.int32), np.zeros(B, np.int32), np.zeros((B, L), np.int32)
     book = _Book(features, lengths, P + L) if feature_dtype else None
     while True:
-        seen = processes.host((state.tokens, state.count, state.emitted_by_round, state.done))
-        tokens[where], count[where], emitted[where], done = seen[0][:, :L], *seen[1:]
+        found = processes.host((state.tokens, state.count, state.emitted_by_round, state.done))
+        tokens[where], count[where], emitted[where], done = found[0][:, :L], *found[1:]
         if done.all():
             break
         rows = np.argsort(done, kind="stable")[: rows_for(int((~done).sum()), B, mesh)]
@@ -151,13 +152,13 @@ def _prefill(
 
     def some(here: dict, *rows: jax.Array) -> tuple[State, Features | None]:
         rows = jax.lax.with_sharding_constraint(rows, layout)
-        state, seen = prefill(target, here, *rows, config, drafting, weights)
+        state, features = prefill(target, here, *rows, config, drafting, weights)
         reach = drafting.depth + 1 if drafting else 1
         state = grow(state, -(-(P + reach) // _SLOTS) * _SLOTS, drafting)
         if partition.platform() == "cpu" and not drafting:
             state = state._replace(cache=kv_cache.in_blocks(state.cache, _SLOTS))
         state = state._replace(keys=None)
-        return state, Features(*(x.astype(dtype) for x in seen)) if dtype else None
+        return state, Features(*(x.astype(dtype) for x in features)) if dtype else None
 
     # On several devices a part is every so manieth row, so that it lies on all of them; on one, rows that
     # follow each other: nothing is copied.
@@ -287,10 +288,10 @@ def _stretch(
         at = state.round - first
         # turned back within the loop, which is a matter of names: the product reads the matrix as it lies
         own = _turned(params) if by_column else params
-        state, seen = next_round(target, own, state, config, drafting, weights)
+        state, new = next_round(target, own, state, config, drafting, weights)
         if dtype:
             put = lambda all_, new: all_.at[at].set(new[:, 0].astype(dtype))  # noqa: E731
-            features = jax.tree.map(put, features, seen)
+            features = jax.tree.map(put, features, new)
         return state, features
 
     return jax.lax.while_loop(more, body, (state, blank))

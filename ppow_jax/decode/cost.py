@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax.decode import profile, verify
-from ppow_jax.decode.drafting import Drafting, Eagle, Seen
+from ppow_jax.decode.drafting import Drafting, Eagle, VerifiedTokens
 from ppow_jax.decode.loop import DecodeConfig, State, grow, next_round, prefill
 from ppow_jax.decode.profile import Texts
 from ppow_jax.decode.sampling import GREEDY
 from ppow_jax.decode.shapes import Dynamic, Shape, beam_nodes, chain
+from ppow_jax.drafters.eagle3 import Drafter, DrafterWeights
 from ppow_jax.models import cache as kv_cache
-from ppow_jax.models.drafter import Drafter, DrafterWeights
 from ppow_jax.models.layers import likeliest
 from ppow_jax.models.target import Target
 
@@ -43,7 +43,7 @@ class Costs:
       target: of a target pass by its number of tokens; what lies between two sizes costs as much as the
         larger.
       first: of a drafter's first step, which is one window wide, and of its reading the verified tokens.
-      level: of a further step by its width.
+      level: of each step after the first, by its width.
       overhead: of the rest of a round (walk, bookkeeping), by the tokens of the pass; interpolated.
     """
 
@@ -170,8 +170,8 @@ def draft_timer(target: Target, drafting: Drafting, weights: Any, slots: int = _
         way_BxE = jnp.broadcast_to(tokens_BxJ[:, -1:], (1, many))  # any tokens; the work is the same
         # taps that hang on the draft, or reading them would leave the loop
         new = taps * way_BxE[..., None].astype(taps.dtype)
-        seen = Seen(new, way_BxE, offset_B, offset_B * 0 + many - 1, True, tokens_BxJ)
-        return drafting.read(weights, drafts, seen)
+        verified = VerifiedTokens(new, way_BxE, offset_B, offset_B * 0 + many - 1, True, tokens_BxJ)
+        return drafting.read(weights, drafts, verified)
 
     return _in_loop(once, _half_read(target, drafting, weights, slots), weights)
 
@@ -195,8 +195,8 @@ def parts_timer(target: Target, params: dict, drafting: Drafting, weights: Any, 
         best_BxJ = likeliest(target.apply({"params": params}, out.hidden[:, 0], method=Target.logits))
         way_BxE = jnp.broadcast_to(best_BxJ[:, :1], (1, many))
         taps_BxExC = out.taps[:, 0, jnp.minimum(jnp.arange(many), drafting.tokens - 1)]
-        seen = Seen(taps_BxExC, way_BxE, offset_B, offset_B * 0 + many - 1, True, best_BxJ)
-        return drafting.read(weights, carry[0], seen), out.new
+        verified = VerifiedTokens(taps_BxExC, way_BxE, offset_B, offset_B * 0 + many - 1, True, best_BxJ)
+        return drafting.read(weights, carry[0], verified), out.new
 
     drafts = _half_read(target, drafting, weights, slots)
     known = cache, kv_cache.visible(offset_B, slots)
@@ -209,8 +209,8 @@ def _half_read(target: Target, drafting: Drafting, weights: Any, slots: int) -> 
     """A drafter's state with half of `slots` read."""
     c, length, start_B = target.config, slots // 2, jnp.zeros(1, jnp.int32)
     taps = jnp.ones((1, length, len(c.taps) * c.width), jnp.dtype(c.dtype))
-    seen = Seen(taps, jnp.zeros((1, length), jnp.int32), start_B, start_B + length - 1)
-    return drafting.grow(drafting.read(weights, None, seen), slots)
+    verified = VerifiedTokens(taps, jnp.zeros((1, length), jnp.int32), start_B, start_B + length - 1)
+    return drafting.grow(drafting.read(weights, None, verified), slots)
 
 
 def round_timer(

@@ -13,14 +13,14 @@ from ppow_jax.decode import tree
 from ppow_jax.decode.sampling import Sampling
 from ppow_jax.decode.shapes import Shape
 from ppow_jax.decode.verify import Draft
+from ppow_jax.drafters.eagle3 import Drafter, DrafterWeights
+from ppow_jax.drafters.windows import Start, prefix_pass
 from ppow_jax.errors import ConfigError
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.cache import Cache
-from ppow_jax.models.drafter import Drafter, DrafterWeights
-from ppow_jax.windows import Start, prefix_pass
 
 
-class Seen(NamedTuple):
+class VerifiedTokens(NamedTuple):
     """Tokens that the target has just read, and what it made of them.
 
     Attributes:
@@ -54,7 +54,7 @@ class Drafting(Protocol):
     depth: int
     straight: bool
 
-    def read(self, weights: Any, state: Any, seen: Seen) -> Any:
+    def read(self, weights: Any, state: Any, verified: VerifiedTokens) -> Any:
         """The state after what the target has read; None before the prompt, which is read first."""
 
     def draft(self, weights: Any, state: Any, sampling: Sampling, keys_B: jax.Array) -> Draft:
@@ -105,18 +105,18 @@ class Eagle:
         """See `Drafting`."""
         return self.shape.straight
 
-    def read(self, weights: DrafterWeights, state: EagleState | None, seen: Seen) -> EagleState:
+    def read(self, weights: DrafterWeights, state: EagleState | None, verified: VerifiedTokens) -> EagleState:
         """See `Drafting`."""
-        positions_BxT = seen.offset[:, None] + jnp.arange(seen.next.shape[1])
+        positions_BxT = verified.offset[:, None] + jnp.arange(verified.next.shape[1])
         before = None if state is None else state.prefix
-        read = prefix_pass(self.drafter, weights, seen.taps, seen.next, positions_BxT, before)
+        read = prefix_pass(self.drafter, weights, verified.taps, verified.next, positions_BxT, before)
         prefix = read.keys_values
         if state is not None:
-            prefix = kv_cache.write(state.prefix, prefix, seen.offset, seen.going_on)
-        last_Bx1 = seen.last[:, None]
+            prefix = kv_cache.write(state.prefix, prefix, verified.offset, verified.going_on)
+        last_Bx1 = verified.last[:, None]
         hidden = jnp.take_along_axis(read.hidden, last_Bx1[..., None], 1)
-        token_Bx1 = jnp.take_along_axis(seen.next, last_Bx1, 1)
-        return EagleState(prefix, Start(hidden, token_Bx1, seen.offset[:, None] + last_Bx1))
+        token_Bx1 = jnp.take_along_axis(verified.next, last_Bx1, 1)
+        return EagleState(prefix, Start(hidden, token_Bx1, verified.offset[:, None] + last_Bx1))
 
     def draft(
         self, weights: DrafterWeights, state: EagleState, sampling: Sampling, keys_B: jax.Array
@@ -154,14 +154,14 @@ class Together:
         """See `Drafting`."""
         return False
 
-    def read(self, weights: tuple, state: tuple | None, seen: Seen) -> tuple:
+    def read(self, weights: tuple, state: tuple | None, verified: VerifiedTokens) -> tuple:
         """See `Drafting`."""
         cut = self.first.tokens
-        own, other = seen, seen
-        if seen.preferred is not None:
-            own = seen._replace(preferred=seen.preferred[:, :cut])
-            root = seen.preferred[:, :1]
-            other = seen._replace(preferred=jnp.concatenate([root, seen.preferred[:, cut:]], 1))
+        own, other = verified, verified
+        if verified.preferred is not None:
+            own = verified._replace(preferred=verified.preferred[:, :cut])
+            root = verified.preferred[:, :1]
+            other = verified._replace(preferred=jnp.concatenate([root, verified.preferred[:, cut:]], 1))
         states = state or (None, None)
         return (
             self.first.read(weights[0], states[0], own),

@@ -20,14 +20,14 @@ import numpy as np
 from jax.experimental import io_callback
 
 from ppow_jax.decode import sampling, verify
-from ppow_jax.decode.drafting import Drafting, Seen
+from ppow_jax.decode.drafting import Drafting, VerifiedTokens
 from ppow_jax.decode.sampling import GREEDY, Sampling
 from ppow_jax.decode.verify import Draft, Walk
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.cache import Cache
 from ppow_jax.models.layers import likeliest
 from ppow_jax.models.target import Target
-from ppow_jax.teacher import Features
+from ppow_jax.models.target_outputs import Features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +115,8 @@ def prefill(
     drafts = None
     if drafting:
         next_BxP = _put(jnp.roll(prompt_BxP, -1, 1), first_B[:, None], length_B - 1)
-        seen = Seen(out.taps[:, 0], next_BxP, jnp.zeros_like(length_B), length_B - 1)
-        drafts = drafting.read(weights, None, seen)
+        verified = VerifiedTokens(out.taps[:, 0], next_BxP, jnp.zeros_like(length_B), length_B - 1)
+        drafts = drafting.read(weights, None, verified)
     limit_B = jnp.minimum(L, target.config.context - length_B)
     stop_B = jnp.isin(first_B, jnp.asarray(config.stop_ids))
     state = State(
@@ -172,8 +172,8 @@ def next_round(
     drafts = None
     if drafting:
         preferred_BxJ = likeliest(logits_BxJxV)
-        seen = Seen(read.taps, way.tokens, offset_B, way.accepted, going_on, preferred_BxJ)
-        drafts = drafting.read(weights, state.drafts, seen)
+        verified = VerifiedTokens(read.taps, way.tokens, offset_B, way.accepted, going_on, preferred_BxJ)
+        drafts = drafting.read(weights, state.drafts, verified)
     state = state._replace(
         tokens=_put(state.tokens, way.tokens, state.count),
         count=state.count + kept_B,
@@ -197,21 +197,21 @@ def _chooser(
         return lambda step, node_B: jnp.take_along_axis(preferred_BxJ, node_B[:, None], 1)[:, 0]
 
     def choose(step: jax.Array, node_B: jax.Array) -> jax.Array:
-        """Warps the laws of the nodes that are reached, no others: 60 sums over a vocabulary are dear."""
+        """Warps the distributions of the nodes that are reached alone: 60 sums over a vocabulary are dear."""
         logits_BxV = jnp.take_along_axis(logits_BxJxV, node_B[:, None, None], 1)[:, 0]
-        law_BxV = sampling.log_law(logits_BxV, how)
+        log_p_BxV = sampling.log_probs(logits_BxV, how)
         if draft.drawn is not None:
-            offered = verify.offered_after(draft, node_B, law_BxV.shape[1])
-            law_BxV = jnp.log(jax.vmap(verify.emission_law)(jnp.exp(law_BxV), *offered))
-        return sampling.draw(_keys_at(state.keys, state.known + step, 0), law_BxV)
+            offered = verify.offered_after(draft, node_B, log_p_BxV.shape[1])
+            log_p_BxV = jnp.log(jax.vmap(verify.emission_probs)(jnp.exp(log_p_BxV), *offered))
+        return sampling.draw(_keys_at(state.keys, state.known + step, 0), log_p_BxV)
 
     return choose
 
 
-def _along(way: Walk, seen: Features, new: Cache) -> tuple[Features, Cache]:
+def _along(way: Walk, features: Features, new: Cache) -> tuple[Features, Cache]:
     """What the target made of the nodes on the way, in place of all nodes."""
     along = lambda x: jnp.take_along_axis(x, way.nodes[..., None], 1)  # noqa: E731
-    return Features(*map(along, seen)), kv_cache.pick(new, way.nodes)
+    return Features(*map(along, features)), kv_cache.pick(new, way.nodes)
 
 
 def _in_step(state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -266,7 +266,8 @@ def decode(
         many of them each row kept, int32 `[B]`.
 
     Returns:
-      `Decoded`. At temperature 0 the texts do not depend on the drafter, at others their law does not.
+      `Decoded`. At temperature 0 the texts do not depend on the drafter, at others their distribution does
+      not.
     """
     inputs = (target, params, prompt_BxP, length_B, keys_B, config, drafting, weights)
     if watch is None:
@@ -298,7 +299,7 @@ def _decode(
 ) -> Decoded:
     L, depth = config.max_new_tokens, drafting.depth if drafting else 0
 
-    def told(state: State, kept_B: jax.Array) -> State:
+    def watched(state: State, kept_B: jax.Array) -> State:
         if watcher is not None:
             rows = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (depth + 1,)))
             tokens_BxE = rows(state.tokens, state.count - kept_B)
@@ -307,10 +308,10 @@ def _decode(
 
     def body(state: State) -> State:
         after, _ = next_round(target, params, state, config, drafting, weights)
-        return told(after, after.count - state.count)
+        return watched(after, after.count - state.count)
 
     state, _ = prefill(target, params, prompt_BxP, length_B, keys_B, config, drafting, weights)
-    state = grow(told(state, state.count), prompt_BxP.shape[1] + L + depth + 1, drafting)
+    state = grow(watched(state, state.count), prompt_BxP.shape[1] + L + depth + 1, drafting)
     state = jax.lax.while_loop(lambda s: ~s.done.all(), body, state)
     tokens = jnp.where(jnp.arange(L) < state.count[:, None], state.tokens[:, :L], 0)
     end_B = jnp.take_along_axis(tokens, state.count[:, None] - 1, 1)[:, 0]

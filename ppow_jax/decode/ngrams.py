@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppow_jax.decode.drafting import Seen
+from ppow_jax.decode.drafting import VerifiedTokens
 from ppow_jax.decode.sampling import Sampling
 from ppow_jax.decode.shapes import Fixed, group
 from ppow_jax.decode.verify import Draft
@@ -62,17 +62,17 @@ class Lookup:
         """See `Drafting`."""
         return self.shape.straight
 
-    def read(self, weights: None, state: History | None, seen: Seen) -> History:
+    def read(self, weights: None, state: History | None, verified: VerifiedTokens) -> History:
         """See `Drafting`."""
-        at_BxT = seen.offset[:, None] + 1 + jnp.arange(seen.next.shape[1])
-        real_BxT = jnp.arange(seen.next.shape[1]) <= seen.last[:, None]
-        new_BxT = jnp.where(real_BxT, seen.next, NOTHING)
+        at_BxT = verified.offset[:, None] + 1 + jnp.arange(verified.next.shape[1])
+        real_BxT = jnp.arange(verified.next.shape[1]) <= verified.last[:, None]
+        new_BxT = jnp.where(real_BxT, verified.next, NOTHING)
         if state is None:
             tokens = jnp.pad(new_BxT, ((0, 0), (1, 0)), constant_values=NOTHING)
         else:
             rows = jnp.arange(len(new_BxT))[:, None]
             tokens = state.tokens.at[rows, at_BxT].set(new_BxT, mode="drop")
-        return History(tokens, seen.offset + seen.last + 2)
+        return History(tokens, verified.offset + verified.last + 2)
 
     def draft(self, weights: None, state: History, sampling: Sampling, keys_B: jax.Array) -> Draft:
         """See `Drafting`."""
@@ -159,18 +159,18 @@ class Lookahead:
         """See `Drafting`."""
         return False
 
-    def read(self, weights: None, state: Pool | None, seen: Seen) -> Pool:
+    def read(self, weights: None, state: Pool | None, verified: VerifiedTokens) -> Pool:
         """See `Drafting`."""
-        B = len(seen.last)
-        last_B = jnp.take_along_axis(seen.next, seen.last[:, None], 1)[:, 0]
+        B = len(verified.last)
+        last_B = jnp.take_along_axis(verified.next, verified.last[:, None], 1)[:, 0]
         if state is None:  # as guesses, what ends the prompt
             rows, columns = self.ngram - 1, self.columns
             back = jnp.arange(rows)[:, None] + jnp.arange(columns) - rows - columns
-            at = jnp.maximum(seen.last[:, None] + back.reshape(-1), 0)
-            window = jnp.take_along_axis(seen.next, at, 1).reshape(B, rows, columns)
+            at = jnp.maximum(verified.last[:, None] + back.reshape(-1), 0)
+            window = jnp.take_along_axis(verified.next, at, 1).reshape(B, rows, columns)
             grams = jnp.full((B, self.vocab_size, self.candidates, rows), NOTHING)
             return Pool(last_B, window, grams, jnp.zeros((B, self.vocab_size), jnp.int32))
-        said_BxW = seen.preferred[:, -self.columns :]
+        said_BxW = verified.preferred[:, -self.columns :]
         ngrams = jnp.concatenate([state.window, said_BxW[:, None]], 1)  # [B, N, W]
         grams, count = jax.vmap(self._add)(state.grams, state.count, ngrams)
         return Pool(last_B, ngrams[:, 1:], grams, count)

@@ -17,8 +17,8 @@ import numpy as np
 
 from ppow_jax.decode import tree
 from ppow_jax.decode.sampling import GREEDY
-from ppow_jax.models.drafter import Drafter, DrafterWeights
-from ppow_jax.windows import Start, text_prefix, text_starts
+from ppow_jax.drafters.eagle3 import Drafter, DrafterWeights
+from ppow_jax.drafters.windows import Start, text_prefix, text_starts
 
 NEVER = np.iinfo(np.int32).max
 _AT_ONCE = 16  # anchors of a text

@@ -1,4 +1,4 @@
-"""The law that texts are sampled from: temperature, top-k, top-p.
+"""The distribution that texts are sampled from: temperature, top-k, top-p.
 
 Shape letters: V vocabulary.
 """
@@ -40,7 +40,7 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def log_law(logits: jax.Array, sampling: Sampling) -> jax.Array:
+def log_probs(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """float32 log-probabilities `[..., V]` at a temperature above 0, -inf where top-k or top-p exclude."""
     z = logits / sampling.temperature
     if sampling.top_k:
@@ -54,12 +54,12 @@ def pick(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> jax.Array:
     """int32 `[B]`: a token for each row of logits `[B, V]`."""
     if sampling.temperature == 0:
         return likeliest(logits)
-    return draw(keys, log_law(logits, sampling))
+    return draw(keys, log_probs(logits, sampling))
 
 
-def draw(keys: jax.Array, log_law: jax.Array) -> jax.Array:
+def draw(keys: jax.Array, log_probs_BxV: jax.Array) -> jax.Array:
     """int32 `[B]`: a sample of each row of `[B, V]`, which need not be normalised."""
-    return jax.vmap(jax.random.categorical)(keys, log_law).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, log_probs_BxV).astype(jnp.int32)
 
 
 def _at_least(z: jax.Array, threshold: jax.Array) -> jax.Array:

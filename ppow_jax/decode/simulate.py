@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from ppow_jax.decode import tree, verify
 from ppow_jax.decode.sampling import GREEDY
 from ppow_jax.decode.shapes import Shape, chain
+from ppow_jax.drafters.eagle3 import Drafter, DrafterWeights
+from ppow_jax.drafters.windows import Prefix, text_prefix, text_starts, window_pass
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.cache import Cache
-from ppow_jax.models.drafter import Drafter, DrafterWeights
 from ppow_jax.models.layers import likeliest
-from ppow_jax.windows import Prefix, text_prefix, text_starts, window_pass
 
 
 class Rounds(NamedTuple):
@@ -82,7 +82,7 @@ def _simulate_chain(
     end_B: jax.Array,
     window: int,
 ) -> Rounds:
-    """`simulate` of windows that are drafted no further than they are right."""
+    """`simulate` of windows that are drafted as far as they are right."""
     B, T = tokens_BxT.shape
     rows = jnp.arange(B)
     prefix = text_prefix(drafter, weights, taps_BxTxC, tokens_BxT)
@@ -128,7 +128,7 @@ def _draft(
     visible_BxWxS = (text_BxS | own_BxS)[:, None]
     hidden, new = drafter.apply(variables, *inputs, w.context, visible_BxWxS)
     context = kv_cache.write(w.context, kv_cache.as_prefix(new), T + w.step)
-    logits = drafter.apply(variables, hidden, method=Drafter.logits)
+    logits = drafter.apply(variables, hidden, method="logits")
     return hidden[:, 0, 0], context, weights.vocab[likeliest(logits)][:, 0, 0]
 
 
@@ -198,8 +198,8 @@ def expected_accepted(
         token_BxA = jnp.take_along_axis(tokens_BxT, jnp.minimum(position_BxA, T - 1), 1)
         return token_BxA, position_BxA < end_B[:, None]
 
-    def choose(_: int, logits_BxLx1xN: jax.Array, told: tuple[jax.Array, jax.Array]):
-        token_BxL, inside_BxL = told
+    def choose(_: int, hidden: jax.Array, logits_BxLx1xN: jax.Array, given: tuple[jax.Array, jax.Array]):
+        token_BxL, inside_BxL = given
         draft_BxL = jnp.minimum(jnp.searchsorted(weights.vocab, token_BxL), N - 1)
         possible_BxL = (weights.vocab[draft_BxL] == token_BxL) & inside_BxL
         logp = jax.nn.log_softmax(logits_BxLx1xN[:, :, 0])

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppow_jax import windows
-from ppow_jax.decode.sampling import Sampling, log_law
+from ppow_jax.decode.sampling import Sampling, log_probs
 from ppow_jax.decode.shapes import Dynamic, Fixed, Shape
 from ppow_jax.decode.verify import Draft, Drawn
+from ppow_jax.drafters import windows
+from ppow_jax.drafters.eagle3 import Drafter, DrafterWeights
+from ppow_jax.drafters.windows import Start, Windows
 from ppow_jax.models.cache import Cache
-from ppow_jax.models.drafter import Drafter, DrafterWeights
 from ppow_jax.models.layers import likeliest
-from ppow_jax.windows import Start, Windows
 
 
 def draft(
@@ -30,8 +30,8 @@ def draft(
     """Drafts a tree from one anchor a row.
 
     At temperature 0 the tree follows from the text. Above it a fixed shape is filled with draws from the
-    drafter's law at the same temperature, top-k and top-p; dynamic trees hold the likeliest tokens of that
-    law.
+    drafter's distribution at the same temperature, top-k and top-p; dynamic trees hold the likeliest tokens
+    of that distribution.
 
     Args:
       drafter, weights, prefix: as in `windows.begin`.
@@ -47,7 +47,7 @@ def draft(
 
 def _logits(drafter: Drafter, weights: DrafterWeights, at: Windows) -> jax.Array:
     """float32 `[B, W, N]`."""
-    return drafter.apply({"params": weights.params}, at.hidden[:, :, 0], method=Drafter.logits)
+    return drafter.apply({"params": weights.params}, at.hidden[:, :, 0], method="logits")
 
 
 def _fixed(
@@ -63,7 +63,7 @@ def _fixed(
     parents, ranks = shape.parents, (0, *(path[-1] for path in shape.paths))
     if sampled:  # a second draw is worth something only beside the first
         ranks = (0, *(shape.children[parents[n]].index(n) for n in range(1, shape.tokens)))
-    tokens, laws, index = [start.token[:, 0]], [], [0] * shape.tokens
+    tokens, log_qs, index = [start.token[:, 0]], [], [0] * shape.tokens
     at, inner = windows.begin(drafter, weights, prefix, start), [0]  # the nodes that are continued
     for depth in range(1, shape.depth + 1):
         if depth > 1:
@@ -77,17 +77,17 @@ def _fixed(
         level = shape.level(depth)
         logits_BxWxN = _logits(drafter, weights, at)
         if sampled:
-            law_BxWxN = log_law(logits_BxWxN, sampling)
+            log_q_BxWxN = log_probs(logits_BxWxN, sampling)
             for n in inner:
-                index[n] = sum(law.shape[1] for law in laws) + inner.index(n)
-            laws.append(law_BxWxN)
-            logits_BxWxN = law_BxWxN + _noise(keys_B, inner, logits_BxWxN)
+                index[n] = sum(log_q.shape[1] for log_q in log_qs) + inner.index(n)
+            log_qs.append(log_q_BxWxN)
+            logits_BxWxN = log_q_BxWxN + _noise(keys_B, inner, logits_BxWxN)
         best_BxWxR = _best(logits_BxWxN, 1 + max(ranks[n] for n in level))
         tokens += [weights.vocab[best_BxWxR[:, inner.index(parents[n]), ranks[n]]] for n in level]
     drawn = None
     if sampled:
-        law_BxIxN = jnp.concatenate(laws, 1)
-        drawn = Drawn(law_BxIxN, jnp.array(index), jnp.array(shape.children), weights.vocab)
+        log_q_BxIxN = jnp.concatenate(log_qs, 1)
+        drawn = Drawn(log_q_BxIxN, jnp.array(index), jnp.array(shape.children), weights.vocab)
     return Draft(jnp.stack(tokens, 1), jnp.broadcast_to(jnp.array(parents), (B, shape.tokens)), drawn)
 
 
@@ -134,8 +134,9 @@ def candidates(
     levels, count = [], 0
     for level in range(depth):
         logits_BxWxN = _logits(drafter, weights, at)
-        law = log_law(logits_BxWxN, sampling) if sampling.temperature else jax.nn.log_softmax(logits_BxWxN)
-        best_BxWxk, which_BxWxk = jax.lax.top_k(law, k)
+        greedy = sampling.temperature == 0
+        log_q = jax.nn.log_softmax(logits_BxWxN) if greedy else log_probs(logits_BxWxN, sampling)
+        best_BxWxk, which_BxWxk = jax.lax.top_k(log_q, k)
         scores = (score_BxW[..., None] + best_BxWxk).reshape(B, -1)
         tokens = weights.vocab[which_BxWxk].reshape(B, -1)
         levels.append(Candidates(tokens, jnp.repeat(chosen, k, 1), scores))

@@ -2,12 +2,12 @@
 
 The drafted tokens form a tree whose root is the last known token. At every node that the text reaches the
 next token is drawn, and if a child holds that token the text goes on there. Where candidates follow from the
-text alone (all of temperature 0, dynamic trees, n-grams) the token is drawn from the target's own law, so
-nothing that is drafted can matter. Candidates that were themselves drawn are accepted one after another with
-probability min(1, P / Q), P giving way to what is left of it after every refusal: that is the law
-`emission_law`, and averaged over the candidates it is the target's (speculative sampling: Leviathan et al.
-2023, Chen et al. 2023; several candidates without replacement: Jeon et al. 2024, arXiv 2402.14160, and Yang
-et al. 2024, arXiv 2401.06706).
+text alone (all of temperature 0, dynamic trees, n-grams) the token is drawn from the target's own
+distribution, so nothing that is drafted can matter. Candidates that were themselves drawn are accepted one
+after another with probability min(1, P / Q), P giving way to what is left of it after every refusal: that is
+the distribution `emission_law`, and averaged over the candidates it is the target's (speculative sampling:
+Leviathan et al. 2023, Chen et al. 2023; several candidates without replacement: Jeon et al. 2024, arXiv
+2402.14160, and Yang et al. 2024, arXiv 2401.06706).
 
 Shape letters: B rows, J nodes of a tree, D its depth, E = D + 1 tokens that a round emits at most,
 V vocabulary, N draft vocabulary, C candidates.
@@ -21,17 +21,17 @@ import jax.numpy as jnp
 
 
 class Drawn(NamedTuple):
-    """The laws that a tree's tokens were drawn from, each node's children one after another without
+    """The distributions that a tree's tokens were drawn from, each node's children one after another without
     replacement.
 
     Attributes:
-      log_law: float32 `[B, I, N]`, of the I nodes that have children.
+      log_probs: float32 `[B, I, N]`, of the I nodes that have children.
       index: int32 `[J]`, which of the I a node is; anything where it has no children.
       children: int32 `[J, C]`, the nodes below each, in the order in which they were drawn; then -1.
       vocab: int32 `[N]`, target ids of the draft ids.
     """
 
-    log_law: jax.Array
+    log_probs: jax.Array
     index: jax.Array
     children: jax.Array
     vocab: jax.Array
@@ -112,7 +112,7 @@ def walk(draft: Draft, depth: int, live_B: jax.Array, choose: Choose) -> Walk:
     return jax.lax.while_loop(going, step, (jnp.int32(0), root_BxJ, live_B, blank))[-1]
 
 
-def emission_law(target_V: jax.Array, draft_V: jax.Array, drawn_C: jax.Array) -> jax.Array:
+def emission_probs(target_V: jax.Array, draft_V: jax.Array, drawn_C: jax.Array) -> jax.Array:
     """Probabilities `[V]` of the next token, given the candidates that were drawn.
 
     Args:
@@ -122,18 +122,18 @@ def emission_law(target_V: jax.Array, draft_V: jax.Array, drawn_C: jax.Array) ->
     """
 
     def refuse(carry: tuple, token: jax.Array) -> tuple[tuple, None]:
-        law_V, left, p_V, q_V = carry
+        emitted_V, left, p_V, q_V = carry
         real = (token >= 0) & (q_V[token] > 0)
         accept = jnp.where(real, jnp.minimum(1.0, p_V[token] / jnp.where(real, q_V[token], 1.0)), 0.0)
-        law_V = law_V.at[token].add(left * accept)
+        emitted_V = emitted_V.at[token].add(left * accept)
         rest_V, others_V = jnp.maximum(p_V - q_V, 0.0), q_V.at[token].set(0.0)
         p_V = jnp.where(real, _normed(rest_V, p_V), p_V)
         q_V = jnp.where(real, _normed(others_V, others_V), q_V)
-        return (law_V, left * (1 - accept), p_V, q_V), None
+        return (emitted_V, left * (1 - accept), p_V, q_V), None
 
     begin = (jnp.zeros_like(target_V), jnp.float32(1), target_V, draft_V)
-    (law_V, left, p_V, _), _ = jax.lax.scan(refuse, begin, drawn_C)
-    return law_V + left * p_V
+    (emitted_V, left, p_V, _), _ = jax.lax.scan(refuse, begin, drawn_C)
+    return emitted_V + left * p_V
 
 
 def _normed(x: jax.Array, otherwise: jax.Array) -> jax.Array:
@@ -143,12 +143,12 @@ def _normed(x: jax.Array, otherwise: jax.Array) -> jax.Array:
 
 
 def offered_after(draft: Draft, node_B: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
-    """What `emission_law` wants of drawn candidates after a node: Q `[B, V]` and the tokens `[B, C]`."""
+    """What `emission_probs` wants of drawn candidates after a node: Q `[B, V]` and the tokens `[B, C]`."""
     drawn, rows = draft.drawn, jnp.arange(len(node_B))
-    law_BxN = jnp.exp(drawn.log_law[rows, drawn.index[node_B]])
-    law_BxV = jnp.zeros((len(rows), vocab_size)).at[:, drawn.vocab].set(law_BxN)
+    q_BxN = jnp.exp(drawn.log_probs[rows, drawn.index[node_B]])
+    q_BxV = jnp.zeros((len(rows), vocab_size)).at[:, drawn.vocab].set(q_BxN)
     below_BxC = drawn.children[node_B]
-    return law_BxV, jnp.where(below_BxC >= 0, draft.tokens[rows[:, None], below_BxC], -1)
+    return q_BxV, jnp.where(below_BxC >= 0, draft.tokens[rows[:, None], below_BxC], -1)
 
 
 def emitted(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ppow_jax import partition
+from ppow_jax.parallel import partition
 
 # Of an intermediate array that a device holds at once: 128 MB of float32 on a CPU, 512 on accelerators,
 # which like larger products.

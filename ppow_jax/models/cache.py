@@ -8,11 +8,27 @@ draft never needs to be undone.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ppow_jax.models.layers import KeyValues
+
+class KeyValues(NamedTuple):
+    """Keys and values of one attention layer.
+
+    Keys lie transposed, as the scores' matrix product reads them: on a CPU, where a batched product with a
+    transposed operand copies it first, a decoding step of 256 rows attends 3 times faster.
+
+    Attributes:
+      keys: `[B, G, E, S]` of a prefix that all windows share, or the same in blocks (`cache.in_blocks`),
+        `[B, G, N, E, Z]`; `[B, G, W, E, K]` of windows.
+      values: `[B, G, S, E]`, or `[B, G, W, K, E]`.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
 
 Cache = tuple[KeyValues, ...]
 

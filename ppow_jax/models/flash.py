@@ -5,16 +5,13 @@ Shape letters as in `layers`. On a CPU attention runs in blocks; on a TPU too, a
 """
 
 import functools
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax.extend import backend
 
-from ppow_jax import partition
-
-if TYPE_CHECKING:
-    from ppow_jax.models.layers import KeyValues
+from ppow_jax.models.cache import KeyValues
+from ppow_jax.parallel import partition
 
 _CAPABILITY = 8.0  # Ampere
 _HEAD_SIZES = range(8, 129, 8)
@@ -27,7 +24,7 @@ def capability() -> float:
     return float(client.devices()[0].compute_capability) if "cuda" in client.platform_version else 0.0
 
 
-def applies(queries_BxWxKxHxE: jax.Array, own: "KeyValues") -> bool:
+def applies(queries_BxWxKxHxE: jax.Array, own: KeyValues) -> bool:
     """Whether the kernel computes that: one text a row, read from its beginning, in a dtype of 16 bits, of a
     length that is even, which its backward pass asks for."""
     _, W, K, _, E = queries_BxWxKxHxE.shape
@@ -36,7 +33,7 @@ def applies(queries_BxWxKxHxE: jax.Array, own: "KeyValues") -> bool:
     return fits and partition.platform() == "gpu" and capability() >= _CAPABILITY
 
 
-def causal(queries_Bx1xKxHxE: jax.Array, own: "KeyValues", scale: float) -> jax.Array:
+def causal(queries_Bx1xKxHxE: jax.Array, own: KeyValues, scale: float) -> jax.Array:
     """`layers.attend` of texts in which every token sees itself and those before it: `[B, 1, K, H * E]`."""
     B, _, K, _, _ = queries_Bx1xKxHxE.shape
     keys_BxKxGxE, values_BxKxGxE = own.keys[:, :, 0].transpose(0, 3, 1, 2), own.values[:, :, 0].swapaxes(1, 2)

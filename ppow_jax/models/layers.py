@@ -10,35 +10,19 @@ and, causally or as a tree, their own window. Prefill is W = 1 with an empty pre
 W = K = 1, the verification of many drafted windows is the general case.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ppow_jax import partition
 from ppow_jax.models import blocks, flash
-
-
-class KeyValues(NamedTuple):
-    """Keys and values of one attention layer.
-
-    Keys lie transposed, as the scores' matrix product reads them: on a CPU, where a batched product with a
-    transposed operand copies it first, a decoding step of 256 rows attends 3 times faster.
-
-    Attributes:
-      keys: `[B, G, E, S]` of a prefix that all windows share, or the same in blocks (`cache.in_blocks`),
-        `[B, G, N, E, Z]`; `[B, G, W, E, K]` of windows.
-      values: `[B, G, S, E]`, or `[B, G, W, K, E]`.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-
+from ppow_jax.models.cache import KeyValues
+from ppow_jax.models.rotary import Rotary, rotate
+from ppow_jax.parallel import partition
 
 FEW_ROWS = 64  # of a product: see there
 # a text of so many tokens is attended to in parts of a quarter of that, at most so many
@@ -108,37 +92,6 @@ class RMSNorm(nn.Module):
         return (normed * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class Rotary:
-    """Wavelengths of a rotary position embedding.
-
-    Attributes:
-      theta: base of their geometric series.
-      divisors: of each of the E / 2 frequencies, for contexts beyond the original one; empty: all 1.
-    """
-
-    theta: float
-    divisors: tuple[float, ...] = ()
-
-
-def rotate(x: jax.Array, positions: jax.Array, rotary: Rotary) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021), halves convention, angles in float32.
-
-    Args:
-      x: `[..., heads, E]`.
-      positions: int32 `[...]`, counted from 0.
-      rotary: the wavelengths.
-    """
-    half = x.shape[-1] // 2
-    frequencies = rotary.theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if rotary.divisors:
-        frequencies /= jnp.array(rotary.divisors, jnp.float32)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
-
-
 def attend(
     queries_BxWxKxHxE: jax.Array,
     prefix: KeyValues | None,
@@ -173,8 +126,8 @@ def attend(
             return _attend_in_parts(queries_BxWxKxHxE, prefix, visible, own, scale)
         J = own.values.shape[-2]
         own_mask = jnp.tri(K, J, J - K, dtype=bool)
-    seen = sum(kv.values.shape[-2] for kv in (prefix, own) if kv is not None)
-    values = partition.share(B, H) * W * K * seen
+    slots = sum(kv.values.shape[-2] for kv in (prefix, own) if kv is not None)
+    values = partition.share(B, H) * W * K * slots
     if W > 1 and (parts := blocks.count(values, W)) > 1:
         return _attend_by_windows(parts, queries_BxWxKxHxE, prefix, visible, own, own_mask, scale)
     if W == 1 and (parts := blocks.count(values, K)) > 1:
@@ -197,9 +150,9 @@ def _attend_in_parts(
     for start, end in itertools.pairwise(bounds):
         reach = J - K + end
         read = KeyValues(own.keys[..., :reach], own.values[..., :reach, :])
-        seen = visible if visible is None or visible.ndim == 3 else visible[:, :, start:end]
+        here = visible if visible is None or visible.ndim == 3 else visible[:, :, start:end]
         mask = jnp.tri(end - start, reach, reach - (end - start), dtype=bool)
-        found.append(attend(queries_Bx1xKxHxE[:, :, start:end], prefix, seen, read, mask, scale))
+        found.append(attend(queries_Bx1xKxHxE[:, :, start:end], prefix, here, read, mask, scale))
     return jnp.concatenate(found, 2)
 
 
@@ -261,8 +214,8 @@ def _attend(
     parts = []  # (scores, values' product): the two softmaxes are merged without concatenating them
     if prefix is not None:
         s = _prefix_scores(q, prefix.keys)
-        seen = visible[:, None, :, None, None] if visible.ndim == 3 else visible[:, None, :, None]
-        s = jnp.where(seen, s, -jnp.inf)
+        mask = visible[:, None, :, None, None] if visible.ndim == 3 else visible[:, None, :, None]
+        s = jnp.where(mask, s, -jnp.inf)
         parts.append((s, functools.partial(_weighed, "bgwrks,bgse->bgwrke", prefix.values)))
     if own is not None:
         s = jnp.einsum("bgwrke,bgwej->bgwrkj", q, own.keys, preferred_element_type=jnp.float32)

@@ -11,9 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ppow_jax import partition, processes
-from ppow_jax.models.cache import Cache
-from ppow_jax.models.layers import Attention, GatedMLP, KeyValues, Linear, RMSNorm, Rotary, product
+from ppow_jax.models.cache import Cache, KeyValues
+from ppow_jax.models.layers import Attention, GatedMLP, Linear, RMSNorm, product
+from ppow_jax.models.rotary import Rotary
+from ppow_jax.parallel import partition, processes
 
 
 @dataclasses.dataclass(frozen=True)

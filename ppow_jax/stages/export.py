@@ -2,7 +2,7 @@
 
 `export/drafter/` is an orbax checkpoint of the parameters; `export/manifest.json` names the target, the
 draft vocabulary, the drafter's shape and the run's configuration; `export/<server>/` is what
-`interop.eagle3` writes.
+`drafters.dialects` writes.
 """
 
 import dataclasses
@@ -13,47 +13,60 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppow_jax import processes
-from ppow_jax.console import log
-from ppow_jax.data import records
-from ppow_jax.errors import UserError
+from ppow_jax.config import Settings, to_dict
+from ppow_jax.drafters import dialects
+from ppow_jax.drafters.eagle3 import DrafterConfig, abstract_params, config_from
+from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment
-from ppow_jax.interop import checkpoint, eagle3
-from ppow_jax.models.drafter import DrafterConfig, abstract_params, config_from
-from ppow_jax.stages import training
-from ppow_jax.stages.evaluate import params_sha256
+from ppow_jax.parallel import checkpoint, files, processes
+from ppow_jax.parallel.console import log
+from ppow_jax.report.measure import params_sha256
+from ppow_jax.training import drafters
+
+
+def check(settings: Settings) -> None:
+    """A server that there is.
+
+    Raises:
+      ConfigError: there is none of that name.
+    """
+    server = settings.export.server
+    if server not in ("", *dialects.SERVERS):
+        known = ", ".join(dialects.SERVERS)
+        raise ConfigError(f"config.export.server: found {server!r}, expected {known}, or empty")
 
 
 def run(experiment: Experiment) -> None:
-    """Writes `export/` from the stage that `export.drafter` names."""
-    stage = experiment.settings.export.drafter
-    state, about = training.load_drafter(experiment, stage)
+    """Writes `export/` from the run that `export.drafter` names."""
+    name = experiment.settings.export.drafter or list(experiment.settings.chosen())[-1]
+    trained = drafters.load(experiment, name)
+    config = trained.drafter.config
     directory = experiment.workdir / "export"
-    checkpoint.save_params(directory / "drafter", state["params"])
-    vocab = processes.host(state["vocab"]).astype(np.int64)
+    checkpoint.save_params(directory / "drafter", trained.params)
+    vocab = processes.host(trained.vocab).astype(np.int64)
     manifest = {
         "format": 1,
-        "stage": stage,
+        "run": name,
         "target": {
             "fingerprint": experiment.fingerprint,
             "path": experiment.settings.target.path,
             "shape": dataclasses.asdict(experiment.target.config),
         },
-        "drafter": about["drafter"],
+        "drafter": dataclasses.asdict(config),
         # offsets as EAGLE-3 stores them: target id = draft id + d2t[draft id]
         "d2t": (vocab - np.arange(len(vocab))).tolist(),
-        "params_sha256": params_sha256(state["params"]),
-        "config": dataclasses.asdict(experiment.settings),
+        "params_sha256": params_sha256(trained.params),
+        "config": to_dict(experiment.settings),
     }
-    records.write_json(directory / "manifest.json", manifest)
-    log.info("export: the %s drafter is in %s", stage, directory)
+    files.write_json(directory / "manifest.json", manifest)
+    log.info("export: the drafter of %s is in %s", name, directory)
     chosen = experiment.settings.export
     if chosen.server:
-        config, where = config_from(about["drafter"]), directory / chosen.server
+        where = directory / chosen.server
         about_target = (experiment.target.config, chosen.server, chosen.dtype, experiment.fingerprint)
-        params = processes.host(state["params"])
+        params = processes.host(trained.params)
         if processes.first():
-            eagle3.write(where, config, params, vocab, *about_target)
+            dialects.write(where, config, params, vocab, *about_target)
         log.info("export: files for %s are in %s", chosen.server, where)
 
 
@@ -67,7 +80,7 @@ def load(directory: pathlib.Path, fingerprint: str) -> tuple[DrafterConfig, dict
     Raises:
       UserError: no export there, another target, or damaged parameters.
     """
-    manifest: dict[str, Any] | None = records.read_json(directory / "manifest.json")
+    manifest: dict[str, Any] | None = files.read_json(directory / "manifest.json")
     if manifest is None:
         raise UserError(f"{directory}: no manifest.json; expected what the export stage wrote")
     trained_for = manifest["target"]["fingerprint"]

@@ -10,23 +10,36 @@ import time
 import jax
 import numpy as np
 
-from ppow_jax import partition, preemption, processes
-from ppow_jax.console import log
-from ppow_jax.data import features, records
+from ppow_jax.config import Settings
+from ppow_jax.data import records
 from ppow_jax.data.builtin import Prompt
 from ppow_jax.data.conversations import Conversation, import_responses
-from ppow_jax.data.prompts import load
+from ppow_jax.data.prompts import load, parse
 from ppow_jax.decode.batch import decode_batch, rows_for
 from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.decode.sampling import Sampling
-from ppow_jax.errors import UserError
+from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment
-from ppow_jax.metrics import duration
+from ppow_jax.parallel import partition, preemption, processes
+from ppow_jax.parallel.console import log
+from ppow_jax.stages import features
+from ppow_jax.training.metrics import duration
 
 _IMPORT_ROWS = 128  # a shard
 # Tokens of a text, the prompt's first turn and an answer, that the batch size is meant for.
 _TEXT = {"cpu": 256, "default": 2048}
 _BUCKET = 8  # prompts are padded to a multiple of this, so that few shapes are compiled
+
+
+def check(settings: Settings) -> None:
+    """Something to answer or to take over.
+
+    Raises:
+      ConfigError: there is nothing.
+    """
+    found = settings.respond.prompts
+    if not parse(found, "respond.prompts") and not settings.respond.responses:
+        raise ConfigError(f"config.respond.prompts: found {found!r}, expected NAME=SOURCE pairs")
 
 
 def run(experiment: Experiment) -> None:
@@ -38,9 +51,9 @@ def run(experiment: Experiment) -> None:
         vocab = experiment.target.config.vocab_size
         imported = import_responses(settings.responses, experiment.tokenizer, vocab)
     answered = {c.prompt.id for c in imported}
-    prompts = [p for ps in load(settings.prompts, "respond.prompts").values() for p in ps]
-    prompts = [p for p in prompts if p.id not in answered]
-    if not imported and not prompts:
+    loaded = load(settings.prompts, "respond.prompts")
+    unanswered = [p for source in loaded.values() for p in source if p.id not in answered]
+    if not imported and not unanswered:
         raise UserError("respond: neither respond.prompts nor respond.responses gives any text")
     chunks = [imported[i : i + _IMPORT_ROWS] for i in range(0, len(imported), _IMPORT_ROWS)]
     done = set(records.shards(directory))
@@ -51,7 +64,7 @@ def run(experiment: Experiment) -> None:
         log.info("respond: %d conversations taken from %s", len(imported), settings.responses)
     write(
         experiment,
-        prompts,
+        unanswered,
         directory,
         settings.max_new_tokens,
         settings.temperature,
@@ -172,7 +185,7 @@ def converse(
         prompt_BxP, length_B = pad([c.tokens for c in active], rows)
         keys_B = jax.random.split(jax.random.fold_in(key, turn), batch_size)[:rows]
         put = lambda x: partition.shard_batch(x, experiment.mesh)  # noqa: E731
-        out, seen = decode_batch(
+        out, kept = decode_batch(
             experiment.target,
             experiment.target_params,
             put(prompt_BxP),
@@ -184,9 +197,9 @@ def converse(
         )
         for row, conversation in enumerate(active):
             conversation.answer(out.tokens[row, : out.count[row]].tolist())
-            if seen:
+            if kept:
                 known = len(conversation.tokens)
-                conversation.features = {k: v[row, :known].copy() for k, v in seen._asdict().items()}
+                conversation.features = {k: v[row, :known].copy() for k, v in kept._asdict().items()}
     return conversations
 
 

@@ -46,22 +46,21 @@ def make(directory: pathlib.Path, scaling: dict[str, Any]) -> None:
     """Drafters and inputs."""
     import jax
 
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "helpers"))
     import small
 
-    from ppow_jax.interop import eagle3
-    from ppow_jax.models import drafter as drafters
+    from ppow_jax.drafters import dialects, eagle3
 
     target = dataclasses.replace(
         small.TINY, vocab_size=VOCAB, width=WIDTH, head_size=8, layers=9, taps=(2, 4, 6), rope_theta=10_000.0
     )
-    config = drafters.drafter_config(target, DRAFT, 48, "float32")
+    config = eagle3.drafter_config(target, DRAFT, 48, "float32")
     config = dataclasses.replace(config, rope_scaling=tuple(scaling.items()))
     rng = np.random.default_rng(0)
     vocab = np.sort(rng.permutation(VOCAB)[:DRAFT])
-    params = jax.tree.map(np.asarray, small.randomise(drafters.abstract_params(config), 1))
+    params = jax.tree.map(np.asarray, small.randomise(eagle3.abstract_params(config), 1))
     for server in set(LIBRARIES.values()):
-        eagle3.write(directory / server, config, params, vocab, target, server, "float32", "parity")
+        dialects.write(directory / server, config, params, vocab, target, server, "float32", "parity")
     np.savez(
         directory / "inputs.npz",
         embedding=rng.standard_normal((VOCAB, WIDTH)).astype(np.float32),
@@ -215,9 +214,8 @@ def compare(directory: pathlib.Path) -> int:
     import jax
     import jax.numpy as jnp
 
-    from ppow_jax import windows
-    from ppow_jax.interop import eagle3
-    from ppow_jax.models.drafter import Drafter, weights_of
+    from ppow_jax.drafters import dialects, windows
+    from ppow_jax.drafters.eagle3 import Drafter, weights_of
     from ppow_jax.models.target import TargetConfig
 
     values = json.loads((directory / "target.json").read_text())
@@ -226,8 +224,8 @@ def compare(directory: pathlib.Path) -> int:
     taps, tokens = jnp.asarray(inputs["taps"])[None], jnp.asarray(inputs["tokens"], jnp.int32)[None]
     anchors = jnp.array([ANCHORS])
     for name, server in libraries(directory).items():
-        own = eagle3.read(directory / server, target, "parity")
-        theirs = eagle3.read(directory / name, target, "parity")
+        own = dialects.read(directory / server, target, "parity")
+        theirs = dialects.read(directory / name, target, "parity")
         embedding = theirs.params.pop("embedding", None)
         same = jax.tree.all(jax.tree.map(np.array_equal, own.params, theirs.params))
         same &= embedding is None or np.array_equal(embedding["embedding"], inputs["embedding"])
@@ -236,8 +234,8 @@ def compare(directory: pathlib.Path) -> int:
         drafter = Drafter(dataclasses.replace(theirs.config, embedding_size=0))
         prefix = windows.text_prefix(drafter, weights, taps, tokens)
         start = windows.text_starts(prefix, tokens, anchors)
-        given = lambda step, x, _: (windows.text_ahead(tokens, anchors, step), x)  # noqa: E731
-        found = windows.window_pass(drafter, weights, prefix.keys_values, start, given, STEPS)
+        along = lambda step, _, x, __: (windows.text_ahead(tokens, anchors, step), x)  # noqa: E731
+        found = windows.window_pass(drafter, weights, prefix.keys_values, start, along, STEPS)
         difference = np.abs(
             np.moveaxis(np.asarray(found)[0, :, 0], -1, 1) - np.load(directory / f"{name}.npy")
         )

@@ -19,7 +19,7 @@ TESTS = pathlib.Path(__file__).parents[1]
 
 def make(directory: pathlib.Path) -> None:
     """One file a family."""
-    sys.path[:0] = [str(TESTS)]
+    sys.path[:0] = [str(TESTS / "helpers"), str(TESTS / "targets")]
     import test_gguf
 
     for name in test_gguf.FAMILIES:

@@ -170,9 +170,8 @@ def compare(args: argparse.Namespace) -> int:
     """The `compare` subcommand."""
     import jax
 
-    from ppow_jax.interop import gguf
-    from ppow_jax.models import tokenizer
     from ppow_jax.models.target import Target
+    from ppow_jax.targets import gguf, tokenizer
 
     if args.report:
         args.report.unlink(missing_ok=True)  # so that no older one is taken for this run's

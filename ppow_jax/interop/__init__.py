@@ -1,1 +1,0 @@
-"""Files in and out: target weights, drafter checkpoints."""

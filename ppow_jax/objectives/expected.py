@@ -1,0 +1,159 @@
+"""`expected`: the expected reward of windows in closed form, which `ppow` estimates from samples.
+
+At temperature 0 a window drafted along a greedy text is accepted as far as it repeats it, so that with q the
+drafter's probabilities of the text's own tokens x and R the reward of an accepted length,
+
+    E[R] = R(0) + sum over k = 1 .. K of (R(k) - R(k - 1)) q(x_1) q(x_2 | x_1) ... q(x_k | x_1 .. x_(k-1)).
+
+It has a gradient without sampling, groups or variance. Above temperature 0 the chance a = sum over tokens of
+min(T, q) that a sampled token is accepted stands in the place of q, along texts that the target sampled:
+exact for the first token, and for those after it but for their contexts, which are the target's samples and
+not the accepted drafts.
+
+Shape letters: B texts, T positions, A anchors, K window, N draft vocabulary, D width; L some of the anchors.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ppow_jax.keys import key, section
+from ppow_jax.models import target_outputs
+from ppow_jax.models.target_outputs import TargetOutputs
+from ppow_jax.objectives import losses, rewards
+from ppow_jax.objectives import weights as window_weights
+from ppow_jax.objectives.anchors import AnchorRule, blank_table, pick_anchors
+from ppow_jax.objectives.base import (
+    Batch,
+    Corpus,
+    Memory,
+    Metrics,
+    Models,
+    Objective,
+    Signal,
+    Stats,
+    along_text,
+    at,
+    draft_ids,
+    per_step,
+    written,
+)
+from ppow_jax.objectives.ppow import check_gamma
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected(Objective):
+    """The expected reward, and a KL to the target."""
+
+    anchors: int = key(48, "windows' beginnings a text", at_least=1)
+    window: int = key(6, "K", at_least=1)
+    temperature: float = key(0.0, "of verification")
+    gamma: str = key(
+        "0.12", "Cost of a drafter step over a target step: a number (the paper's: 0.12), or measured."
+    )
+    reward: str = key("speedup", "speedup, k / (k gamma + 1); length, k; or module:function of one's own")
+    reward_weight: float = key(1.0, "of that reward")
+    smoothing: float = key(
+        0.0,
+        "s: chances count as (1 - s) chance + s, so that a token that is refused does not silence those "
+        "after it.",
+        at_most=1.0,
+    )
+    kl_weight: float = key(0.3, "of the KL to the target")
+    kl_positions: str = key(
+        "all",
+        "Where it is taken: all, the sum over the steps of their means, each times kl_decay ** step; or "
+        "reached, the mean over tokens, each by the chance that its context is accepted, as in ppow.",
+        choices=("all", "reached"),
+    )
+    kl_decay: float = key(0.8, "of kl_positions all", at_most=1.0)
+    anchor_rule: AnchorRule = section(AnchorRule)
+
+    def __post_init__(self) -> None:
+        check_gamma(self.gamma)
+        rewards.reward_function(self.reward)
+
+    def init(self, corpus: Corpus, params: dict) -> Memory:
+        """Of the rule for anchors."""
+        return blank_table(self.anchor_rule, corpus)
+
+    def signal(
+        self,
+        models: Models,
+        batch: Batch,
+        outputs: TargetOutputs,
+        memory: Memory,
+        step: jax.Array,
+        key: jax.Array,
+    ) -> tuple[Signal, Memory, Metrics]:
+        """Anchors, the text along their windows, and what each accepted token adds to the reward."""
+        about = (self.anchor_rule, models, batch, outputs, memory, step, key)
+        picked, memory = pick_anchors(*about, self.anchors, self.window)
+        tokens = along_text(batch["tokens"], picked.anchors, 2, self.window)[:, :, None]
+        wrote = written(batch, picked.anchors, picked.real, self.window)
+        inside = jnp.cumprod(wrote, -1)
+        importance = picked.importance[..., None, None]
+        context = rewards.RewardContext(models.gamma, self.window)
+        reward_K = rewards.reward_function(self.reward)(jnp.arange(self.window + 1), context)
+        windows = jnp.maximum(jnp.sum(inside[..., :1] * importance), 1.0)
+        weights = {
+            "inside": inside * importance / windows,
+            "gain": inside * importance * jnp.diff(reward_K) / windows,
+            "kl": per_step(wrote * importance),
+        }
+        extra = {}
+        if self.temperature > 0:
+            about = (models.target, models.target_params, outputs.hidden, self.temperature)
+            extra = {"log_normaliser": target_outputs.log_normaliser(*about)}
+        return Signal(picked.anchors, tokens, weights, extra), memory, {}
+
+    def inputs(self, models: Models, step: int, signal: Signal, batch: Batch, outputs: TargetOutputs) -> Any:
+        """The text's token, and what predicts it: hidden states and, above temperature 0, log-normalisers."""
+        here = signal.anchors + step + 1
+        extra = {name: at(values, here) for name, values in signal.extra.items()}
+        return signal.tokens[:, :, 0, step], at(outputs.hidden, here), extra
+
+    def observe(self, models: Models, step: int, hidden: jax.Array, logits: jax.Array, inputs: Any) -> Stats:
+        """The chance that a drafted token is accepted, and KL to the target."""
+        token_BxL, hidden_BxLxD, extra = inputs
+        target_logits = (hidden_BxLxD @ models.head_NxD.T)[:, :, None]
+        divergence = losses.kl(losses.renormalised(target_logits), logits)
+        if self.temperature == 0:
+            ids, inside = draft_ids(models.weights.vocab, token_BxL[..., None])
+            chance = jnp.take_along_axis(jax.nn.softmax(logits), ids[..., None], -1)[..., 0] * inside
+        else:
+            normaliser = extra["log_normaliser"][..., None]
+            target = losses.unnormalised(target_logits, self.temperature, log_normaliser=normaliser)
+            chance = losses.acceptance(target, logits)
+        return {"chance": chance, "kl": divergence}
+
+    def summarise(self, stats: Stats, signal: Signal) -> dict[str, jax.Array]:
+        """The sum of the chances that contexts are accepted, where the KL goes by them."""
+        if self.kl_positions == "all":
+            return {}
+        return {"reached": jnp.sum(self._reached(stats) * signal.weights["inside"])}
+
+    def _reached(self, stats: Stats) -> jax.Array:
+        """`[B, A, 1, K]`: the chance that all tokens before a step are accepted."""
+        before = jnp.concatenate([jnp.ones_like(stats["chance"][..., :1]), stats["chance"][..., :-1]], -1)
+        return jax.lax.stop_gradient(jnp.cumprod(before, -1))
+
+    def loss(self, stats: Stats, signal: Signal, summary: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
+        """-E[R] of the mean window, plus the weighted KL."""
+        weights = signal.weights
+        smooth = (1 - self.smoothing) * stats["chance"] + self.smoothing
+        reward = jnp.sum(weights["gain"] * jnp.cumprod(smooth, -1))
+        if self.kl_positions == "all":
+            decay_K = window_weights.decay(self.window, self.kl_decay)
+            kl = jnp.sum(stats["kl"] * weights["kl"] * decay_K)
+        else:
+            reached = self._reached(stats) * weights["inside"]
+            kl = jnp.sum(stats["kl"] * reached) / jnp.maximum(summary["reached"], 1e-6)
+        chances = jnp.cumprod(jax.lax.stop_gradient(stats["chance"]), -1)
+        return self.kl_weight * kl - self.reward_weight * reward, {
+            "reward": reward,
+            "kl": kl,
+            "accepted": jnp.sum(chances * weights["inside"]),
+        }

@@ -1,0 +1,84 @@
+"""The command line: progress as plain lines on stderr, help, and a user's mistakes as one line."""
+
+import itertools
+import logging
+import os
+import re
+import sys
+import types
+from collections.abc import Callable
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+from ppow_jax.errors import ConfigError, UserError
+from ppow_jax.parallel import processes
+
+log = logging.getLogger("ppow_jax")
+
+
+def setup() -> None:
+    """Shows the package's own messages, and only warnings of the libraries below it."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    absl_logging.set_verbosity(absl_logging.WARNING)
+
+
+def only_the_first_speaks() -> None:
+    """Of several processes: the others show errors alone."""
+    if not processes.first():
+        log.setLevel(logging.ERROR)
+
+
+def parse_with_config(argv: list[str]) -> list[str]:
+    """absl's flag parsing, with the many ways in which a config can be wrong as one line."""
+    path = _config_path(argv)
+    if path is not None and not os.path.isfile(path):
+        raise ConfigError(f"--config: no file {path!r}; configs/ holds the ready-made ones")
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as e:
+        # The library puts a whole traceback into the message where the file itself fails.
+        lines = str(e).strip().splitlines()
+        raise ConfigError(lines[0] if len(lines) == 1 else f"--config={path}: {lines[-1]}") from e
+    except (AttributeError, KeyError) as e:
+        # e.g. '\'stepz\'\nDid you mean "steps" instead of "stepz"?'
+        key, close = (re.search(pattern, str(e)) for pattern in (r"'(\w+)\\?'", r'Did you mean "(\w+)"'))
+        if key is None or "get_config" in str(e):
+            raise ConfigError(f"--config={path}: {e}; expected a file with get_config()") from e
+        names = (a.split("=")[0].lstrip("-") for a in argv)
+        where = next((n for n in names if key[1] in n.split(".")), f"--config={path}")
+        hint = f" (did you mean {close[1]!r}?)" if close else ""
+        raise ConfigError(f"{where}: unknown key {key[1]!r}{hint}; configs/base.py lists the keys") from e
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"a --config.KEY=VALUE flag has a wrong type: {e}") from e
+    except Exception as e:  # a config file is code: it can fail in any way
+        raise ConfigError(f"--config={path}: cannot be loaded ({type(e).__name__}: {e})") from e
+
+
+def _config_path(argv: list[str]) -> str | None:
+    """The value of --config=PATH or --config PATH."""
+    for flag, following in itertools.zip_longest(argv, argv[1:]):
+        name, _, value = flag.partition("=")
+        if name in ("--config", "-config"):
+            return value or following
+    return None
+
+
+def command(
+    main: Callable[[list[str]], None],
+    module: types.ModuleType,
+    parse: Callable[[list[str]], list[str]] | None = None,
+) -> None:
+    """Runs a command of flags; `--help` shows its module's text, a user's mistake is one line on stderr."""
+    if any(a in ("--help", "-h") for a in sys.argv):
+        print(module.__doc__.strip() + "\n\n" + flags.FLAGS.module_help(module))
+        return
+    try:
+        app.run(main, flags_parser=parse) if parse else app.run(main)
+    except UserError as e:
+        print(f"ppow_jax: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)

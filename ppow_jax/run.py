@@ -1,0 +1,165 @@
+"""The stages of a run, in order: what is done, what changed, what is still to do.
+
+`respond`, a unit `train/NAME` for each training run, `evaluate` and `export`.
+"""
+
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+
+from ppow_jax import experiment
+from ppow_jax.config import Settings, to_dict
+from ppow_jax.errors import ConfigError, UserError
+from ppow_jax.experiment import Experiment
+from ppow_jax.parallel import files, memory, partition, processes
+from ppow_jax.parallel.console import log
+from ppow_jax.stages import evaluate, export, respond, train
+
+_STAGES = {"respond": respond, "train": train, "evaluate": evaluate, "export": export}
+# The sections of the settings that decide what a stage writes; of training runs see `_relevant`.
+_DEPENDS: dict[str, tuple[str, ...]] = {
+    "respond": ("seed", "target", "respond"),
+    "train": ("seed", "target", "respond", "data", "drafter"),
+    "evaluate": ("seed", "target", "decode", "evaluate", "runs"),
+    "export": ("target", "export"),
+}
+_REPEATABLE = ("evaluate", "export")  # cheap and harmless to do again with other settings
+_MAY_CHANGE = ("optimizer", "accumulate")  # of a run that is not finished: it may go on more carefully
+
+
+def run(settings: Settings, workdir: pathlib.Path) -> None:
+    """Runs the stages that are not finished, each from where it was stopped.
+
+    Raises:
+      UserError: anything that the user can mend.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--workdir: {str(workdir)!r} cannot be made ({e.strerror})") from e
+    _keep_programs(workdir)
+    todo = processes.agreed(plan(settings, workdir))
+    if not todo:
+        log.info("every stage is finished; nothing to do in %s", workdir)
+        return
+    check(settings, todo)
+    files.write_json(workdir / "config.json", to_dict(settings))
+    made = experiment.build(settings, workdir)
+    with jax.set_mesh(made.mesh):
+        for unit in todo:
+            log.info("stage %s", unit)
+            _mark(settings, workdir, unit, finished=False)
+            began, before = time.monotonic(), _seconds(workdir, unit)
+            memory.forget_peak()
+            try:
+                _run(made, unit)
+            finally:  # a run that is stopped has taken its time too
+                spent = {"seconds": round(before + time.monotonic() - began, 1)}
+                _mark(settings, workdir, unit, finished=False, **spent)
+            processes.together(f"{unit} is finished")
+            _mark(settings, workdir, unit, finished=True, **spent, peak_bytes=memory.peak_bytes())
+
+
+def check(settings: Settings, todo: list[str]) -> None:
+    """All that the stages can know before a target is loaded.
+
+    Raises:
+      UserError: a stage of the run could not be done.
+    """
+    for stage in settings.stages:
+        if any(_stage(unit) == stage for unit in todo):
+            _STAGES[stage].check(settings)
+
+
+def _run(made: Experiment, unit: str) -> None:
+    stage, _, name = unit.partition("/")
+    if name:
+        _STAGES[stage].run(made, name)
+    else:
+        _STAGES[stage].run(made)
+
+
+def _stage(unit: str) -> str:
+    return unit.partition("/")[0]
+
+
+def _keep_programs(workdir: pathlib.Path) -> None:
+    """A run that goes on finds its compiled programs in the workdir, unless JAX was given another place.
+
+    On accelerators alone, where a large target's steps take minutes each to compile; a CPU's program may end
+    the process on another kind of CPU.
+    """
+    if partition.platform() != "cpu" and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+
+
+def units(settings: Settings) -> list[str]:
+    """What the settings ask for, in order."""
+    found = []
+    for stage in settings.stages:
+        found += [f"train/{name}" for name in settings.chosen()] if stage == "train" else [stage]
+    return found
+
+
+def plan(settings: Settings, workdir: pathlib.Path) -> list[str]:
+    """Units still to do.
+
+    Raises:
+      ConfigError: one was begun in this workdir with other settings.
+    """
+    begun = files.read_json(workdir / "stages.json") or {}
+    todo = []
+    for unit in units(settings):
+        record = begun.get(unit)
+        changed = _differences(record["settings"], _relevant(settings, unit)) if record else []
+        fatal = [] if unit in _REPEATABLE else changed
+        if record and not record["finished"]:
+            own = tuple(f"train.{unit.partition('/')[2]}.{key}" for key in _MAY_CHANGE)
+            fatal = [c for c in fatal if not c[0].startswith(own)]
+        if fatal:
+            key, old, new = fatal[0]
+            raise ConfigError(
+                f"config.{key}: found {new!r}, but stage {unit!r} was begun in {workdir} with "
+                f"{old!r}; use that, or a new workdir"
+            )
+        if record is None or changed or not record["finished"]:
+            todo.append(unit)
+    if any(_stage(unit) == "train" for unit in todo):
+        todo += [s for s in settings.stages if s in _REPEATABLE and s not in todo]
+    return todo
+
+
+def _relevant(settings: Settings, unit: str) -> dict[str, Any]:
+    """The settings that decide what a unit writes; of a run also those of the runs that it starts from."""
+    values = to_dict(settings)
+    stage, _, name = unit.partition("/")
+    found = {key: values[key] for key in _DEPENDS[stage]}
+    if name:
+        found["train"] = {run: values["train"][run] for run in settings.lineage(name)}
+    return json.loads(json.dumps(found))
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, old, new) of every value that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))]
+    return [] if old == new else [(path, old, new)]
+
+
+def _mark(settings: Settings, workdir: pathlib.Path, unit: str, finished: bool, **about: Any) -> None:
+    """Notes how far a unit is, the settings that it depends on, and its seconds and peak memory."""
+    path = workdir / "stages.json"
+    stages = files.read_json(path) or {}
+    kept = {"seconds": _seconds(workdir, unit)} | about
+    stages[unit] = {"finished": finished, "settings": _relevant(settings, unit)} | kept
+    files.write_json(path, stages)
+
+
+def _seconds(workdir: pathlib.Path, unit: str) -> float:
+    """What an unfinished unit has taken so far."""
+    record = (files.read_json(workdir / "stages.json") or {}).get(unit, {})
+    return 0.0 if record.get("finished") else record.get("seconds", 0.0)

@@ -1,0 +1,46 @@
+"""Stage `train`: the training runs of `config.train`, one after the other."""
+
+from ppow_jax.config import FRESH, Settings
+from ppow_jax.data import texts
+from ppow_jax.errors import ConfigError
+from ppow_jax.experiment import Experiment
+from ppow_jax.stages import features
+from ppow_jax.training import loop
+
+
+def check(settings: Settings) -> None:
+    """Keys that do not go together.
+
+    Raises:
+      ConfigError: naming the key.
+    """
+    if not settings.chosen():
+        raise ConfigError("config.train: found no run, expected at least one for the stage 'train'")
+    for name, run in settings.chosen().items():
+        temperature = getattr(run.method, "temperature", None)
+        if temperature == 0 and settings.respond.temperature > 0:
+            raise ConfigError(
+                f"config.train.{name}.temperature: found 0, expected above 0, because respond.temperature "
+                f"is: greedy acceptance needs greedy text"
+            )
+        if run.start != FRESH and run.start not in settings.train and "/" not in run.start:
+            raise ConfigError(
+                f"config.train.{name}.start: found {run.start!r}, expected fresh, an earlier run "
+                f"({', '.join(settings.train)}) or a directory, with a / in its path"
+            )
+
+
+def run(experiment: Experiment, name: str) -> None:
+    """Trains one run."""
+    loop.train(experiment, name, corpus(experiment))
+
+
+def corpus(experiment: Experiment) -> texts.Corpus:
+    """The responses as texts, with their features if the settings keep these; what is missing is computed.
+
+    Raises:
+      UserError: too few texts, or a feature that does not fit its dtype.
+    """
+    data = experiment.settings.data
+    kept = features.ensure(experiment) if data.cache_features else None
+    return texts.corpus(experiment.responses, kept, data)

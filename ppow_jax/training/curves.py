@@ -1,0 +1,81 @@
+"""Acceptance while training goes on: greedy and sampled, on held-out texts and on as many training texts.
+
+Rewards of rollouts rise on the anchors and texts that training chose; whether decoding gains is read here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ppow_jax.data import texts
+from ppow_jax.decode.profile import Texts
+from ppow_jax.decode.shapes import chain
+from ppow_jax.decode.simulate import expected_accepted, simulate
+from ppow_jax.drafters.eagle3 import Drafter, weights_of
+from ppow_jax.experiment import Experiment
+from ppow_jax.models.target_outputs import taps_of
+from ppow_jax.parallel import partition, processes
+from ppow_jax.training.step import State
+
+_ANCHORS = 16  # a text, evenly spread
+
+
+class _Sample(NamedTuple):
+    """Texts to measure on, and anchors `[B, A]` with `real` where they are not padding."""
+
+    texts: Texts
+    anchors: np.ndarray
+    real: np.ndarray
+
+
+def acceptance(
+    experiment: Experiment, corpus: texts.Corpus, drafter: Drafter
+) -> Callable[[State], dict[str, float]]:
+    """Measures a drafter; the window is that of `evaluate`.
+
+    Returns:
+      A function of the state: for `holdout` and `train`, `_tau` (greedy chain, by exact simulation) and
+      `_sampled` (mean accepted length of windows sampled at temperature 1, in expectation). It measures
+      nothing if there are no held-out texts, or if they were not written at temperature 0.
+    """
+    if not len(corpus.held) or experiment.settings.respond.temperature > 0:
+        return lambda state: {}
+    held, trained = len(corpus.held), texts.spread(len(corpus.train), len(corpus.held))
+    samples = {"holdout": (corpus.held, range(held)), "train": (corpus.train, trained)}
+    K, rows = experiment.settings.evaluate.window, experiment.settings.evaluate.batch_size
+    shape = chain(K)
+
+    def measure(state: State) -> dict[str, float]:
+        weights = weights_of(state["params"], experiment.target_params, state["vocab"])
+        metrics = {}
+        for name, (items, chosen) in samples.items():
+            emitted, lengths = [], []
+            for at in range(0, len(chosen), rows):  # read anew: their taps are too large to be kept
+                s = _sample(experiment, [items[i] for i in chosen[at : at + rows]])
+                emitted.append(processes.host(simulate(drafter, weights, *s.texts, shape).emitted))
+                about = (s.texts.taps, s.texts.tokens, s.texts.end, s.anchors)
+                lengths.append(processes.host(expected_accepted(drafter, weights, *about, K))[s.real])
+            tokens, rounds = sum(x.sum() for x in emitted), sum((x > 0).sum() for x in emitted)
+            metrics[f"{name}_tau"] = float(tokens / max(1, rounds))
+            metrics[f"{name}_sampled"] = float(np.concatenate(lengths).mean())
+        return metrics
+
+    return measure
+
+
+def texts_of(experiment: Experiment, items: Sequence[Mapping[str, Any]]) -> Texts:
+    """The first responses of items of a corpus."""
+    batch = partition.shard_batch(texts.stack(items), experiment.mesh)
+    spans = [texts.first_span(item["assistant"]) for item in items]
+    start, end = (np.asarray(x, np.int32) for x in zip(*spans, strict=True))
+    return Texts(taps_of(experiment.target, experiment.target_params, batch), batch["tokens"], start, end)
+
+
+def _sample(experiment: Experiment, items: Sequence[Mapping[str, Any]]) -> _Sample:
+    some = texts_of(experiment, items)
+    # the first anchor is the one whose first drafted token is the response's second
+    steps = (np.arange(_ANCHORS) * np.maximum(some.end - some.start - 1, 1)[:, None]) // _ANCHORS
+    anchors = (some.start - 1)[:, None] + steps
+    real = (np.diff(anchors, prepend=-1, axis=1) > 0) & (anchors + 2 < some.end[:, None])
+    return _Sample(some, anchors.astype(np.int32), real)

@@ -1,0 +1,172 @@
+"""The drafters of a workdir: what training runs begin with, and what they have left."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppow_jax.config import FRESH, DrafterSettings
+from ppow_jax.data import texts
+from ppow_jax.drafters import dialects, induction
+from ppow_jax.drafters.eagle3 import (
+    Drafter,
+    DrafterConfig,
+    abstract_params,
+    config_from,
+    drafter_config,
+    drafter_of,
+    init_params,
+    weights_of,
+)
+from ppow_jax.errors import ConfigError, UserError
+from ppow_jax.experiment import Experiment
+from ppow_jax.models.target import TargetConfig, head_matrix
+from ppow_jax.models.target_outputs import taps_of
+from ppow_jax.parallel import partition
+from ppow_jax.parallel.checkpoint import Checkpoints
+from ppow_jax.parallel.console import log
+
+IMPORTED = "imported"  # the drafter that config.drafter.path names
+_INDUCTION_TEXTS, _INDUCTION_BATCH = 256, 16  # what the relation of features to tokens is read from
+
+
+class Trained(NamedTuple):
+    """A drafter with what is noted about it.
+
+    Attributes:
+      drafter: its module.
+      params: float32 parameters, on the mesh.
+      vocab: int32 `[N]`, target ids of the draft ids.
+      steps, seconds: of the run that made it.
+    """
+
+    drafter: Drafter
+    params: dict
+    vocab: Any
+    steps: int = 0
+    seconds: float = 0.0
+
+
+def checkpoints(experiment: Experiment, run: str) -> Checkpoints:
+    """The checkpoints of a training run."""
+    return Checkpoints(directory(experiment, run), experiment.settings.log.keep_checkpoints)
+
+
+def directory(experiment: Experiment, run: str) -> pathlib.Path:
+    """Where they lie."""
+    return experiment.workdir / "checkpoints" / run
+
+
+def begin(experiment: Experiment, run: str, corpus: texts.Corpus) -> Trained:
+    """What a training run begins with: see `TrainSettings.start`.
+
+    Raises:
+      UserError: the run or the files that it starts from cannot be read.
+    """
+    settings = experiment.settings.train[run]
+    if settings.start in experiment.settings.train:
+        return load(experiment, settings.start)
+    if settings.start != FRESH:
+        return _from_files(experiment, settings.start)
+    if experiment.settings.drafter.path:
+        return load(experiment, IMPORTED)
+    size, V = experiment.settings.drafter.vocab_size, experiment.target.config.vocab_size
+    vocab, coverage = texts.draft_vocabulary(experiment.responses, corpus.indices, size, V)
+    log.info("%s: %d texts; draft vocabulary %d covers %.4f", run, len(corpus.train), size, coverage)
+    return fresh(experiment, vocab, corpus, settings.seed)
+
+
+def fresh(experiment: Experiment, vocab: np.ndarray, corpus: texts.Corpus | None, seed: int = 0) -> Trained:
+    """A new drafter; with a corpus and if the settings say so, with induction heads."""
+    settings, target = experiment.settings.drafter, experiment.target.config
+    drafter = drafter_of(shape_by(settings, target))
+    ids, random = jnp.asarray(vocab), experiment.key("drafter", seed)
+    params = init_params(drafter.config, target, experiment.target_params, ids, random)
+    params = partition.shard(params, experiment.mesh)
+    if corpus and settings.induction:
+        embedding = weights_of(params, experiment.target_params, ids).embedding
+        about = (embedding, head_matrix(target, experiment.target_params))
+        params = induction.begin(drafter, params, *about, _for_induction(experiment, corpus))
+        params = partition.shard(params, experiment.mesh)
+    return Trained(drafter, params, vocab)
+
+
+def _for_induction(
+    experiment: Experiment, corpus: texts.Corpus
+) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
+    """Taps `[B, T, C]`, tokens `[B, T]` and where there is text, bool `[B, T]`, of evenly spread texts."""
+    chosen = texts.spread(len(corpus.train), _INDUCTION_TEXTS)
+    for at in range(0, len(chosen), _INDUCTION_BATCH):
+        items = [corpus.train[i] for i in chosen[at : at + _INDUCTION_BATCH]]
+        batch = partition.shard_batch(texts.stack(items), experiment.mesh)
+        real = jax.lax.cummax(batch["assistant"].astype(jnp.int32), axis=1, reverse=True) > 0
+        yield taps_of(experiment.target, experiment.target_params, batch), batch["tokens"], real
+
+
+def shape_by(settings: DrafterSettings, target: TargetConfig) -> DrafterConfig:
+    """A new drafter's shape by the settings."""
+    s = settings
+    shape = (s.vocab_size, s.mlp_hidden, s.dtype, s.kv_heads, s.layers, s.width, s.module)
+    return drafter_config(target, *shape)
+
+
+def load(experiment: Experiment, run: str) -> Trained:
+    """The drafter that a finished run left, or the one that was read from files (`IMPORTED`).
+
+    Raises:
+      UserError: the run has left nothing, or its checkpoint belongs to another target.
+    """
+    if run == IMPORTED:
+        return _from_files(experiment, experiment.settings.drafter.path)
+    store = checkpoints(experiment, run)
+    try:
+        if store.latest is None:
+            raise UserError(f"{experiment.workdir}: no checkpoint of the run {run!r}; train it first")
+        about = store.about()
+        if about["target"] != experiment.fingerprint:
+            raise UserError(
+                f"{directory(experiment, run)}: drafter of target {about['target'][:12]}, this target is "
+                f"{experiment.fingerprint[:12]}; use the target that it was trained for"
+            )
+        drafter = drafter_of(config_from(about["drafter"]))
+        _, state, _ = store.restore_part(shapes(experiment, drafter))
+    finally:
+        store.close()
+    return Trained(drafter, state["params"], state["vocab"], about["steps"], about["seconds"])
+
+
+def shapes(experiment: Experiment, drafter: Drafter) -> dict[str, Any]:
+    """Shapes of a drafter's parameters and vocabulary with their places on the mesh."""
+    whole = partition.replicated(experiment.mesh)
+    return {
+        "params": partition.laid_out(abstract_params(drafter.config), experiment.mesh),
+        "vocab": jax.ShapeDtypeStruct((drafter.config.vocab_size,), np.int32, sharding=whole),
+    }
+
+
+def _from_files(experiment: Experiment, path: str) -> Trained:
+    """A drafter from EAGLE-3 files, computing in the dtype of the settings."""
+    found = imported(path, experiment.target.config, experiment.fingerprint)
+    config = dataclasses.replace(found.config, dtype=experiment.settings.drafter.dtype)
+    return Trained(Drafter(config), partition.shard(found.params, experiment.mesh), found.vocab)
+
+
+@functools.cache
+def imported(path: str, target: TargetConfig, fingerprint: str) -> dialects.Imported:
+    """The drafter that lies in a directory, as a server reads it.
+
+    Raises:
+      UserError: it cannot be read, is of another target, or reads other layers of it than `target.taps`.
+    """
+    found = dialects.read(pathlib.Path(path).expanduser(), target, fingerprint)
+    if found.taps != target.taps:
+        raise ConfigError(
+            f"config.target.taps: found {target.taps}, expected {found.taps}, "
+            f"which the drafter in {path} sees"
+        )
+    return found

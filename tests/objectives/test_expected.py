@@ -1,0 +1,190 @@
+"""The closed form of the expected reward: against enumeration, and as what sampled windows converge to."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from phases import GAMMA, KEY, batch_of, differentiate, judge, norm, run, small_ppow
+
+from ppow_jax.models.target_outputs import outputs_of
+from ppow_jax.objectives.base import Signal, models_of
+from ppow_jax.objectives.expected import Expected
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+T, K = 16, 3
+
+
+@pytest.fixture(scope="module")
+def letters(chain) -> np.ndarray:
+    """Five letters, each the likeliest after the one before."""
+    found = [9]
+    while len(found) < 5:
+        found.append(int(chain.probs[found[-1]].argmax()))
+    return np.sort(found).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def batch(chain) -> dict[str, np.ndarray]:
+    """Greedy texts; the last response is short."""
+    tokens = np.zeros((3, T), np.int32)
+    tokens[:, 0] = 9, 4, 11
+    for at in range(1, T):
+        tokens[:, at] = chain.probs.argmax(-1)[tokens[:, at - 1]]
+    return batch_of(tokens, [T, T, T - 8])
+
+
+@pytest.fixture(scope="module")
+def drafter(chain, letters):
+    """Knows nothing in particular; its distribution after each token, `[V, 5]`."""
+    probs = np.random.default_rng(3).dirichlet(np.ones(5), size=small.markov.SIZE)
+    return *chain.drafter(probs, letters), probs
+
+
+def signal_of(chain, drafter, objective, batch, key=KEY):
+    @jax.jit
+    def signal(params, vocab, target_params, batch):
+        models = models_of(chain.target, drafter[0], target_params, params, vocab, (), GAMMA)
+        outputs = outputs_of(chain.target, target_params, batch)
+        return objective.signal(models, batch, outputs, {}, 1, key)
+
+    return signal(drafter[1].params, drafter[1].vocab, chain.params, batch)[0]
+
+
+def value(chain, drafter, objective, batch):
+    """((loss, metrics), gradient), and the signal."""
+    signal = signal_of(chain, drafter, objective, batch)
+    return differentiate(chain.target, drafter[0], objective, chain.params, drafter[1], batch, signal), signal
+
+
+@pytest.mark.parametrize("reward", ["speedup", "length"])
+def test_the_reward_is_that_of_enumerating_every_window(chain, drafter, letters, batch, reward):
+    """All 125 windows of each anchor, with their chances, their accepted lengths and what these earn."""
+    objective = Expected(4, K, kl_weight=0.0, reward=reward)
+    ((loss, metrics), _), signal = value(chain, drafter, objective, batch)
+    rewards, lengths = [], []
+    for b, a in np.argwhere(np.asarray(signal.weights["inside"])[:, :, 0, 0] > 0):
+        t, total, length = int(signal.anchors[b, a]), 0.0, 0.0
+        for window in itertools.product(range(5), repeat=K):
+            chance, k, before = 1.0, 0, batch["tokens"][b, t + 1]
+            for j, i in enumerate(window):
+                chance *= drafter[2][before, i]
+                before = letters[i]
+                inside = t + 2 + j < T and batch["assistant"][b, t + 2 + j]
+                k += inside and k == j and letters[i] == batch["tokens"][b, t + 2 + j]
+            total += chance * (k if reward == "length" else k / (k * GAMMA + 1))
+            length += chance * k
+        rewards.append(total)
+        lengths.append(length)
+    assert np.ptp(lengths) > 0.1
+    assert float(metrics["reward"]) == pytest.approx(np.mean(rewards), rel=1e-4)
+    assert float(metrics["accepted"]) == pytest.approx(np.mean(lengths), rel=1e-4)
+    assert float(loss) == pytest.approx(-np.mean(rewards), rel=1e-4)
+
+
+def test_above_temperature_0_the_chance_is_that_of_speculative_sampling(chain, drafter, letters, batch):
+    """Of one step, exactly: sum over tokens of min(T, q), T at the temperature, over the whole vocabulary."""
+    objective = Expected(4, 1, temperature=0.7, kl_weight=0.0, reward="length")
+    ((_, metrics), _), signal = value(chain, drafter, objective, batch)
+    p = chain.probs ** (1 / 0.7)
+    p = (p / p.sum(-1, keepdims=True))[:, letters]
+    found = []
+    for b, a in np.argwhere(np.asarray(signal.weights["inside"])[:, :, 0, 0] > 0):
+        before = batch["tokens"][b, int(signal.anchors[b, a]) + 1]
+        found.append(np.minimum(p[before], drafter[2][before]).sum())
+    assert float(metrics["reward"]) == pytest.approx(np.mean(found), rel=1e-4)
+
+
+def test_smoothing_lets_tokens_behind_a_refusal_teach():
+    """Where the first token is surely refused: d E[R] / d chance of the second, by hand."""
+    ones = jnp.ones((1, 1, 1, 2))
+    signal = Signal(None, None, {"inside": ones, "gain": ones * jnp.array([1.0, 2.0]), "kl": ones})
+
+    def reward(chance, smoothing):
+        stats = {"chance": chance, "kl": jnp.zeros((1, 1, 1, 2))}
+        loss, _ = Expected(1, 2, smoothing=smoothing).loss(stats, signal, {})
+        return -loss
+
+    refused = jnp.array([0.0, 0.3]).reshape(1, 1, 1, 2)
+    for smoothing, slope in ((0.0, 0.0), (0.5, 2.0 * 0.5 * 0.5)):
+        found = jax.grad(reward)(refused, smoothing)[0, 0, 0, 1]
+        assert float(found) == pytest.approx(slope)
+    smooth = 0.5 + 2.0 * 0.5 * (0.5 * 0.3 + 0.5)
+    assert float(reward(refused, 0.5)) == pytest.approx(smooth)
+
+
+@pytest.mark.parametrize("positions", ["all", "reached"])
+def test_the_kl_is_taken_where_the_key_says(chain, drafter, letters, batch, positions):
+    objective = Expected(4, K, kl_weight=0.5, reward_weight=0.0, kl_positions=positions, kl_decay=0.8)
+    ((loss, metrics), _), signal = value(chain, drafter, objective, batch)
+    p = chain.probs[:, letters] / chain.probs[:, letters].sum(-1, keepdims=True)
+    kl = (p * np.log(p / drafter[2])).sum(-1)
+    totals, counts = np.zeros(K), np.zeros(K)
+    for b, a in np.ndindex(signal.anchors.shape):
+        t, reach = int(signal.anchors[b, a]), 1.0
+        for j in range(K):
+            if np.asarray(signal.weights["inside"])[b, a, 0, j] > 0:
+                before, token = batch["tokens"][b, t + 1 + j], batch["tokens"][b, t + 2 + j]
+                weight = reach if positions == "reached" else 1.0
+                totals[j] += weight * kl[before]
+                counts[j] += weight
+                reach *= drafter[2][before, letters == token].sum()
+    want = (
+        (totals / counts * 0.8 ** np.arange(K)).sum() if positions == "all" else totals.sum() / counts.sum()
+    )
+    assert float(metrics["kl"]) == pytest.approx(want, rel=1e-4)
+    assert float(loss) == pytest.approx(0.5 * want, rel=1e-4)
+
+
+def test_the_gradient_of_sampled_windows_converges_to_that_of_the_closed_form(chain, drafter, batch):
+    """No clip, first step, centred advantages. The error falls as one over the root of the samples: 16 times
+    as many windows, a quarter of it; the estimates of several keys are averaged, so that the ratio is
+    steady."""
+    about = (chain, drafter[0], drafter[1].params, drafter[1].vocab)
+    exact = Expected(14, K, kl_weight=0.0)
+    (_, want), signal = value(chain, drafter, exact, batch)
+    real = int((np.asarray(signal.weights["inside"])[:, :, 0, 0] > 0).sum())
+    errors = {}
+    for group in (16, 256):
+        sampled = small_ppow(
+            anchors=14,
+            group=group,
+            window=K,
+            advantage="centred",
+            kl_weight=0.0,
+            proximity_weight=0.0,
+            clip=1e9,
+        )
+        found = []
+        for number in range(12):
+            rollout, verified = run(*about, sampled, batch, jax.random.key(number))
+            taught, _ = judge(sampled, batch, rollout, verified)
+            args = (chain.target, drafter[0], sampled, chain.params, drafter[1], batch, taught)
+            _, grads = differentiate(*args)
+            tokens = 1 / float(taught.weights["policy"].max())  # that the mean is taken over
+            scale = tokens / (real * (group - 1))  # a centred group of G is worth G - 1 windows
+            off = jax.tree.map(lambda g, w, scale=scale: g * scale - w, grads, want)
+            found.append(norm(off) / norm(want))
+        errors[group] = np.sqrt(np.mean(np.square(found)))
+    assert errors[256] < 0.2
+    assert 3 < errors[16] / errors[256] < 5.5, errors
+
+
+def test_it_learns_what_the_target_accepts(chain, letters, batch):
+    """From a drafter that knows nothing, by the reward alone: the head becomes a table of the greedy text."""
+    made = (*chain.drafter(np.full((small.markov.SIZE, 5), 0.2), letters), None)
+    only = {k: v & np.isin(batch["tokens"], letters) if k == "assistant" else v for k, v in batch.items()}
+    objective = Expected(14, 1, kl_weight=0.0)
+    params, rewards = made[1].params, []
+    for _ in range(30):
+        weights = made[1]._replace(params=params)
+        ((_, metrics), grads), _ = value(chain, (made[0], weights), objective, only)
+        rewards.append(float(metrics["accepted"]))
+        step = jax.tree.map(lambda p, g: p - 30.0 * g, params["head"], grads["head"])
+        params = params | {"head": step}
+    assert rewards[0] == pytest.approx(0.2, abs=1e-3)
+    assert rewards[-1] > 0.9 and all(np.diff(rewards) > -1e-3)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(params))

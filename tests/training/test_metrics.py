@@ -1,0 +1,110 @@
+"""The metrics writer: one step late, honest about restarts, and strict about the loss."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppow_jax.errors import UserError
+from ppow_jax.training import metrics
+from ppow_jax.training.metrics import Writer
+
+
+def lines(workdir) -> list[str]:
+    return (workdir / "metrics.jsonl").read_text().splitlines()
+
+
+def test_a_step_is_written_when_the_next_one_arrives(tmp_path):
+    with Writer(tmp_path, "cst", 3) as writer:
+        writer.write(1, {"loss": jnp.float32(0.5), "shares": jnp.array([0.25, 0.75])})
+        assert lines(tmp_path) == []
+        writer.write(2, {"loss": np.float32(0.25)})
+        assert [json.loads(x)["step"] for x in lines(tmp_path)] == [1]
+        writer.flush()
+        assert [json.loads(x)["step"] for x in lines(tmp_path)] == [1, 2]
+        writer.flush()  # nothing is pending
+        writer.write(3, {"loss": 0})
+        assert len(lines(tmp_path)) == 2
+    rows = [json.loads(x) for x in lines(tmp_path)]  # leaving the context writes the last
+    assert [r["step"] for r in rows] == [1, 2, 3]
+    assert rows[0] == {
+        "stage": "cst", "step": 1, "seconds": rows[0]["seconds"], "loss": 0.5, "shares": [0.25, 0.75],
+    }  # fmt: skip
+
+
+def test_seconds_are_those_of_the_step_and_go_on_after_a_restart(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    with Writer(tmp_path, "cst", 9, first_step=4, seconds=50.0) as writer:
+        for step in (5, 6):
+            clock[0] += 1.5
+            writer.write(step, {})
+        assert writer.seconds == 53.0
+    assert [json.loads(x)["seconds"] for x in lines(tmp_path)] == [51.5, 53.0]
+
+
+def test_resume_drops_what_was_never_saved(tmp_path):
+    rows = [("supervise", s) for s in range(1, 6)] + [("cst", s) for s in range(1, 6)]
+    text = "".join(json.dumps({"stage": x, "step": s, "seconds": 0.5}) + "\n" for x, s in rows)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"stage": "cst", "step": 6, "se')  # killed here
+    assert [(r["stage"], r["step"]) for r in metrics.read(tmp_path)] == rows
+    with Writer(tmp_path, "cst", 9, first_step=3) as writer:
+        writer.write(4, {"loss": 1.0})
+    found = [(r["stage"], r["step"]) for r in metrics.read(tmp_path)]
+    assert found == [*rows[:8], ("cst", 4)]
+    assert len(lines(tmp_path)) == 9  # the half line is gone too
+
+    with Writer(tmp_path, "cst", 9):  # from the beginning
+        pass
+    assert {r["stage"] for r in metrics.read(tmp_path)} == {"supervise"}
+
+
+def test_lines_cut_short_are_left_out(tmp_path):
+    assert metrics.read(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n{"step": 4}')
+    assert [r["step"] for r in metrics.read(tmp_path)] == [1, 3]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_is_refused(tmp_path, bad):
+    writer = Writer(tmp_path, "ppow", 10)
+    writer.write(1, {"loss": 1.0, "other": bad})  # only the loss decides
+    writer.write(2, {"loss": jnp.float32(bad)})
+    with pytest.raises(UserError, match=rf"^ppow: the loss at step 2 is {bad}; .*checkpoint is kept"):
+        writer.write(3, {"loss": 1.0})
+    assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2]  # the bad step is on record
+    writer.flush()  # and is not raised again
+
+
+def test_a_gradient_that_is_not_finite_is_refused_before_it_is_saved(tmp_path):
+    writer = Writer(tmp_path, "cst", 10)
+    writer.write(1, {"loss": 1.0, "grad_norm": float("nan")})
+    with pytest.raises(UserError, match=r"norm of the gradient at step 1 is nan; .*cst\.optimizer"):
+        writer.flush()
+
+
+def test_the_terminal_gets_a_line_now_and_then(tmp_path, monkeypatch):
+    clock, shown = [0.0], []
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(metrics.log, "info", lambda form, *values: shown.append(form % values))
+    with Writer(tmp_path, "cst", 7, first_step=2, every=4) as writer:
+        for step in range(3, 8):
+            clock[0] += 10
+            writer.write(step, {"loss": step / 8, "shares": [0.5]})
+    # 2 of 5 steps took 20 s, so 3 more take 30 s; the last step is always shown.
+    assert shown == [
+        "cst 4/7 loss 0.5 | 30s left",
+        "cst 7/7 loss 0.875 | 0s left",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"), (7.4, "7s"), (59.4, "59s"), (59.6, "1m00s"), (185, "3m05s"), (3599, "59m59s"),
+        (3599.7, "1h00m"), (3725, "1h02m"), (90_000, "25h00m"),
+    ],
+)  # fmt: skip
+def test_duration(seconds, text):
+    assert metrics.duration(seconds) == text
