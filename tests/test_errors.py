@@ -66,11 +66,11 @@ def test_help():
         (
             ["--config.train.supervise.stepz=3"],
             "config.train.supervise.stepz: unknown key 'stepz' (did you mean 'steps'?); "
-            "configs/base.py lists",
+            "`python -m ppow_jax.config_help` lists",
         ),
         (
             ["--config.colours.red=3"],
-            "config.colours.red: unknown key 'colours'; configs/base.py lists",
+            "config.colours.red: unknown key 'colours'; `python -m ppow_jax.config_help` lists",
         ),
         (
             ["--config.train.supervise.steps=many"],

@@ -52,7 +52,9 @@ def parse_with_config(argv: list[str]) -> list[str]:
         names = (a.split("=")[0].lstrip("-") for a in argv)
         where = next((n for n in names if key[1] in n.split(".")), f"--config={path}")
         hint = f" (did you mean {close[1]!r}?)" if close else ""
-        raise ConfigError(f"{where}: unknown key {key[1]!r}{hint}; configs/base.py lists the keys") from e
+        raise ConfigError(
+            f"{where}: unknown key {key[1]!r}{hint}; `python -m ppow_jax.config_help` lists the keys"
+        ) from e
     except (TypeError, ValueError) as e:
         raise ConfigError(f"a --config.KEY=VALUE flag has a wrong type: {e}") from e
     except Exception as e:  # a config file is code: it can fail in any way

@@ -37,14 +37,17 @@ figure svg { max-width: 100%; height: auto; color: var(--ink); }
   font: .85rem/1.9 ui-monospace, monospace; border-left: 3px solid var(--line); padding-left: .8rem; }
 .kept { color: var(--good); background: var(--good-page); }
 .refused { color: var(--bad); background: var(--bad-page); text-decoration: line-through; }
+.dropped { color: var(--faint); text-decoration: line-through; font-size: .85em; }
 .own { color: var(--own); text-decoration: underline; text-underline-offset: 3px; }
 .seam { color: var(--faint); font-size: .7em; padding: 0 .15em; border-left: 2px solid var(--faint);
   margin-left: .2em; user-select: none; vertical-align: .25em; line-height: 1; }
 @media print {
+  h2 { margin: .9rem 0 .3rem; } p, ul { margin: .2rem 0; max-width: none; } figure { margin: .3rem 0; }
+  .sample { margin: .5rem 0; } .answer { line-height: 1.5; }
   :root { --ink: #000; --page: #fff; --faint: #555; --line: #ccc; --good: #0a6b2d; --good-page: #d9f2e0;
     --bad: #a3261b; --bad-page: #fbe3e0; --own: #1f5fbf; }
   @page { margin: 12mm; }
-  body { font-size: 10.5px; max-width: none; padding: 0; print-color-adjust: exact; }
+  body { font-size: 10px; line-height: 1.4; max-width: none; padding: 0; print-color-adjust: exact; }
   figure, tr { break-inside: avoid; } .wide { overflow: visible; }
   th, td { padding: .12rem .35rem; }
 }
@@ -147,7 +150,8 @@ def _windows(windows: Mapping[str, Any]) -> list[str]:
         f"<p>Decoding with {escape(windows['drafter'])}, a chain at temperature 0. In every round the "
         f"drafter "
         'proposes a window: <span class="kept">accepted tokens</span>, '
-        '<span class="refused">refused ones</span>, then <span class="own">the target\'s own token</span>. '
+        'up to <span class="refused">the first refused one</span>; <span class="dropped">what was drafted '
+        'behind that</span> is dropped, and <span class="own">the target\'s own token</span> stands instead. '
         'A bar <span class="seam">3</span> begins a round and says how many drafted tokens were accepted.</p>'
     ]
     for sample in windows["samples"]:
@@ -170,6 +174,7 @@ def _round(of: Mapping[str, Any]) -> str:
         for name, key, breaks in (
             ("kept", "accepted", True),
             ("refused", "refused", False),
+            ("dropped", "dropped", False),
             ("own", "own", True),
         )
         if of[key]

@@ -22,7 +22,6 @@ from ppow_jax.decode import shapes
 from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig, Decoded
 from ppow_jax.decode.profile import Texts
-from ppow_jax.decode.rounds import Round, rounds_of
 from ppow_jax.decode.sampling import Sampling
 from ppow_jax.decode.session import Session, bucket
 from ppow_jax.decode.simulate import simulate
@@ -257,60 +256,6 @@ def decode_all(
             tokens = out.tokens[0, :count]
             found[name].append(TurnDecoded(turn.prompt, tokens, emitted[emitted > 0], seconds))
     return found
-
-
-def samples(
-    experiment: Experiment, candidate: Candidate, benchmarks: Sequence[Benchmark], prompts: int, tokens: int
-) -> list[dict[str, Any]]:
-    """The windows of a drafter as text, on the first answers of some prompts of all benchmarks, in turn.
-
-    Args:
-      experiment: whose target wrote them.
-      candidate: the drafter.
-      benchmarks: where the prompts are taken from.
-      prompts: how many.
-      tokens: of each answer that are looked at.
-    """
-    depth = max(len(b.prompts) for b in benchmarks)
-    found: list[tuple[Benchmark, Prompt, Turn]] = []
-    for benchmark, prompt in (
-        (b, b.prompts[i]) for i in range(depth) for b in benchmarks if i < len(b.prompts)
-    ):
-        found += [(benchmark, prompt, turn) for turn in benchmark.turns([prompt.id])[:1]]
-        if len(found) == prompts:
-            break
-    texts = padded_texts(experiment, [turn for _, _, turn in found], len(found))
-    window = experiment.settings.evaluate.window
-    rounds = rounds_of(candidate.drafter, candidate.weights, texts, window, tokens)
-    return [
-        {"benchmark": benchmark.name, "prompt": prompt.id, "question": prompt.turns[0]}
-        | as_text(experiment, turn, of)
-        for (benchmark, prompt, turn), of in zip(found, rounds, strict=True)
-    ]
-
-
-def as_text(experiment: Experiment, turn: Turn, rounds: Sequence[Round]) -> dict[str, Any]:
-    """An answer's windows as text: `first`, what prefill wrote; `rounds`; `cut`, whether the answer goes on.
-
-    Of each round: `drafted`, how many tokens; `count`, how many were accepted; `accepted`, `refused` and
-    `own`, their text.
-    """
-    decode = experiment.tokenizer.decode
-
-    def text_of(before: list[int], ids: list[int]) -> str:
-        """What ids add to a text: alone, their bytes may be no characters, and a first space is lost."""
-        known = decode(before).rstrip("\ufffd")
-        return decode(before + ids)[len(known) :] if ids else ""
-
-    known = turn.response[:1].tolist()
-    first, found = decode(known), []
-    for drafted, accepted, own in rounds:
-        kept, refused = drafted[:accepted], drafted[accepted:]
-        texts = {"accepted": text_of(known, kept), "refused": text_of(known + kept, refused)}
-        texts["own"] = text_of(known + kept, own)
-        found.append({"drafted": len(drafted), "count": accepted} | texts)
-        known = known + kept + own
-    return {"first": first, "rounds": found, "cut": len(known) < len(turn.response)}
 
 
 def params_sha256(params: dict) -> str:

@@ -128,7 +128,7 @@ def acceptance_by_position(report: Report) -> Figure:
     """Share of rounds that accept the draft at each position of the window, one panel a benchmark."""
     drafters, colour = report["drafters"], colours(report["drafters"])
     names = list(next(iter(drafters.values()))["benchmarks"])
-    figure, panels = _grid(len(names), 3.2, 2.7, sharey=True)
+    figure, panels = _grid(len(names), 2.75, 2.1, sharey=True)
     for panel, benchmark in zip(panels, names, strict=True):
         for name, drafter in drafters.items():
             shares = drafter["benchmarks"][benchmark]["accepted_per_position"]
@@ -150,7 +150,7 @@ def differences(report: Report) -> Figure | None:
         return None
     colour = colours(report["drafters"])
     benchmarks = [*next(iter(compared.values()))["benchmarks"], "mean"]
-    size = dict(width=2.6, height=0.9 + 0.28 * len(compared), columns=4)
+    size = dict(width=2.75, height=0.7 + 0.22 * len(compared))
     figure, panels = _grid(len(benchmarks), **size, sharey=True)
     for panel, benchmark in zip(panels, benchmarks, strict=True):
         for row, (name, drafter) in enumerate(compared.items()):
@@ -180,7 +180,7 @@ def training_curves(
     """
     if not any("holdout_tau" in row for row in rows):
         return None
-    figure, panels = _grid(4, 3.8, 2.7, columns=2)
+    figure, panels = _grid(4, 2.75, 2.5)
     before = {
         axis: {name: _spent(rows, lineage[:-1], key) for name, lineage in lineages.items()}
         for axis, key in _AXES.items()

@@ -20,14 +20,14 @@ from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment, exact
 from ppow_jax.parallel import files, preemption, processes
 from ppow_jax.parallel.console import log
-from ppow_jax.report import contents, render, statistics
+from ppow_jax.report import contents, render, samples, statistics
 from ppow_jax.report import measure as measuring
 from ppow_jax.report.measure import Benchmark, Candidate, params_sha256
 from ppow_jax.stages import features, respond
 from ppow_jax.training import curves, drafters
 
 _PROFILED = 12  # held-out texts that acceptance is profiled on
-_SAMPLES, _SAMPLE_TOKENS = 5, 64  # prompts whose windows the report shows, and how much of their answers
+_SAMPLES, _SAMPLE_TOKENS = 5, 40  # prompts whose windows the report shows, and how much of their answers
 
 
 def check(settings: Settings) -> None:
@@ -128,16 +128,13 @@ def _samples(
     experiment: Experiment, candidate: Candidate, benchmarks: list[Benchmark]
 ) -> list[dict[str, Any]]:
     """A drafter's windows as text, kept on disk too."""
-    identity = [
-        candidate.identity,
-        [b.directory.name for b in benchmarks],
-        experiment.settings.evaluate.window,
-    ]
+    about = [_SAMPLES, _SAMPLE_TOKENS, experiment.settings.evaluate.window]
+    identity = [candidate.identity, [b.directory.name for b in benchmarks], about]
     mark = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     path = experiment.workdir / "evaluate" / "windows.json"
     known = processes.agreed(files.read_json(path))
     if not known or known["mark"] != mark:
-        found = measuring.samples(experiment, candidate, benchmarks, _SAMPLES, _SAMPLE_TOKENS)
+        found = samples.samples(experiment, candidate, benchmarks, _SAMPLES, _SAMPLE_TOKENS)
         known = {"mark": mark, "samples": found}
         files.write_json(path, known)
     return known["samples"]

@@ -106,9 +106,12 @@ def make_step(recipe: Recipe, target_params: dict, key: jax.Array, profile: bool
 
 
 def make_signal(recipe: Recipe) -> Callable[..., tuple[Signal, Memory, Metrics]]:
-    """(params, vocab, target parameters, batch, memory, number, key) -> (signal, memory, metrics), jitted."""
+    """(params, vocab, target parameters, batch, memory, number, key) -> (signal, memory, metrics), jitted.
 
-    @jax.jit
+    The memory is donated.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=4)
     def signal(
         params: dict,
         vocab: jax.Array,

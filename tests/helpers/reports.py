@@ -48,8 +48,8 @@ def report(control: str | None = None, **changes: Any) -> dict[str, Any]:
 def windows(prompts: int = 5, **changes: Any) -> dict[str, Any]:
     """Windows of so many prompts: one is cut, one round ends the text with an accepted token."""
     rounds = [
-        {"drafted": 3, "count": 1, "accepted": "one", "refused": " two three", "own": " 2"},
-        {"drafted": 2, "count": 2, "accepted": " four five", "refused": "", "own": ""},
+        {"drafted": 3, "count": 1, "accepted": "one", "refused": " two", "dropped": " three", "own": " 2"},
+        {"drafted": 2, "count": 2, "accepted": " four five", "refused": "", "dropped": "", "own": ""},
     ]
     sample = {"benchmark": "chat", "question": "why\n\nnot?", "first": "So", "rounds": rounds, "cut": True}
     samples = [sample | {"prompt": f"c{i}"} | changes for i in range(prompts)]

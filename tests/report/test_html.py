@@ -92,7 +92,7 @@ def test_it_has_the_readers_colours(page):
 
 def test_whatever_a_model_writes_is_escaped():
     evil = "<script>alert('&amp;')</script>\"></div>"
-    rounds = [{"drafted": 3, "count": 1, "accepted": evil, "refused": evil, "own": evil}]
+    rounds = [{"drafted": 3, "count": 1, "accepted": evil, "refused": evil, "dropped": evil, "own": evil}]
     windows = reports.windows(1, rounds=rounds, first=evil, question=evil, benchmark=evil)
     made = reports.report(target={"path": evil, "fingerprint": "", "dtype": "float32"})
     made["drafters"][evil] = made["drafters"].pop("ppow")
@@ -101,8 +101,8 @@ def test_whatever_a_model_writes_is_escaped():
     found = read(page)
     assert "script" not in found.tags
     text = "".join(found.text)
-    # the target twice, the drafter's table, rows and windows, and six times in the sample
-    assert text.count(evil) == 3 + 3 + 1 + 1 + 6
+    # the target twice, the drafter's table, rows and windows, and seven times in the sample
+    assert text.count(evil) == 3 + 3 + 1 + 1 + 7
 
 
 def spans(page: str) -> list[tuple[str, str]]:
@@ -113,7 +113,7 @@ def spans(page: str) -> list[tuple[str, str]]:
 def test_windows_show_each_round():
     page = report_html.page(reports.report(), reports.windows(1), {})
     assert spans(page) == [
-        ("seam", "1"), ("kept", "one"), ("refused", " two three"), ("own", " 2"),
+        ("seam", "1"), ("kept", "one"), ("refused", " two"), ("dropped", " three"), ("own", " 2"),
         ("seam", "2"), ("kept", " four five"),
     ]  # fmt: skip
     assert '<div class="answer">So<span' in page and " …</div>" in page
@@ -123,9 +123,15 @@ def test_windows_show_each_round():
 
 
 def test_line_breaks_are_seen_and_those_refused_break_no_line():
-    rounds = [{"drafted": 2, "count": 1, "accepted": "a\n", "refused": "b\n", "own": "\n"}]
+    rounds = [{"drafted": 3, "count": 1, "accepted": "a\n", "refused": "b\n", "dropped": "\n", "own": "\n"}]
     page = report_html.page(reports.report(), reports.windows(1, rounds=rounds), {})
-    assert spans(page) == [("seam", "1"), ("kept", "a⏎\n"), ("refused", "b⏎"), ("own", "⏎\n")]
+    assert spans(page) == [
+        ("seam", "1"),
+        ("kept", "a⏎\n"),
+        ("refused", "b⏎"),
+        ("dropped", "⏎"),
+        ("own", "⏎\n"),
+    ]
 
 
 def test_sections_that_there_is_nothing_for_are_left_out(page):

@@ -11,10 +11,12 @@ import runs
 
 from ppow_jax.data.prompts import Prompt
 from ppow_jax.decode import shapes
+from ppow_jax.decode.rounds import Round
 from ppow_jax.drafters.eagle3 import weights_of
 from ppow_jax.errors import UserError
 from ppow_jax.parallel import preemption
 from ppow_jax.report import contents, measure
+from ppow_jax.report.samples import as_text
 from ppow_jax.stages import evaluate
 from ppow_jax.training import drafters
 
@@ -93,7 +95,9 @@ def test_windows_are_the_texts_that_the_target_wrote(finished):
         assert text == experiment.tokenizer.decode(turn.response.tolist())
         assert not sample["cut"]
         for r in sample["rounds"]:  # a token is a letter
-            assert len(r["accepted"]) == r["count"] and len(r["refused"]) == r["drafted"] - r["count"]
+            assert len(r["accepted"]) == r["count"]
+            assert len(r["refused"]) + len(r["dropped"]) == r["drafted"] - r["count"]
+            assert len(r["refused"]) == (r["count"] < r["drafted"])
 
 
 class Calls:
@@ -285,13 +289,13 @@ def test_windows_become_text_even_where_tokens_are_parts_of_characters():
         tokenizer = Bytes()
 
     rounds = [
-        measure.Round(list(b"b x"), 2, list(b"c")),  # a space is accepted, x refused
-        measure.Round(list(b"d\xc3"), 2, [0xA9]),  # half of a letter is drafted, the target adds the other
+        Round(list(b"b x y"), 2, list(b"c")),  # a space is accepted, x refused
+        Round(list(b"d\xc3"), 2, [0xA9]),  # half of a letter is drafted, the target adds the other
     ]
-    found = measure.as_text(Experiment(), turn, rounds)
+    found = as_text(Experiment(), turn, rounds)
     assert found["first"] == "A" and not found["cut"]
-    assert [(r["accepted"], r["refused"], r["own"]) for r in found["rounds"]] == [
-        ("b ", "x", "c"), ("d\ufffd", "", "é"),
+    assert [(r["accepted"], r["refused"], r["dropped"], r["own"]) for r in found["rounds"]] == [
+        ("b ", "x", " y", "c"), ("d\ufffd", "", "", "é"),
     ]  # fmt: skip
-    assert [(r["drafted"], r["count"]) for r in found["rounds"]] == [(3, 2), (2, 2)]
-    assert measure.as_text(Experiment(), turn, rounds[:1])["cut"]
+    assert [(r["drafted"], r["count"]) for r in found["rounds"]] == [(5, 2), (2, 2)]
+    assert as_text(Experiment(), turn, rounds[:1])["cut"]
