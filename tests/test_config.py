@@ -46,7 +46,10 @@ def test_every_ready_config_is_valid(name):
     values = importlib.import_module(f"configs.{name}").get_config()
     found = config.from_config(values)
     assert config.to_dict(found) == values.to_dict()  # nothing lost, nothing changed
-    assert list(found.train) == ["supervise", "cst", "ppow"]
+    if name == "objectives":  # one run for each, and some of supervised
+        assert {run.objective for run in found.train.values()} == set(config.OBJECTIVES)
+    else:
+        assert list(found.train) == ["supervise", "cst", "ppow"]
     if name != "hf_directory":
         train.check(found)
         export.check(found)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from ppow_jax.drafters import windows
 from ppow_jax.keys import key
 from ppow_jax.models.target_outputs import TargetOutputs
-from ppow_jax.objectives.base import Batch, Memory, Metrics, Models, Signal
+from ppow_jax.objectives.base import Batch, Memory, Metrics, Models, Signal, draft_ids
 from ppow_jax.objectives.hass import HASS
 
 
@@ -86,8 +86,11 @@ def text_hits(
     vocab = models.weights.vocab
 
     def choose(_: int, hidden: jax.Array, logits: jax.Array, ahead: Any) -> tuple[jax.Array, jax.Array]:
-        likeliest = vocab[jax.lax.top_k(logits, min(k, len(vocab)))[1]]
-        return ahead, (likeliest == ahead[..., None]).any(-1).astype(jnp.float32)
+        # counting those before it takes a CPU a fraction of the time that finding the k likeliest does
+        ids, inside = draft_ids(vocab, ahead)
+        own = jnp.take_along_axis(logits, ids[..., None], -1)
+        before = (logits > own) | ((logits == own) & (jnp.arange(len(vocab)) < ids[..., None]))
+        return ahead, (inside & (before.sum(-1) < k)).astype(jnp.float32)
 
     about = (models.drafter, models.weights, prefix.keys_values, start)
     return windows.window_pass(

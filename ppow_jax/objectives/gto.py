@@ -1,5 +1,4 @@
-"""`gto`: group tree optimisation (GTO, arXiv 2509.22134): longer accepted ways through the decoder's own
-trees.
+"""`gto`: group tree optimisation (GTO, arXiv 2509.22134), longer accepted ways through the decoder's trees.
 
 From each of m adjacent anchors, a group, a tree is drafted as decoding drafts it, by the drafter as it is and
 by the one that the run began with. What a tree is worth follows from the target's probabilities of its nodes,
@@ -12,8 +11,8 @@ and R = r - r of the start's tree (eq. 9), which takes out how hard the place is
 standardised to advantages A (eq. 10). The drafter learns them along the longest way that the target accepts,
 of l tokens, by a clipped ratio per token to the start (eq. 11 and 12), beside the losses of `supervised`:
 
-    s = exp((log q - log q of the start) / max(l, 1)),    L = L_supervised + omega mean of -min(s A, clip(s)
-    A).
+    s = exp((log q - log q of the start) / max(l, 1)),
+    L = L_supervised - omega mean of min(s A, clip(s) A).
 
 The way that the target accepts is the text itself, as far as the tree holds it: such trees follow from the
 text alone, so decoding draws the target's own token and goes on below it (`decode.verify`).
@@ -21,8 +20,8 @@ text alone, so decoding draws the target's own token and goes on below it (`deco
 m = 8, eta = 1 and omega = 0.5 are the paper's, with 16 groups a text, trees of 60 tokens and a learning rate
 of 5e-6 (appendix B); its clip and the floor of the standard deviation are not published. Ours are: rewards at
 a temperature of verification, at 0 from the text without running the target; and `tree_reward` "expected",
-the expected accepted length itself, the sum over nodes of the chance to come so far. eq. 5 exceeds it by more
-the more leaves a tree has, but both trees have as many tokens.
+the expected accepted length of the tree itself, the sum over its nodes of the chance to come so far, which
+eq. 5 exceeds by more the more leaves there are.
 
 Shape letters: B texts, T positions, A anchors, G windows of an anchor, K window, J nodes of a tree, L some of
 the trees, N draft vocabulary, D width.

@@ -1,4 +1,4 @@
-"""`opd`: on-policy distillation along the drafter's own windows (Draft-OPD, arXiv 2605.29343, section 3).
+"""`opd`: on-policy distillation along the drafter's own windows (Draft-OPD, arXiv 2605.29343).
 
 Windows are drafted from where decoding begins a round, which is behind each refusal, and the target reads
 them as they are: it says what it would have written at every drafted token, beyond the first refusal too. A

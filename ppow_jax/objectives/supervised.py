@@ -176,7 +176,7 @@ class Supervised(Objective):
         total = stats.get("loss", 0.0)
         for weight, name in losses.parse_losses(self.losses, "losses"):
             if name == _BY_BATCH:
-                mix_K = self.lk_scale * jnp.exp(-self.lk_decay * summary["acceptance_K"])
+                mix_K = losses.lk_lambda(summary["acceptance_K"], self.lk_scale, self.lk_decay)
                 total += weight * (mix_K * stats["kl"] + (1 - mix_K) * stats["refusal"])
         return total
 

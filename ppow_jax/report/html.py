@@ -42,12 +42,14 @@ figure svg { max-width: 100%; height: auto; color: var(--ink); }
 .seam { color: var(--faint); font-size: .7em; padding: 0 .15em; border-left: 2px solid var(--faint);
   margin-left: .2em; user-select: none; vertical-align: .25em; line-height: 1; }
 @media print {
-  h2 { margin: .9rem 0 .3rem; } p, ul { margin: .2rem 0; max-width: none; } figure { margin: .3rem 0; }
-  .sample { margin: .5rem 0; } .answer { line-height: 1.5; }
+  h2 { margin: .9rem 0 .3rem; break-after: avoid; }
+  p, ul { margin: .2rem 0; max-width: none; } figure {
+  margin: .3rem 0; } .sample { margin: .5rem 0; } .answer { line-height: 1.5; }
   :root { --ink: #000; --page: #fff; --faint: #555; --line: #ccc; --good: #0a6b2d; --good-page: #d9f2e0;
     --bad: #a3261b; --bad-page: #fbe3e0; --own: #1f5fbf; }
   @page { margin: 12mm; }
-  body { font-size: 10px; line-height: 1.4; max-width: none; padding: 0; print-color-adjust: exact; }
+  html { font-size: 10.2px; }
+  body { font-size: 1rem; line-height: 1.4; max-width: none; padding: 0; print-color-adjust: exact; }
   figure, tr { break-inside: avoid; } .wide { overflow: visible; }
   th, td { padding: .12rem .35rem; }
 }

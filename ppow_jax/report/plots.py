@@ -161,6 +161,7 @@ def differences(report: Report) -> Figure | None:
         panel.axvline(0, color=_INK, linewidth=0.8)
         panel.set_title(benchmark, fontweight="bold" if benchmark == "mean" else "normal")
         panel.grid(axis="y", visible=False)
+        panel.locator_params(axis="x", nbins=4)
     panels[0].set_yticks(range(len(compared)), list(compared))
     panels[0].set_ylim(len(compared) - 0.5, -0.5)
     figure.supxlabel(f"tau minus that of {report['control']}, paired 95% interval", fontsize=9)

@@ -60,9 +60,8 @@ def batch(chain):
 def near(chain, seed, share=0.5):
     """A distribution that is the chain's in part."""
     probs = np.random.default_rng(seed).dirichlet(np.ones(len(LETTERS)), size=small.markov.SIZE)
-    return share * probs + (1 - share) * chain.probs[:, LETTERS] / chain.probs[:, LETTERS].sum(
-        -1, keepdims=True
-    )
+    own = chain.probs[:, LETTERS] / chain.probs[:, LETTERS].sum(-1, keepdims=True)
+    return share * probs + (1 - share) * own
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def way(parents, node):
 
 
 def worth(parents, chance, eta):
-    """(eq. 5 of the lengths by eq. 3 and 4, expected accepted length) of a tree, from chances of its nodes."""
+    """(eq. 5 of the lengths by eq. 3 and 4, expected accepted length) of a tree, from its nodes' chances."""
     J = len(parents)
     reach = [np.prod([chance[n] for n in way(parents, node)]) for node in range(J)]
     ends = [node for node in range(1, J) if node not in parents[1:]]
@@ -235,7 +234,7 @@ def test_a_step_is_that_of_the_formulas(chain, drafters, batch, temperature, rew
     )
     s = ratios[:2, 5:].reshape(2, M, SIZE)
     want = -np.minimum(s * advantage, np.clip(s, 0.7, 1.3) * advantage).mean()
-    (loss, more), _ = gradient_of(chain, drafter, now, objective, batch, signal)
+    (_, more), _ = gradient_of(chain, drafter, now, objective, batch, signal)
     assert abs(want) > 0.05
     assert float(more["policy_loss"]) == pytest.approx(want, abs=1e-3)
     column = earned[:, real]
@@ -290,7 +289,7 @@ def test_keys_that_do_not_go_together(chain, drafters, batch):
     with pytest.raises(ConfigError, match="tree"):
         GTO(tree="bush:3")
     wide = dataclasses.replace(OBJECTIVE, tree="tree:40x2x28")
-    with pytest.raises(ConfigError, match="found 28 candidates .* expected at most 27"):
+    with pytest.raises(ConfigError, match=r"found 28 candidates .* expected at most 27"):
         taught(chain, *drafters[:3], wide, batch)
 
 

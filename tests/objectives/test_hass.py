@@ -62,7 +62,7 @@ def signal_of(chain, drafter, weights, objective, batch):
 
 
 def test_a_step_adds_up_both_losses_by_their_weights(chain, batch):
-    """Mean of each step over its tokens, 0.8 ** j of it; the target's distribution and the drafter's known."""
+    """Mean of each step over its tokens, 0.8 ** j of it; both distributions are known."""
     probs = np.random.default_rng(1).dirichlet(np.ones(len(LETTERS)), size=small.markov.SIZE)
     drafter, weights = chain.drafter(probs, LETTERS)
     objective = HASS(8, 3, losses="0.1*cross_entropy", top_k=3, top_k_weight=0.7)

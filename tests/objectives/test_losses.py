@@ -375,8 +375,7 @@ def test_masked_mean_counts_what_the_mask_shows_and_its_parts_add_up():
     assert float(losses.masked_mean(values, mask)) == pytest.approx(7 / 3)
     assert float(losses.masked_mean(values, mask[:, :1])) == pytest.approx(107 / 4)  # broadcast
     assert float(losses.masked_mean(values, np.zeros((2, 2), bool))) == 0.0
-    shares = [losses.masked_mean(values[i], mask[i], jnp.float32(3.0)) for i in range(2)]
-    np.testing.assert_allclose(shares, [1.0, 4 / 3], rtol=1e-6)
+    np.testing.assert_allclose([losses.masked_mean(values[i], mask[i], 3) for i in (0, 1)], [1.0, 4 / 3])
 
 
 CASES = [  # ratio, advantage, loss, d loss / d log_prob, clipped
@@ -387,6 +386,7 @@ CASES = [  # ratio, advantage, loss, d loss / d log_prob, clipped
     (1.1, 2.0, -2.2, -2.2, 0.0),
     (0.9, -2.0, 1.8, 1.8, 0.0),
     (1.5, 0.0, 0.0, 0.0, 0.0),
+    (0.5, 0.0, 0.0, 0.0, 0.0),
 ]
 
 

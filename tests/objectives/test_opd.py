@@ -188,7 +188,7 @@ def test_windows_may_be_the_drafters_likeliest(chain, batch):
         t = int(signal.anchors[b, a])
         assert begins[b, t]
         token = int(batch["tokens"][b, t + 1])
-        for j, drafted in enumerate(np.asarray(signal.tokens[b, a, 0])):
+        for drafted in np.asarray(signal.tokens[b, a, 0]):
             best = np.roll(np.eye(small.markov.SIZE)[small.walk(token, 1)[0]], 3 if token == wrong else 0)
             assert int(drafted) == best.argmax()
             token = int(drafted)

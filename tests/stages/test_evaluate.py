@@ -15,7 +15,7 @@ from ppow_jax.decode.rounds import Round
 from ppow_jax.drafters.eagle3 import weights_of
 from ppow_jax.errors import UserError
 from ppow_jax.parallel import preemption
-from ppow_jax.report import contents, measure
+from ppow_jax.report import contents, measure, samples
 from ppow_jax.report.samples import as_text
 from ppow_jax.stages import evaluate
 from ppow_jax.training import drafters
@@ -82,12 +82,12 @@ def test_differences_are_those_of_the_benchmarks(finished):
 
 
 def test_windows_are_the_texts_that_the_target_wrote(finished):
-    samples = json.loads((finished.workdir / "evaluate" / "windows.json").read_text())["samples"]
-    assert [(s["benchmark"], s["prompt"]) for s in samples] == [
+    shown = json.loads((finished.workdir / "evaluate" / "windows.json").read_text())["samples"]
+    assert [(s["benchmark"], s["prompt"]) for s in shown] == [
         ("maths", "m0"), ("chat", "c0"), ("maths", "m1"), ("chat", "c1"), ("maths", "m2"),
     ]  # fmt: skip
     experiment = runs.build(finished.workdir)
-    for sample in samples:
+    for sample in shown:
         (directory,) = (finished.workdir / "evaluate").glob(f"{sample['benchmark']}-*")
         benchmark = measure.Benchmark("", [Prompt(sample["prompt"], "", ())], directory)
         (turn,) = benchmark.turns()
@@ -216,7 +216,7 @@ def measured(finished):
     """The experiment, the trained drafters as candidates, and a benchmark whose texts are there."""
     experiment = runs.build(finished.workdir)
     (directory,) = (finished.workdir / "evaluate").glob("chat-*")
-    prompts = [Prompt(f"c{i}", "", ()) for i in range(4)]
+    prompts = [Prompt(f"c{i}", "", ("?",)) for i in range(4)]
     return experiment, evaluate.find_candidates(experiment), measure.Benchmark("chat", prompts, directory)
 
 
@@ -272,6 +272,15 @@ def test_answers_of_a_single_token_leave_nothing_to_draft(measured, tmp_path, mo
     empty = dataclasses.replace(benchmark, directory=tmp_path)
     with pytest.raises(UserError, match=r"config.evaluate.prompts: 'chat' has no answer of two tokens"):
         measure.measure(experiment, candidates, shapes.chain(2), empty)
+
+
+def test_samples_are_of_the_prompts_that_they_name(measured, monkeypatch):
+    """The chain answers all prompts alike, so the texts cannot tell."""
+    experiment, candidates, benchmark = measured
+    assert {turn.prompt for turn in benchmark.turns(["c2", "c1"])} == {"c1", "c2"}
+    monkeypatch.setattr(samples, "as_text", lambda experiment, turn, rounds: {"turn": turn.prompt})
+    found = samples.samples(experiment, candidates[0], [benchmark], 3, 8)
+    assert [(s["prompt"], s["turn"]) for s in found] == [("c0", "c0"), ("c1", "c1"), ("c2", "c2")]
 
 
 class Bytes:
