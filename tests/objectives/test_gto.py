@@ -48,13 +48,13 @@ def taught(chain, drafter, weights, start, objective, batch):
 
 @pytest.fixture(scope="module")
 def batch(chain):
-    """Texts that the chain samples; the last has no group."""
+    """Texts that the chain samples, which go on where responses end; the last response has no group."""
     rng, tokens = np.random.default_rng(5), np.zeros((3, T), np.int32)
     tokens[:, 0] = 9, 4, 11
     for b, at in np.ndindex(3, T - 1):
         probs = chain.probs[tokens[b, at], LETTERS]
         tokens[b, at + 1] = rng.choice(LETTERS, p=probs / probs.sum())
-    return batch_of(tokens, [T, T - 4, SHORT])
+    return batch_of(tokens, [T, T - 4, SHORT]) | {"tokens": tokens}
 
 
 def near(chain, seed, share=0.5):
@@ -165,6 +165,19 @@ def test_trees_are_those_of_decoding_and_the_target_reads_every_way(tiny, monkey
         want = log_softmax(logits[row, at - 1] / temperature)[tokens[b, a, g, node]]
         assert whole[b, a, g, node] == pytest.approx(want, abs=1e-3)
     assert (whole[..., 0] == 0).all()
+
+
+def test_nothing_is_on_the_text_behind_the_end_of_a_response():
+    """Trees that are the text itself, and one wrong token; the response ends before position 8."""
+    batch = {"tokens": np.arange(20, 32)[None], "assistant": (np.arange(12) >= 2)[None] & (np.arange(12) < 8)}
+    anchors, real = np.array([[1, 4, 5, 2, 3]]), np.array([[True, True, True, True, False]])
+    tokens = batch["tokens"][0][anchors[..., None] + 1 + np.arange(4)][:, :, None]
+    tokens[0, 3, 0, 2] = 7
+    parents = np.broadcast_to([0, 0, 1, 2], tokens.shape)
+    above = np.broadcast_to(np.tri(4, dtype=bool), (*tokens.shape, 4))
+    found = gto.text_matches(Trees(*map(jnp.asarray, (tokens, parents, above))), batch, anchors, real, 3)
+    lengths = gto.path_lengths(jnp.asarray(above), found)[1].max(-1)[0, :, 0]
+    assert np.asarray(lengths).tolist() == [3, 2, 1, 1, 0]
 
 
 def test_groups_are_adjacent_and_whole_and_do_not_overlap():
