@@ -36,7 +36,7 @@ class GRIFFIN(HASS):
     """Losses against the target's distribution at steps whose earlier tokens could have been drafted."""
 
     top_k_weight: float = key(0.5, "of the loss of hass")
-    agreement_k: int = key(3, "k: a token could have been drafted if it is among so many", at_least=1)
+    agreement_k: int = key(3, "k: a token could have been drafted if it is among the k likeliest", at_least=1)
     agreement: str = key(
         "next",
         "Whose k likeliest tokens: next, those of the window that begins at the next position, as the "

@@ -66,8 +66,8 @@ def test_drafted_text_is_the_targets_own_and_simulation_counts_the_same_rounds(t
 def test_a_drafter_of_two_layers_drafts_as_in_the_simulation(tiny, texts, pupil, shape):
     """Its second layer attends to what the first made of the text, read piece by piece or at once."""
     config = dataclasses.replace(tiny.drafter.config, layers=2)
-    further = small.randomise(eagle3.abstract_params(config)["further_0"], 4)
-    weights = pupil._replace(params=pupil.params | {"further_0": further})
+    second = small.randomise(eagle3.abstract_params(config)["layers_0"], 4)
+    weights = pupil._replace(params=pupil.params | {"layers_0": second})
     drafter = eagle3.Drafter(config)
     out = small.generate(tiny, PROMPTS, greedy(), Eagle(drafter, shapes.parse(shape)), weights)
     assert out.tokens.tolist() == texts
