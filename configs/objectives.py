@@ -44,6 +44,7 @@ def get_config():
     c.train.ppow.proximity_weight = 0.0
     c.train.ppow.kl_weight = 0.3
     c.train.ppow.window = 6
+    c.train.gto.temperature = 0.0  # that of the measurement; above 0 the target reads every tree
     c.evaluate.control = "control"
     c.evaluate.tree = "tree:60x8x10"
     c.evaluate.decode_prompts = 2
