@@ -137,7 +137,7 @@ class Checkpoints:
                 log.error("%s: step %d cannot be read (%s)", self._directory, step, e)
         raise UserError(
             f"{self._directory}: none of the checkpoints {steps} can be read; they may be damaged, or "
-            "of another model. Delete the directory to start the stage again"
+            "of another model. Delete the directory to start the run again"
         )
 
     def _load(self, step: int | None, items: dict[str, Any], partial: bool = False) -> dict[str, Any]:

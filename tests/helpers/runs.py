@@ -26,7 +26,7 @@ class Finished(NamedTuple):
 
 
 def config(directory: pathlib.Path, **changes: Any) -> ConfigDict:
-    """A small ConfigDict on prompt files in `directory`; `supervise__steps=3` would set `supervise.steps`."""
+    """A small ConfigDict on prompt files in `directory`; `data__length=3` sets `data.length`."""
     from configs import base
 
     train, chat, maths = (directory / f"{name}.jsonl" for name in ("train", "chat", "maths"))
