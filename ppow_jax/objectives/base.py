@@ -213,3 +213,9 @@ def draft_ids(vocab_N: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Arr
     """Draft ids of target ids, int32, and whether the draft vocabulary has them; where not, the id is any."""
     ids = jnp.minimum(jnp.searchsorted(vocab_N, tokens), len(vocab_N) - 1)
     return ids, vocab_N[ids] == tokens
+
+
+def prob_of(logits_BxLxGxN: jax.Array, vocab_N: jax.Array, tokens_BxLxG: jax.Array) -> jax.Array:
+    """float32 `[B, L, G]`: the drafter's probabilities of target ids; 0 outside the draft vocabulary."""
+    ids, inside = draft_ids(vocab_N, tokens_BxLxG)
+    return jnp.take_along_axis(jax.nn.softmax(logits_BxLxGxN), ids[..., None], -1)[..., 0] * inside

@@ -36,8 +36,8 @@ from ppow_jax.objectives.base import (
     Stats,
     along_text,
     at,
-    draft_ids,
     per_step,
+    prob_of,
     written,
 )
 from ppow_jax.objectives.ppow import check_gamma
@@ -121,8 +121,7 @@ class Expected(Objective):
         target_logits = (hidden_BxLxD @ models.head_NxD.T)[:, :, None]
         divergence = losses.kl(losses.renormalised(target_logits), logits)
         if self.temperature == 0:
-            ids, inside = draft_ids(models.weights.vocab, token_BxL[..., None])
-            chance = jnp.take_along_axis(jax.nn.softmax(logits), ids[..., None], -1)[..., 0] * inside
+            chance = prob_of(logits, models.weights.vocab, token_BxL[..., None])
         else:
             normaliser = extra["log_normaliser"][..., None]
             target = losses.unnormalised(target_logits, self.temperature, log_normaliser=normaliser)

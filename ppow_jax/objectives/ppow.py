@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppow_jax.drafters import windows
 from ppow_jax.errors import ConfigError
 from ppow_jax.keys import key
 from ppow_jax.models.target_outputs import TargetOutputs
@@ -28,6 +27,7 @@ from ppow_jax.objectives.base import (
     Objective,
     Signal,
     Stats,
+    along_text,
     per_token,
 )
 from ppow_jax.objectives.rollout import Rollout, log_prob_of, roll
@@ -161,8 +161,7 @@ class PPOW(Objective):
         importance = importance_BxA[..., None, None]
         tokens = rollout.tokens
         if self.along_text:
-            ahead = [windows.text_ahead(batch["tokens"], rollout.anchors, j) for j in range(self.window)]
-            tokens = jnp.stack(ahead, -1)
+            tokens = along_text(batch["tokens"], rollout.anchors, 2, self.window)[:, :, None]
         weights = {"policy": per_token(credited * importance), "kl": per_token(reached * importance)}
         extra = Extra(rollout.ids, rollout.log_prob, advantage, verified.valid, verified.context)
         signal = Signal(rollout.anchors, tokens, weights, extra)

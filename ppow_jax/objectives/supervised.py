@@ -33,6 +33,7 @@ from ppow_jax.objectives.base import (
     at,
     draft_ids,
     per_step,
+    prob_of,
     written,
 )
 from ppow_jax.objectives.losses import TargetDistribution
@@ -133,8 +134,7 @@ class Supervised(Objective):
         stats = {"hit": (vocab[likeliest(logits)] == token).astype(jnp.float32)}
         stats |= self.losses_of(target, logits)
         if self._outcomes - {"greedy_hits"}:
-            ids, inside = draft_ids(vocab, token)
-            prob = jnp.take_along_axis(jax.nn.softmax(logits), ids[..., None], -1)[..., 0] * inside
+            prob = prob_of(logits, vocab, token)
             stats |= {"prob": prob, "sampled_hit": (uniform_BxL[..., None] < prob).astype(jnp.float32)}
         return stats
 
