@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from ppow_jax.compile import chips, report, steps, targets
-from ppow_jax.config import Settings, from_config, to_dict
+from ppow_jax.config import from_config
 from ppow_jax.errors import UserError
 from ppow_jax.parallel import console, memory
 from ppow_jax.parallel.console import log
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--steps: found {unknown[0]!r}, expected some of {', '.join(names)}")
     chip, mesh = chips.slice_mesh(_TOPOLOGY.value, settings.mesh.shape)
     if _ROWS.value:
-        settings = with_rows(settings, _ROWS.value * mesh.size)
+        settings = steps.with_rows(settings, _ROWS.value * mesh.size)
     plan = steps.plan(settings, targets.shape_of(settings.target), mesh)
     log.info("compile: %s on %s: mesh %s", settings.target.path, _TOPOLOGY.value, dict(mesh.shape))
     about = {"config": settings.target.path, "topology": _TOPOLOGY.value, "chips": mesh.size}
@@ -61,18 +61,6 @@ def main(argv: list[str]) -> None:
             f"{', '.join(too_large)}: more than a chip's memory, as said above; a larger slice, more ways "
             "of config.mesh.fsdp or tensor, a smaller batch_size or more of config.train.RUN.accumulate help"
         )
-
-
-def with_rows(settings: Settings, rows: int) -> Settings:
-    """The settings with batches of so many rows, of `respond` and of every training run.
-
-    Raises:
-      ConfigError: a run's `accumulate` does not divide them.
-    """
-    values = to_dict(settings)
-    for section in (values["respond"], *values["train"].values()):
-        section["batch_size"] = rows
-    return from_config(values)
 
 
 def _keep(row: report.Row) -> None:

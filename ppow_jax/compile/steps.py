@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ppow_jax.config import Settings
+from ppow_jax.config import Settings, from_config, to_dict
 from ppow_jax.decode import batch, loop, shapes
 from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig
@@ -209,3 +209,15 @@ def groups(settings: Settings) -> list[tuple[str, Callable[[Plan], Steps]]]:
     """
     runs = [(name, functools.partial(_train, name=name)) for name in settings.chosen()]
     return [("respond", _respond), *runs, ("decode", _decode)]
+
+
+def with_rows(settings: Settings, rows: int) -> Settings:
+    """The settings with batches of so many rows, of `respond` and of every training run.
+
+    Raises:
+      ConfigError: a run's `accumulate` does not divide them.
+    """
+    values = to_dict(settings)
+    for section in (values["respond"], *values["train"].values()):
+        section["batch_size"] = rows
+    return from_config(values)

@@ -13,7 +13,6 @@ import pytest
 
 import ppow_jax
 from ppow_jax import config
-from ppow_jax.compile import __main__ as command
 from ppow_jax.compile import chips, hlo, report, steps, targets
 from ppow_jax.compile.operations import operations
 from ppow_jax.errors import ConfigError, UserError
@@ -342,13 +341,13 @@ def test_turns_of_the_loop_that_scores_windows():
 
 
 def test_rows_of_every_batch_over_chips(tmp_path):
-    chosen = command.with_rows(config.from_config(small_config(tmp_path)), 24)
+    chosen = steps.with_rows(config.from_config(small_config(tmp_path)), 24)
     assert chosen.respond.batch_size == 24
     assert {run.batch_size for run in chosen.train.values()} == {24}
     parts = small_config(tmp_path)
     parts.train.cst.accumulate = 4
     with pytest.raises(ConfigError, match=r"config.train.cst.accumulate: found 4, expected a divisor"):
-        command.with_rows(config.from_config(parts), 6)
+        steps.with_rows(config.from_config(parts), 6)
 
 
 def compile_for_a_slice(directory, *more: str) -> subprocess.CompletedProcess:
