@@ -8,11 +8,16 @@ PATH is all that config.target.path takes; then --config.target.path=DIR.
 import pathlib
 import sys
 
+from ppow_jax.parallel import memory
+
+if __name__ == "__main__":
+    memory.restart_with_tunables()  # before the imports below, which take a second or two
+
 from absl import flags
 
 from ppow_jax.config import TargetSettings
 from ppow_jax.errors import UserError
-from ppow_jax.parallel import console, memory, partition
+from ppow_jax.parallel import console, partition
 from ppow_jax.parallel.console import log
 from ppow_jax.targets import orbax
 from ppow_jax.targets.load import load
@@ -34,5 +39,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    memory.restart_with_tunables()
     console.command(main, sys.modules[__name__])

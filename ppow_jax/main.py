@@ -13,13 +13,18 @@ import errno
 import pathlib
 import sys
 
+from ppow_jax.parallel import memory
+
+if __name__ == "__main__":
+    memory.restart_with_tunables()  # before the imports below, which take a second or two
+
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
 from ppow_jax import config, run
 from ppow_jax.errors import ConfigError, UserError, out_of_memory
-from ppow_jax.parallel import console, memory, preemption
+from ppow_jax.parallel import console, preemption
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; resumed if it exists.")
@@ -70,5 +75,4 @@ def _end(status: int, message: str) -> None:
 
 
 if __name__ == "__main__":
-    memory.restart_with_tunables()
     cli()

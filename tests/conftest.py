@@ -25,6 +25,18 @@ from ppow_jax.targets import gguf
 from ppow_jax.training.step import Recipe, make_step
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The fast tests compile much and run little: XLA optimises nothing in them. The slow ones are as in use.
+
+    jax 0.10 has two generators of code for CPUs, of which the older one takes half the time.
+    """
+    if config.option.markexpr == "not slow":
+        flags = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+        if jax.__version_info__ < (0, 11):
+            flags.append("--xla_cpu_use_fusion_emitters=false")
+        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+
+
 @pytest.fixture(scope="session")
 def tiny() -> small.Pair:
     """A random target of 3 layers with a random drafter over 24 of its 40 tokens."""
@@ -51,15 +63,6 @@ def programs_of_a_module_are_dropped_after_it():
     """A process may map so much memory and no more; the programs of all modules together ended it."""
     yield
     jax.clear_caches()
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Compiles in half the time, for modules of small arrays that compile much and run little."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")
@@ -89,10 +92,7 @@ def finished(session_directory) -> runs.Finished:
     with (place / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker that asks for it runs it
         if not done.exists():
-            before = jax.config.read("jax_disable_most_optimizations")
-            jax.config.update("jax_disable_most_optimizations", True)  # as `quick_compilation`
             runs.run(workdir)
-            jax.config.update("jax_disable_most_optimizations", before)
             done.touch()
     return runs.Finished(workdir, runs.make_settings(workdir.parent))
 

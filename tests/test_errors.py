@@ -21,10 +21,8 @@ from ppow_jax.report.measure import params_sha256
 from ppow_jax.targets import gguf
 from ppow_jax.training import drafters
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.filterwarnings("ignore:coroutine"),  # orbax drops its loaders where a file is damaged
-]
+# orbax drops its loaders where a file is damaged
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine")
 ROOT = pathlib.Path(__file__).parents[1]
 BASE = "from configs import base\ndef get_config():\n  c = base.get_config()\n"
 HELD = (0, 6, 12, 18)  # of 24 texts, the 4 held out

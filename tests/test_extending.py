@@ -23,8 +23,6 @@ from ppow_jax.stages import train
 from ppow_jax.targets import huggingface
 from ppow_jax.training import drafters, loop, metrics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PAGE = (pathlib.Path(__file__).parents[1] / "docs/extending.md").read_text()
 EXAMPLES = dict(re.findall(r"<!-- example: (\S+) -->\n```python\n(.*?)```", PAGE, re.DOTALL))
 

@@ -20,6 +20,11 @@ import pathlib
 import sys
 import tempfile
 
+from ppow_jax.parallel import memory
+
+if __name__ == "__main__":
+    memory.restart_with_tunables()  # before the imports below, which take a second or two
+
 import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -29,7 +34,7 @@ from ppow_jax.bench import decoding, loading, parting, stages
 from ppow_jax.bench.machine import Machine
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
-from ppow_jax.parallel import console, memory
+from ppow_jax.parallel import console
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/, where there is no --workdir.")
 _TARGET = flags.DEFINE_string("target", "", "As config.target.path, in its place, where no --workdir is.")
@@ -135,5 +140,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    memory.restart_with_tunables()
     console.command(main, sys.modules[__name__], console.parse_with_config)

@@ -111,7 +111,7 @@ def race(experiment: Experiment, run: str, about: Race) -> None:
         for name in list(decoders)[:: 1 if number % 2 else -1]:
             time.sleep(_PAUSE)
             decoded[name].append(decoders[name](prompt))
-            if name in ours:  # beside each prompt: a machine's mood hits all alike
+            if name in ours:  # beside each prompt: a slow moment of the machine hits all alike
                 parts[name].append(needed(name))
         prefills.append(begin(prompt).seconds)
         log.info("decode: %d/%d prompts", number + 1, len(ids))

@@ -14,7 +14,7 @@ from ppow_jax.decode import cost
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.target_outputs import outputs_of
 from ppow_jax.objectives.anchors import AnchorRule, pick_anchors
-from ppow_jax.objectives.base import Batch, Corpus
+from ppow_jax.objectives.base import Batch, Signal, Sizes
 from ppow_jax.objectives.ppow import PPOW
 from ppow_jax.objectives.rollout import Rollout, roll
 from ppow_jax.objectives.verification import Verified, verify, windows_at_once
@@ -51,23 +51,32 @@ def phases(experiment: Experiment, run: TrainSettings, trained: Trained) -> Phas
     recipe = loop.recipe(experiment, run, trained.drafter, 1, _GAMMA)
     params = jax.tree.map(jnp.copy, trained.params)  # an update donates them
     batch, key = random_texts(experiment, run.batch_size), jax.random.key(0)
-    sizes = Corpus(run.batch_size, experiment.settings.data.length)
+    sizes = Sizes(run.batch_size, experiment.settings.data.length)
     state = loop.place(experiment, recipe, params, trained.vocab, sizes)
     frozen = (state["vocab"], experiment.target_params, batch)
-    asked = (state["params"], *frozen, state["memory"], jnp.int32(1), key)
+    learner, memory = {k: state[k] for k in ("params", "opt_state")}, state["memory"]
     inside, rounds = {}, 1
     if isinstance(objective, PPOW):
         inside, rounds = _inside_ppow(recipe, state["params"], *frozen, key)
     signal, update = make_signal(recipe), make_update(recipe)
-    whole = {"signal": _phase(signal, asked, rounds)}
-    taught, learner = signal(*asked)[0], {k: state[k] for k in ("params", "opt_state")}
-    asks = operations(update.trace(learner, *frozen, taught).jaxpr)
+
+    def asked() -> tuple:
+        return learner["params"], *frozen, memory, jnp.int32(1), key
+
+    def make() -> Signal:
+        nonlocal memory  # it is donated
+        made, memory, _ = signal(*asked())
+        return made
 
     def once() -> Any:
-        nonlocal learner
-        learner, _ = update(learner, *frozen, taught)
+        nonlocal learner  # it is donated
+        learner, _ = update(learner, *frozen, made)
         return learner
 
+    asks = operations(signal.trace(*asked()).jaxpr, rounds)
+    made = make()
+    whole = {"signal": (asks, cost.median_seconds(make, _REPEATS))}
+    asks = operations(update.trace(learner, *frozen, made).jaxpr)
     return whole | inside | {"update": (asks, cost.median_seconds(once, _REPEATS))}
 
 

@@ -24,7 +24,7 @@ from ppow_jax.drafters import eagle3
 from ppow_jax.drafters.eagle3 import Drafter, weights_of
 from ppow_jax.models.target import Target, TargetConfig
 from ppow_jax.models.target import abstract_params as target_shapes
-from ppow_jax.objectives.base import Corpus, Objective, Signal
+from ppow_jax.objectives.base import Objective, Signal, Sizes
 from ppow_jax.parallel import partition
 from ppow_jax.training import drafters
 from ppow_jax.training.loop import memory_layout
@@ -107,7 +107,7 @@ class Plan:
 
     def memory(self, objective: Objective) -> dict[str, Any]:
         """What an objective keeps from step to step, laid out as in `training.loop.place`."""
-        sizes = Corpus(_TEXTS, self.settings.data.length)
+        sizes = Sizes(_TEXTS, self.settings.data.length)
         shapes = jax.eval_shape(lambda params: objective.init(sizes, params), self.drafter_params)
         return jax.tree.map(
             lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),

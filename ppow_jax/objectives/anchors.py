@@ -18,7 +18,7 @@ from ppow_jax.drafters import windows
 from ppow_jax.keys import key
 from ppow_jax.models.target_outputs import TargetOutputs
 from ppow_jax.objectives import losses
-from ppow_jax.objectives.base import Batch, Corpus, Memory, Models, at
+from ppow_jax.objectives.base import Batch, Memory, Models, Sizes, at
 
 _NEVER = -(2**30)  # step at which a text's scores were made, before they are
 
@@ -55,13 +55,13 @@ class Picked(NamedTuple):
     importance: jax.Array
 
 
-def blank_table(rule: AnchorRule, corpus: Corpus) -> Memory:
+def blank_table(rule: AnchorRule, sizes: Sizes) -> Memory:
     """The table before anything is scored: float32 `[texts, T]` scores, int32 `[texts]` steps."""
     if rule.rule == "uniform":
         return {}
     return {
-        "scores": jnp.zeros((corpus.records, corpus.length), jnp.float32),
-        "scored_at": jnp.full(corpus.records, _NEVER, jnp.int32),
+        "scores": jnp.zeros((sizes.records, sizes.length), jnp.float32),
+        "scored_at": jnp.full(sizes.records, _NEVER, jnp.int32),
     }
 
 

@@ -90,7 +90,7 @@ class Signal(NamedTuple):
     extra: Any = ()
 
 
-class Corpus(NamedTuple):
+class Sizes(NamedTuple):
     """What `init` may size its memory by: how many records there are, and the tokens of a text."""
 
     records: int
@@ -112,11 +112,11 @@ class Objective(Protocol):
         """Optimiser steps on each signal."""
         return 1
 
-    def init(self, corpus: Corpus, params: dict) -> Memory:
+    def init(self, sizes: Sizes, params: dict) -> Memory:
         """The memory before the first step.
 
         Args:
-          corpus: what it may be sized by.
+          sizes: what it may be sized by.
           params: the drafter's that the run begins with; a step donates them, so what is kept is a copy.
         """
         return {}

@@ -27,12 +27,12 @@ from ppow_jax.objectives import weights as window_weights
 from ppow_jax.objectives.anchors import AnchorRule, blank_table, pick_anchors
 from ppow_jax.objectives.base import (
     Batch,
-    Corpus,
     Memory,
     Metrics,
     Models,
     Objective,
     Signal,
+    Sizes,
     Stats,
     along_text,
     at,
@@ -75,9 +75,9 @@ class Expected(Objective):
         check_gamma(self.gamma)
         rewards.reward_function(self.reward)
 
-    def init(self, corpus: Corpus, params: dict) -> Memory:
+    def init(self, sizes: Sizes, params: dict) -> Memory:
         """Of the rule for anchors."""
-        return blank_table(self.anchor_rule, corpus)
+        return blank_table(self.anchor_rule, sizes)
 
     def signal(
         self,

@@ -50,11 +50,11 @@ from ppow_jax.objectives.advantages import centred
 from ppow_jax.objectives.anchors import sample_anchors
 from ppow_jax.objectives.base import (
     Batch,
-    Corpus,
     Memory,
     Metrics,
     Models,
     Signal,
+    Sizes,
     Stats,
     along_text,
     draft_ids,
@@ -134,9 +134,9 @@ class GTO(Supervised):
         """Of the trees."""
         return shapes.parse(self.tree, "tree")
 
-    def init(self, corpus: Corpus, params: dict) -> Memory:
+    def init(self, sizes: Sizes, params: dict) -> Memory:
         """Of the rule for anchors, and the parameters that the run begins with."""
-        return super().init(corpus, params) | {"start": jax.tree.map(jnp.copy, params)}
+        return super().init(sizes, params) | {"start": jax.tree.map(jnp.copy, params)}
 
     def signal(
         self,

@@ -36,12 +36,12 @@ from ppow_jax.objectives import losses, rewards
 from ppow_jax.objectives.anchors import AnchorRule, Picked, blank_table, pick_anchors
 from ppow_jax.objectives.base import (
     Batch,
-    Corpus,
     Memory,
     Metrics,
     Models,
     Objective,
     Signal,
+    Sizes,
     Stats,
     draft_ids,
 )
@@ -106,9 +106,9 @@ class OPD(Objective):
         """How often the loop that scores the windows of so many texts runs at most."""
         return self.anchors * self.group // windows_at_once(texts, self.anchors, self.group, self.window)
 
-    def init(self, corpus: Corpus, params: dict) -> Memory:
+    def init(self, sizes: Sizes, params: dict) -> Memory:
         """Of the rule for anchors."""
-        return blank_table(self.anchor_rule, corpus)
+        return blank_table(self.anchor_rule, sizes)
 
     def signal(
         self,

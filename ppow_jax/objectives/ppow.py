@@ -20,12 +20,12 @@ from ppow_jax.objectives.advantages import ADVANTAGES, without_spread
 from ppow_jax.objectives.anchors import AnchorRule, blank_table, pick_anchors
 from ppow_jax.objectives.base import (
     Batch,
-    Corpus,
     Memory,
     Metrics,
     Models,
     Objective,
     Signal,
+    Sizes,
     Stats,
     along_text,
     per_token,
@@ -115,9 +115,9 @@ class PPOW(Objective):
             return 1
         return self.anchors * self.group // windows_at_once(texts, self.anchors, self.group, self.window)
 
-    def init(self, corpus: Corpus, params: dict) -> Memory:
+    def init(self, sizes: Sizes, params: dict) -> Memory:
         """ADAW's table."""
-        return blank_table(self.anchor_rule, corpus)
+        return blank_table(self.anchor_rule, sizes)
 
     def signal(
         self,

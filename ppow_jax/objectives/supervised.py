@@ -22,12 +22,12 @@ from ppow_jax.objectives import weights as window_weights
 from ppow_jax.objectives.anchors import AnchorRule, blank_table, pick_anchors
 from ppow_jax.objectives.base import (
     Batch,
-    Corpus,
     Memory,
     Metrics,
     Models,
     Objective,
     Signal,
+    Sizes,
     Stats,
     along_text,
     at,
@@ -86,9 +86,9 @@ class Supervised(Objective):
         losses.parse_losses(self.losses, "losses")
         window_weights.parse_weights(self.step_weights, "step_weights")
 
-    def init(self, corpus: Corpus, params: dict) -> Memory:
+    def init(self, sizes: Sizes, params: dict) -> Memory:
         """Of the rule for anchors."""
-        return blank_table(self.anchor_rule, corpus)
+        return blank_table(self.anchor_rule, sizes)
 
     def signal(
         self,

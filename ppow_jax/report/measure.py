@@ -84,11 +84,11 @@ class Benchmark:
     def turns(self, of: Sequence[str] | None = None) -> list[Turn]:
         """The answers, of all prompts or of those named; those of a single token have no rounds."""
         rows: dict[str, list[Turn]] = {}
-        seen = records.Records(self.features)
+        features = records.Records(self.features)
         for number, record in enumerate(records.Records(self.directory)):
             if of is not None and record["id"] not in of:
                 continue
-            text, taps = record["tokens"], seen[number]["taps"]
+            text, taps = record["tokens"], features[number]["taps"]
             rows[record["id"]] = [
                 Turn(record["id"], text[:start], text[start:end], taps[:end])
                 for start, end in conversations.spans(record["assistant"])

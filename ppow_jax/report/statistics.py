@@ -238,7 +238,8 @@ def compared(
 ) -> dict[str, dict[str, Any]]:
     """`difference`, and `difference_tree` where there are trees; benchmarks as in the function `difference`.
 
-    The interval of the speedup's difference is that of other prompts; it does not cover a machine's moods.
+    The interval of the speedup's difference is that of other prompts; it does not cover slow moments of the
+    machine.
     """
     value, ci95 = difference(tau, _part(benchmarks, "chain"))
     faster, faster_ci95 = difference(speedup, _part(benchmarks, "decoded"))

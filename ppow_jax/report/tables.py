@@ -106,14 +106,14 @@ def verdicts(report: Report) -> list[str]:
             continue
         found = mean["difference"]
         low, high = found["ci95"]
-        told = "above the control" if low > 0 else "below the control" if high < 0 else "cannot be told apart"
+        side = "above the control" if low > 0 else "below the control" if high < 0 else "cannot be told apart"
         share = found["tau"] / report["drafters"][base]["mean"]["tau"]
         trees = ""
         if tree := mean.get("difference_tree"):
             trees = f" Trees: {tree['tau']:+.3f} {interval(tree['ci95'], '+.3f')}."
         lines.append(
             f"{name} against {base}: tau {found['tau']:+.3f} {interval(found['ci95'], '+.3f')} "
-            f"({share:+.1%}) in the mean over benchmarks: {told}.{trees}"
+            f"({share:+.1%}) in the mean over benchmarks: {side}.{trees}"
         )
     return lines
 

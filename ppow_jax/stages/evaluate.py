@@ -1,9 +1,9 @@
 """Stage `evaluate`: acceptance length and speedup of every drafter that the workdir holds.
 
-Texts of the benchmarks are written by the target, autoregressively. tau comes from the exact simulation
-on all of them; speedup and identity from decoding some of them for real, each drafter beside
-autoregressive decoding of the same prompt in turn, so that a machine's mood hits both. All drafters are
-compared with `evaluate.control`, prompt by prompt. What is known of a drafter is not measured again.
+The target writes the texts of the benchmarks, autoregressively. tau comes from the exact simulation on all of
+them. Speedup and identity come from decoding some of them for real, each drafter and autoregressive decoding
+of the same prompt in turn, so that a slow moment of the machine hits both. All drafters are compared with
+`evaluate.control`, prompt by prompt. What is known of a drafter is not measured again.
 """
 
 import dataclasses

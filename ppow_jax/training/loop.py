@@ -16,7 +16,7 @@ from ppow_jax.data import texts
 from ppow_jax.decode.cost import measure_gamma
 from ppow_jax.drafters.eagle3 import Drafter, config_from, drafter_of, weights_of
 from ppow_jax.experiment import Experiment
-from ppow_jax.objectives.base import Corpus, Memory
+from ppow_jax.objectives.base import Memory, Sizes
 from ppow_jax.parallel import files, partition, preemption, processes
 from ppow_jax.parallel.checkpoint import Checkpoints
 from ppow_jax.parallel.console import log
@@ -51,7 +51,7 @@ def train(experiment: Experiment, run: str, corpus: texts.Corpus) -> None:
 
 def _train(experiment: Experiment, run: str, corpus: texts.Corpus, store: Checkpoints) -> None:
     settings, log_settings = experiment.settings.train[run], experiment.settings.log
-    sizes = Corpus(corpus.records, experiment.settings.data.length)
+    sizes = Sizes(corpus.records, experiment.settings.data.length)
     batches = _batches(experiment, run, corpus)
     if store.latest is None:
         start = drafters.begin(experiment, run, corpus)
@@ -136,7 +136,7 @@ def recipe(
     )
 
 
-def place(experiment: Experiment, recipe: Recipe, params: dict, vocab: Any, sizes: Corpus) -> State:
+def place(experiment: Experiment, recipe: Recipe, params: dict, vocab: Any, sizes: Sizes) -> State:
     """The state before the first step, on the mesh."""
     whole = partition.replicated(experiment.mesh)
     params = partition.shard(params, experiment.mesh)
@@ -157,7 +157,7 @@ def memory_layout(memory: Memory, mesh: Mesh) -> Any:
     }
 
 
-def abstract_state(experiment: Experiment, recipe: Recipe, sizes: Corpus) -> State:
+def abstract_state(experiment: Experiment, recipe: Recipe, sizes: Sizes) -> State:
     """Shapes of a state with their places, to restore to."""
     state = drafters.shapes(experiment, recipe.drafter)
     opt_state = jax.eval_shape(recipe.optimizer.init, state["params"])
@@ -194,7 +194,7 @@ def _steps_in_minutes(
     corpus: texts.Corpus,
     start: drafters.Trained,
     gamma: float,
-    sizes: Corpus,
+    sizes: Sizes,
 ) -> int:
     """How many steps fit into a run's minutes, settled once for a workdir."""
     settings = experiment.settings.train[run]

@@ -95,8 +95,8 @@ def make_step(recipe: Recipe, target_params: dict, key: jax.Array, profile: bool
 
         frozen = (vocab, target_params, batch)
         here = jax.random.fold_in(key, number)
-        taught, memory, metrics = lap(signal(learner["params"], *frozen, state["memory"], number, here))
-        learner, more = lap(update(learner, *frozen, taught))
+        made, memory, metrics = lap(signal(learner["params"], *frozen, state["memory"], number, here))
+        learner, more = lap(update(learner, *frozen, made))
         if profile:
             shares = np.diff(clock) / (clock[-1] - clock[0])
             more |= {"share_signal": round(shares[0], 4), "share_update": round(shares[1], 4)}

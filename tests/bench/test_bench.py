@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
@@ -20,8 +21,8 @@ from ppow_jax.decode.cost import Costs
 from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.decode.session import Session
 from ppow_jax.errors import UserError
+from ppow_jax.objectives.supervised import Supervised
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SOURCES = "maths=builtin:maths/eval[:3],chat=builtin:chat/eval[:3]"
 
 
@@ -134,6 +135,26 @@ def test_every_kind_of_training_step_is_taken_apart(tmp_path, monkeypatch, capsy
         "ppow: verification",
         "ppow: update",
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting(Supervised):
+    """Its memory counts signals."""
+
+    def init(self, sizes, params):
+        return {"signals": jnp.zeros(())}
+
+    def signal(self, models, batch, outputs, memory, *about):
+        made, _, metrics = super().signal(models, batch, outputs, {}, *about)
+        return made, {"signals": memory["signals"] + 1}, metrics
+
+
+def test_the_memory_of_an_objective_goes_on_from_signal_to_signal(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "median_seconds", lambda call, repeats: [call() for _ in range(3)] and 0.01)
+    made = runs.build(tmp_path / "w", runs=("supervise",))
+    run = dataclasses.replace(made.settings.train["supervise"], method=Counting(anchors=2, window=2))
+    found = training_steps.phases(made, run, machine.fresh_drafter(made))
+    assert set(found) == {"signal", "update"}
 
 
 def test_operations_of_a_ppow_signal(tmp_path, monkeypatch):

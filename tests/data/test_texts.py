@@ -14,8 +14,6 @@ from ppow_jax.models import target_outputs
 from ppow_jax.parallel.checkpoint import Checkpoints
 from ppow_jax.stages import features, train
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def record(tokens: list[int], assistant: list[int]) -> dict:
     return {"tokens": np.array(tokens, np.int32), "assistant": np.array(assistant, np.uint8)}

@@ -16,7 +16,6 @@ from ppow_jax.decode.sampling import Sampling
 from ppow_jax.models import target_outputs
 from ppow_jax.parallel import partition
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 L, STOP = 40, 6
 PROMPTS = [[5, 6], [9], [4, 4, 30], [17], [7, 7, 2, 8, 1, 30], [11, 12], [25], [14, 9, 30]] * 2
 

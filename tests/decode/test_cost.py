@@ -18,7 +18,6 @@ from ppow_jax.decode.profile import Texts
 from ppow_jax.decode.simulate import simulate
 from ppow_jax.decode.tree import Candidates
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 
 

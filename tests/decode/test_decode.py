@@ -17,8 +17,6 @@ from ppow_jax.drafters import eagle3
 PROMPTS, L, NEVER, LETTERS = small.PROMPTS, small.L, small.NEVER, small.LETTERS
 FEW = np.concatenate([[0, 1, 3], np.delete(LETTERS, [2, 11, 23])])  # three letters it cannot draft
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def greedy(stops: tuple[int, ...] = NEVER, count: int = L) -> DecodeConfig:
     return DecodeConfig(count, stops)

@@ -13,7 +13,6 @@ from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.decode.ngrams import NOTHING, Lookahead, Lookup
 from ppow_jax.decode.sampling import GREEDY, Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS, L, NEVER = small.PROMPTS, small.L, small.NEVER
 TREE = shapes.Dynamic(9, 3, 3)
 DRAFTERS = {

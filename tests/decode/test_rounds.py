@@ -9,7 +9,6 @@ from ppow_jax.decode.rounds import rounds_of
 from ppow_jax.decode.shapes import chain
 from ppow_jax.decode.simulate import simulate
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 K, L = 3, small.L
 
 

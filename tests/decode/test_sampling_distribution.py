@@ -16,8 +16,6 @@ from ppow_jax.decode import shapes, verify
 from ppow_jax.decode.sampling import Sampling, log_probs, pick
 from ppow_jax.decode.verify import Draft, Drawn
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 V = 4
 SHAPES = {
     "chain of 1": shapes.chain(1),

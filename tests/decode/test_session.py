@@ -16,7 +16,6 @@ from ppow_jax.decode.sampling import Sampling
 from ppow_jax.decode.session import Session, bucket
 from ppow_jax.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 L, NEVER = small.L, small.NEVER
 SHAPES = {"chain": shapes.chain(3), "tree": shapes.Dynamic(9, 3, 3)}
 

@@ -15,7 +15,6 @@ from ppow_jax.decode.verify import Draft
 from ppow_jax.drafters.windows import text_prefix, text_starts
 from ppow_jax.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS, L, NEVER, LETTERS = small.PROMPTS, small.L, small.NEVER, small.LETTERS
 SHAPES = {
     "chain": shapes.chain(3),

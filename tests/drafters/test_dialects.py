@@ -16,8 +16,6 @@ from ppow_jax.errors import UserError
 from ppow_jax.models.target import default_taps
 from ppow_jax.parallel import partition
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TARGET = dataclasses.replace(small.TINY, layers=9, taps=default_taps(9))  # 2, 4, 6
 VOCAB = small.DRAFT_VOCAB
 PLAIN = eagle3.drafter_config(TARGET, len(VOCAB), 40, "float32")

@@ -10,8 +10,6 @@ from ppow_jax.drafters import eagle3, windows
 from ppow_jax.drafters.eagle3 import Drafter, DrafterWeights
 from ppow_jax.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 VOCAB = jnp.asarray(small.DRAFT_VOCAB)
 
 

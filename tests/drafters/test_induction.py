@@ -16,8 +16,6 @@ from ppow_jax.models.target import abstract_params, head_matrix
 from ppow_jax.stages import train
 from ppow_jax.training import drafters
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 B, HALF, D, E, V = 16, 20, 64, 32, 40
 WIDE = dataclasses.replace(small.TINY, width=D, heads=6, kv_heads=2, head_size=E, rope_theta=1e5)
 

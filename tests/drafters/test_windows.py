@@ -13,8 +13,6 @@ import small
 from ppow_jax.drafters import eagle3, windows
 from ppow_jax.drafters.eagle3 import Drafter, DrafterWeights
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 B, T, A, G, K = 2, 14, 3, 2, 4
 N = len(small.DRAFT_VOCAB)
 ANCHORS = np.array([[0, 6, 11], [3, 12, 6]], np.int32)

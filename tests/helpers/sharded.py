@@ -20,7 +20,7 @@ from ppow_jax.decode import batch as large_batches
 from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.target import Target
-from ppow_jax.objectives.base import Corpus
+from ppow_jax.objectives.base import Sizes
 from ppow_jax.parallel import partition
 from ppow_jax.targets import huggingface
 from ppow_jax.training import drafters, loop
@@ -31,12 +31,11 @@ MESHES = {"supervise": ("data", "all"), "greedy": ("all",), "sampled": ("all",)}
 B, T, PROMPT = 8, 32, 4
 FAMILIES = ("llama2", "qwen2", "gemma3")
 CALM = 6  # steps before the one that is compared
-SIZES = Corpus(B, T)
+SIZES = Sizes(B, T)
 
 
 def main(path: str) -> None:
     """Writes parameters, metrics and layouts after one step of each kind on each mesh."""
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles in half the time
     params = small.tiny_pair().params
     one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), partition.AXES)
     batch = texts()

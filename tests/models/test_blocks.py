@@ -14,7 +14,6 @@ from ppow_jax.models.cache import KeyValues
 from ppow_jax.objectives import losses
 from ppow_jax.parallel import partition
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNG = np.random.default_rng(11)
 B, G, R, E = 2, 2, 3, 4
 

@@ -16,7 +16,6 @@ from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.target import Target
 from ppow_jax.parallel import partition
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = DecodeConfig(14, small.NEVER)
 
 

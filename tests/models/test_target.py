@@ -14,8 +14,6 @@ from ppow_jax.models import cache as kv_cache
 from ppow_jax.models import layers
 from ppow_jax.models.target import Target, abstract_params, default_taps, fingerprint, head_matrix
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 DEEP = dataclasses.replace(small.TINY, layers=6, taps=(1, 3, 4), tied_head=True, width=24)
 B, T = 3, 13
 TOKENS = np.random.default_rng(2).integers(small.TINY.vocab_size, size=(B, T)).astype(np.int32)

@@ -13,8 +13,6 @@ from ppow_jax.models.target_outputs import outputs_of
 from ppow_jax.objectives.base import Signal, models_of
 from ppow_jax.objectives.expected import Expected
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 T, K = 16, 3
 
 

@@ -17,8 +17,6 @@ from ppow_jax.objectives.griffin import GRIFFIN, text_hits
 from ppow_jax.objectives.hass import HASS
 from ppow_jax.training.step import Recipe, make_signal, make_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 T, LENGTHS, K = 16, [16, 16, 5], 3  # the last text has fewer anchors than are asked for
 LETTERS = np.arange(4, small.markov.SIZE, dtype=np.int32)
 

@@ -20,12 +20,10 @@ from ppow_jax.errors import ConfigError
 from ppow_jax.models.target_outputs import outputs_of
 from ppow_jax.objectives import gto
 from ppow_jax.objectives.anchors import AnchorRule
-from ppow_jax.objectives.base import Corpus, models_of
+from ppow_jax.objectives.base import Sizes, models_of
 from ppow_jax.objectives.gto import GTO, Trees
 from ppow_jax.objectives.supervised import Supervised
 from ppow_jax.training.step import Recipe, make_signal, make_step
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 T, SHORT, K, M, SIZE = 24, 6, 3, 2, 4
 LETTERS = np.arange(4, small.markov.SIZE, dtype=np.int32)
@@ -41,7 +39,7 @@ def signaller(target, drafter, objective):
 
 def taught(chain, drafter, weights, start, objective, batch):
     """(signal, memory, metrics) of a drafter that was another at the start."""
-    memory = objective.init(Corpus(len(batch["tokens"]), T), start.params)
+    memory = objective.init(Sizes(len(batch["tokens"]), T), start.params)
     make = signaller(chain.target, drafter, objective)
     return make(weights.params, weights.vocab, chain.params, batch, memory, 1, KEY)
 
@@ -314,7 +312,7 @@ def test_parts_of_a_batch_add_up_and_the_start_stays(chain, drafters, batch):
         recipe = Recipe(OBJECTIVE, chain.target, drafter, optimizer, accumulate, stops=NEVER)
         params = jax.tree.map(jnp.copy, weights.params)  # the step donates them
         state = {"params": params, "opt_state": optimizer.init(params), "vocab": weights.vocab}
-        state |= {"memory": OBJECTIVE.init(Corpus(4, T), start.params)}
+        state |= {"memory": OBJECTIVE.init(Sizes(4, T), start.params)}
         found.append(make_step(recipe, chain.params, KEY)(1, state, batch))
         assert norm(jax.tree.map(jnp.subtract, found[-1][0]["memory"]["start"], start.params)) == 0
     changed = jax.tree.map(jnp.subtract, found[0][0]["params"], weights.params)
@@ -326,7 +324,7 @@ def test_parts_of_a_batch_add_up_and_the_start_stays(chain, drafters, batch):
 
 def test_what_is_kept_of_the_start_is_a_copy(chain, drafters):
     params = jax.tree.map(jnp.copy, drafters[1].params)
-    memory = dataclasses.replace(OBJECTIVE, anchor_rule=AnchorRule("adaw")).init(Corpus(7, T), params)
+    memory = dataclasses.replace(OBJECTIVE, anchor_rule=AnchorRule("adaw")).init(Sizes(7, T), params)
     assert memory["scores"].shape == (7, T)
     jax.tree.map(lambda x: x.delete(), params)
     assert norm(memory["start"]) > 0

@@ -15,8 +15,6 @@ from ppow_jax.objectives import losses
 from ppow_jax.objectives.hass import HASS, top_k_loss
 from ppow_jax.training.step import Recipe, make_signal, make_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 T, LENGTHS = 16, [16, 16, 5]  # the last text has fewer anchors than are asked for
 LETTERS = np.arange(4, small.markov.SIZE, dtype=np.int32)
 

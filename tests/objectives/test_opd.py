@@ -15,12 +15,10 @@ from reference import log_softmax
 from ppow_jax.errors import ConfigError
 from ppow_jax.models.target_outputs import outputs_of
 from ppow_jax.objectives.anchors import AnchorRule
-from ppow_jax.objectives.base import Corpus, models_of
+from ppow_jax.objectives.base import Sizes, models_of
 from ppow_jax.objectives.opd import OPD, replay
 from ppow_jax.objectives.rollout import Rollout
 from ppow_jax.training.step import Recipe, make_signal, make_step
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 T, SHORT, K, G = 20, 6, 3, 3
 LETTERS = np.arange(4, small.markov.SIZE, dtype=np.int32)
@@ -35,7 +33,7 @@ def signaller(target, drafter, objective, stops):
 
 def taught(pair, drafter, weights, objective, batch, key=KEY, stops=NEVER):
     """(signal, memory, metrics)."""
-    memory = objective.init(Corpus(len(batch["tokens"]), T), weights.params)
+    memory = objective.init(Sizes(len(batch["tokens"]), T), weights.params)
     make = signaller(pair.target, drafter, objective, stops)
     return make(weights.params, weights.vocab, pair.params, batch, memory, 1, key)
 

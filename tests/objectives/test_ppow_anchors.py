@@ -12,9 +12,7 @@ import small
 from ppow_jax.drafters import windows
 from ppow_jax.models.target_outputs import outputs_of
 from ppow_jax.objectives.anchors import AnchorRule, blank_table, criticality, pick_anchors, round_beginnings
-from ppow_jax.objectives.base import Corpus, models_of
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+from ppow_jax.objectives.base import Sizes, models_of
 
 B, T = 3, 14
 TOKENS = np.random.default_rng(6).integers(small.TINY.vocab_size, size=(B, T)).astype(np.int32)
@@ -164,7 +162,7 @@ def test_rounds_begin_where_a_walk_along_the_text_drafts_anew(tiny):
 def test_what_decoding_begins_with_is_drawn_from(tiny):
     """After the warm-up only beginnings of rounds are anchors; the table is empty before."""
     rule = AnchorRule("rounds", warmup_steps=0, rescore_every=5)
-    memory = blank_table(rule, Corpus(5, T))
+    memory = blank_table(rule, Sizes(5, T))
     picked, memory = picker(tiny, rule, 4)(memory, BATCH, 1, jax.random.key(0))
     beginnings = np.asarray(memory["scores"])[INDEX] > 0
     assert beginnings.any(1).all()

@@ -13,8 +13,6 @@ from phases import KEY, NEVER, batch_of, gradient_of, judge, norm, run, small_pp
 from ppow_jax.objectives.rollout import draw
 from ppow_jax.training.step import Recipe, make_update
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 T = 20  # positions
 
 

@@ -15,8 +15,6 @@ from ppow_jax.models.target_outputs import outputs_of
 from ppow_jax.objectives import rewards, verification
 from ppow_jax.objectives.base import models_of, per_token
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 T, SHORT = 20, 6  # positions; the length of the last row
 
 

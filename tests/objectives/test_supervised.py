@@ -11,8 +11,6 @@ from ppow_jax.models.target_outputs import outputs_of
 from ppow_jax.objectives.base import models_of
 from ppow_jax.objectives.supervised import Supervised
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 T, K = 14, 3
 LENGTHS = [T, 9]  # of the second text only a few windows are whole
 

@@ -13,8 +13,6 @@ from ppow_jax.drafters import windows
 from ppow_jax.models import target_outputs
 from ppow_jax.objectives import verification
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 B, T, W, K = 2, 12, 6, 4
 RNG = np.random.default_rng(5)
 TOKENS = RNG.integers(small.TINY.vocab_size, size=(B, T)).astype(np.int32)

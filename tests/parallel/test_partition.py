@@ -161,7 +161,8 @@ def test_shares_of_a_device_and_heads_that_do_not_divide(caplog):
 def steps(tmp_path_factory) -> dict[str, np.ndarray]:
     """What `sharded` found on simulated devices."""
     path = tmp_path_factory.mktemp("sharded") / "steps.npz"
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, sharded.__file__, str(path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -20,8 +20,6 @@ from ppow_jax.report.samples import as_text
 from ppow_jax.stages import evaluate
 from ppow_jax.training import drafters
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BENCHMARK = {
     "tau": float, "tau_ci95": list, "accepted_per_position": list, "rounds": int, "tokens": int,
     "tokens_per_s": float, "tokens_per_s_autoregressive": float, "speedup": float,

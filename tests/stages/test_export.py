@@ -18,8 +18,6 @@ from ppow_jax.stages import export
 from ppow_jax.targets.load import load as load_target
 from ppow_jax.training import drafters
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def manifest(finished) -> dict:

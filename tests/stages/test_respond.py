@@ -19,7 +19,6 @@ from ppow_jax.models.target import Target
 from ppow_jax.stages import respond
 from ppow_jax.targets import markov, tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 USER, ASSISTANT, END = (markov.SPECIALS.index(x) for x in ("<user>", "<assistant>", "<end>"))
 BEST = markov.transition(0).argmax(1)
 # As the chain's own, but it keeps the case of what it renders.

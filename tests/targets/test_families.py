@@ -10,8 +10,6 @@ from golden_families import GOLDEN, POSITIONS, TEXT, load, parity, write
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.target import Target
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOLERANCE = 1e-4
 
 

@@ -14,8 +14,6 @@ from ppow_jax.decode.simulate import expected_accepted
 from ppow_jax.stages.train import corpus
 from ppow_jax.training import curves, drafters
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 VOCAB = np.array([0, 1, 2, 3, 5, 6])  # token 4 cannot be drafted
 TEXT = [3, 1, 2, 4, 1, 2, 1, 5, 0, 0]
 

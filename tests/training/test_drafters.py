@@ -10,8 +10,6 @@ import runs
 from ppow_jax.errors import ConfigError
 from ppow_jax.training import drafters
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = dict(
     train__supervise__steps=4,
     train__supervise__optimizer__warmup_steps=2,

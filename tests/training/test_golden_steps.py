@@ -14,13 +14,11 @@ import small
 from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.drafters.eagle3 import Drafter, drafter_config, init_params
 from ppow_jax.objectives.anchors import AnchorRule
-from ppow_jax.objectives.base import Corpus
+from ppow_jax.objectives.base import Sizes
 from ppow_jax.objectives.ppow import PPOW
 from ppow_jax.objectives.supervised import Supervised
 from ppow_jax.parallel import partition
 from ppow_jax.training.step import Recipe, make_step
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden/steps.json").read_text())["steps"]
 B, T, PROMPT, STEPS = 8, 32, 4, 20
@@ -76,7 +74,7 @@ def walk(tiny, batch):
         recipe = Recipe(objective, tiny.target, drafter, optimizer, parts, stops=(1,), gamma=0.12)
         params = jax.tree.map(jnp.array, params)  # a step donates them
         state = {"params": params, "opt_state": optimizer.init(params), "vocab": small.DRAFT_VOCAB}
-        state |= {"memory": objective.init(Corpus(B, T), params)}
+        state |= {"memory": objective.init(Sizes(B, T), params)}
         step, losses = make_step(recipe, tiny.params, root(name)), []
         for number in range(1, STEPS + 1):
             state, metrics = step(number, state, batch)

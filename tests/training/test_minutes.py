@@ -7,7 +7,6 @@ import runs
 
 from ppow_jax.training import drafters, loop, metrics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 CHANGES = dict(
     runs=("supervise",),
     stages=("respond", "train"),

@@ -19,7 +19,6 @@ from ppow_jax.parallel import preemption, processes
 from ppow_jax.parallel.checkpoint import Checkpoints
 from ppow_jax.training import loop
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 CHANGES = dict(
     stages=("respond", "train"),
     runs=("supervise",),

@@ -13,7 +13,6 @@ from ppow_jax.objectives.expected import Expected
 from ppow_jax.objectives.supervised import Supervised
 from ppow_jax.training.step import Recipe, added, make_step, make_update
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 T = 24
 LENGTHS = [24, 7, 15, 24]  # so that parts count differently
 
