@@ -9,7 +9,6 @@ fields of the objective that it names (`ppow_jax.objectives`).
 """
 
 import dataclasses
-import importlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +23,9 @@ STAGES = ("respond", "train", "evaluate", "export")
 DTYPES = ("float32", "bfloat16")
 STORED_DTYPES = (*DTYPES, "float16")
 FRESH = "fresh"  # a run's start that is no other run
+IMPORTED = "imported"  # in reports, the drafter that config.drafter.path names
+AUTOREGRESSIVE = "autoregressive"  # decoding without a drafter
+_RESERVED = (FRESH, IMPORTED, AUTOREGRESSIVE, "decode", *STAGES)  # no names of training runs
 
 # Names of the objectives of this package; any other is given as `module:Class`.
 OBJECTIVES = {
@@ -35,6 +37,9 @@ OBJECTIVES = {
     "griffin": "ppow_jax.objectives.griffin:GRIFFIN",
     "gto": "ppow_jax.objectives.gto:GTO",
 }
+
+
+_METHODS = ("init", "signal", "inputs", "observe", "summarise", "loss")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +55,8 @@ class TargetSettings:
     dtype: str = key("float32", "of weights and computation", choices=DTYPES)
     taps: tuple[int, ...] = key(
         (),
-        "The layers whose inputs the drafter reads, from 0, ascending; n, of n, is the output of the last "
-        "one. Empty: (2, n // 2, n - 3), EAGLE-3's.",
+        "What the drafter reads, ascending: i means the input of layer i, counted from 0, and the number of "
+        "layers n means the last layer's output. Empty: (2, n // 2, n - 3), EAGLE-3's.",
     )
 
 
@@ -91,7 +96,7 @@ class DataSettings:
     length: int = key(256, "tokens of a training text; what is longer is cut", at_least=1)
     holdout: int = key(32, "responses kept out of training, for the curves")
     cache_features: bool = key(
-        True, "Keep the target's features on disk (features/): right where its forward pass is dear."
+        True, "Keep the target's features on disk (features/), so that it reads each text once."
     )
     feature_dtype: str = key("float16", "of those files", choices=STORED_DTYPES)
 
@@ -114,9 +119,9 @@ class DrafterSettings:
     mlp_hidden: int = key(0, "0: as wide as the target's")
     kv_heads: int = key(
         0,
-        "0: as many as the target's; else a multiple of those that divides the target's query heads. The "
-        "values of attention are the one way by which a token's embedding gets in: few narrow heads let "
-        "little through.",
+        "0: as many as the target's; else a multiple of those that divides the target's query heads. A "
+        "token's embedding reaches the hidden state through attention's values alone, so few narrow heads "
+        "limit it.",
     )
     induction: bool = key(
         True,
@@ -151,7 +156,7 @@ class TrainSettings:
     start: str = key(
         FRESH,
         "What it begins with: fresh (what config.drafter describes), the name of an earlier run, or a "
-        "directory of an EAGLE-3 drafter or of an export.",
+        "directory of EAGLE-3 files, such as WORKDIR/export/sglang, with a / in its path.",
     )
     order: str = key(
         "",
@@ -213,9 +218,13 @@ class EvaluateSettings:
     )
     max_new_tokens: int = key(128, "a turn", at_least=1)
     batch_size: int = key(32, "texts", at_least=1)
-    window: int = key(10, "K of tau, by exact simulation on all prompts", at_least=1)
-    tree: str = key("", "Shape of drafts, as decode.shape, of tau_tree, by the same; empty: none.")
-    decode_prompts: int = key(22, "a benchmark, decoded for real as `decode` says", at_least=1)
+    window: int = key(10, "length of the chains that tau is simulated with", at_least=1)
+    tree: str = key(
+        "", "Draft tree that tau_tree is simulated with, written as decode.shape; empty: not measured."
+    )
+    decode_prompts: int = key(
+        22, "prompts of each benchmark that are decoded for real, as config.decode says", at_least=1
+    )
     control: str = key("", "The run that all others are compared with, prompt by prompt; empty: none.")
 
 
@@ -232,11 +241,11 @@ class ExportSettings:
 class LogSettings:
     """How often to log, measure and save."""
 
-    every_steps: int = key(20, "lines of the log", at_least=1)
+    every_steps: int = key(20, "training steps between lines of the log", at_least=1)
     curve_points: int = key(
         4, "times that a run measures acceptance, evenly spread; the last is its end", at_least=1
     )
-    checkpoint_every_steps: int = key(100, "saves", at_least=1)
+    checkpoint_every_steps: int = key(100, "training steps between checkpoints", at_least=1)
     keep_checkpoints: int = key(2, "of each run", at_least=1)
     tensorboard: bool = key(False, "write tensorboard/ too")
     profile: bool = key(False, "Time the phases of a step, each waiting for the one before: a little slower.")
@@ -267,6 +276,10 @@ class Settings:
         """The training runs that `runs` names, in the order of `train`."""
         return {name: run for name, run in self.train.items() if not self.runs or name in self.runs}
 
+    def exported(self) -> str:
+        """The run whose drafter is exported; empty: there is none."""
+        return self.export.drafter or next(reversed(self.chosen()), "")
+
     def lineage(self, name: str) -> list[str]:
         """The runs that a run starts from, the first one first, itself the last."""
         start = self.train[name].start
@@ -290,7 +303,10 @@ def training_run(objective: str, **changes: Any) -> ConfigDict:
     """
     values = _flat(TrainSettings(objective=objective, method=objective_class(objective)()))
     run = _config_dict(values)
-    run.update(_config_dict(changes))
+    try:
+        run.update(_config_dict(changes))
+    except (TypeError, KeyError) as e:
+        raise ConfigError(f"a training run of {objective!r}: {e}") from e
     return run
 
 
@@ -300,16 +316,24 @@ def objective_class(name: str, where: str = "objective") -> type:
     Raises:
       ConfigError: it cannot be imported, or is no dataclass.
     """
-    module, _, attribute = OBJECTIVES.get(name, name).partition(":")
     expected = f"expected {', '.join(OBJECTIVES)}, or module:Class of a frozen dataclass"
-    if not attribute:
-        raise ConfigError(f"{where}: found {name!r}, {expected}")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as e:
-        raise ConfigError(f"{where}: {name!r} cannot be imported ({e}); {expected}") from e
-    if not dataclasses.is_dataclass(found):
+    found = keys.imported(OBJECTIVES.get(name, name), f"{where}: found {name!r}, {expected}")
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
         raise ConfigError(f"{where}: {name!r} is no dataclass; {expected}")
+    fields = dataclasses.fields(found)
+    missing = [m for m in _METHODS if not callable(getattr(found, m, None))]
+    missing += [] if any(f.name == "window" for f in fields) else ["window"]
+    if missing:
+        raise ConfigError(
+            f"{where}: {name!r} has no {', '.join(missing)}; expected a subclass of objectives.base.Objective"
+        )
+    for field in fields:
+        if field.default is field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}: the field {field.name!r} of {name!r} has no default, expected one")
+        if field.name in {f.name for f in dataclasses.fields(TrainSettings)}:
+            raise ConfigError(
+                f"{where}: {name!r} has a field {field.name!r}, which every training run has; rename it"
+            )
     return found
 
 
@@ -346,8 +370,11 @@ def from_config(config: Mapping[str, Any]) -> Settings:
 
 def _build_run(values: Mapping[str, Any], path: str) -> TrainSettings:
     """A training run from its own keys and its objective's, which stand side by side."""
-    if not re.fullmatch(r"[A-Za-z]\w*", path.rpartition(".")[-1]):
+    name = path.rpartition(".")[-1]
+    if not re.fullmatch(r"[A-Za-z]\w*", name):
         raise ConfigError(f"{path}: found this name of a run, expected a letter, then letters, digits or _")
+    if name in _RESERVED:
+        raise ConfigError(f"{path}: found the name {name!r}, expected one that means nothing else yet")
     if not hasattr(values, "keys"):
         raise ConfigError(f"{path}: found {values!r}, expected a group of keys")
     values = {name: values[name] for name in values}
@@ -376,8 +403,8 @@ def _check(s: Settings) -> None:
         require(name in ("", *names), where, name, f"one of {', '.join(names)}, or empty")
     for at, (name, run) in enumerate(s.train.items()):
         here = f"train.{name}"
-        require((run.steps > 0) != (run.minutes > 0), f"{here}.steps", run.steps,
-                f"1 or more, or 0 and {here}.minutes above 0")  # fmt: skip
+        lengths = f"steps {run.steps} and minutes {run.minutes:g}"
+        require((run.steps > 0) != (run.minutes > 0), f"{here}.steps", lengths, "one of them, the other 0")
         require(run.batch_size % run.accumulate == 0, f"{here}.accumulate", run.accumulate,
                 f"a divisor of {here}.batch_size")  # fmt: skip
         later = names[at:]

@@ -5,6 +5,10 @@ class UserError(Exception):
     """What was found, what was expected, what to do: printed as one line, without a traceback."""
 
 
+class UnfinishedError(UserError):
+    """A training run is not at its last step yet."""
+
+
 class ConfigError(UserError):
     """A `UserError` in the configuration: found before any model is loaded, exit status 2."""
 

@@ -1,6 +1,7 @@
 """Sections of the configuration: frozen dataclasses whose fields know their limits and what they mean."""
 
 import dataclasses
+import importlib
 import math
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -112,6 +113,19 @@ def _limit(field: dataclasses.Field, value: Any, path: str) -> None:
     if not holds:
         bounds += [f"or {x:g}" for x in limits["also"]]
         raise ConfigError(f"{path}: found {value!r}, expected {', '.join(bounds) or 'a number'}")
+
+
+def imported(name: str, complaint: str) -> Any:
+    """What `module:attribute` names.
+
+    Raises:
+      ConfigError: there is none; the message begins with the complaint.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError, TypeError) as e:
+        raise ConfigError(f"{complaint} ({e})") from e
 
 
 def to_dict(section: Any) -> dict[str, Any]:

@@ -23,9 +23,11 @@ _STAGES = {"respond": respond, "train": train, "evaluate": evaluate, "export": e
 _DEPENDS: dict[str, tuple[str, ...]] = {
     "respond": ("seed", "target", "respond"),
     "train": ("seed", "target", "respond", "data", "drafter"),
-    "evaluate": ("seed", "target", "decode", "evaluate", "runs"),
-    "export": ("target", "export"),
+    "evaluate": ("seed", "target", "respond", "data", "drafter", "decode", "evaluate"),
+    "export": ("target", "drafter", "export"),
 }
+# What tells that it was written; a unit is done again where that is gone.
+_LEAVES = {"evaluate": ("evaluate", "report.json"), "export": ("export/manifest.json",)}
 _REPEATABLE = ("evaluate", "export")  # cheap and harmless to do again with other settings
 _MAY_CHANGE = ("optimizer", "accumulate")  # of a run that is not finished: it may go on more carefully
 
@@ -46,8 +48,10 @@ def run(settings: Settings, workdir: pathlib.Path) -> None:
         log.info("every stage is finished; nothing to do in %s", workdir)
         return
     check(settings, todo)
+    check_starts(settings, todo, workdir)
     files.write_json(workdir / "config.json", to_dict(settings))
     made = experiment.build(settings, workdir)
+    check_target(made, todo)
     with jax.set_mesh(made.mesh):
         for unit in todo:
             log.info("stage %s", unit)
@@ -72,6 +76,37 @@ def check(settings: Settings, todo: list[str]) -> None:
     for stage in settings.stages:
         if any(_stage(unit) == stage for unit in todo):
             _STAGES[stage].check(settings)
+
+
+def check_target(made: Experiment, todo: list[str]) -> None:
+    """All that the stages can know once the target is there.
+
+    Raises:
+      UserError: a stage of the run could not be done.
+    """
+    for name, stage in (("train", train), ("evaluate", evaluate), ("export", export)):
+        if any(_stage(unit) == name for unit in todo):
+            stage.check_target(made)
+
+
+def check_starts(settings: Settings, todo: list[str], workdir: pathlib.Path) -> None:
+    """The runs that others begin with, or that are exported, are trained before.
+
+    Raises:
+      ConfigError: one is neither finished nor to do.
+    """
+    begun = files.read_json(workdir / "stages.json") or {}
+    wanted = [("export.drafter", settings.exported())] if "export" in todo else []
+    for unit in todo:
+        stage, _, name = unit.partition("/")
+        if stage == "train" and settings.train[name].start in settings.train:
+            wanted.append((f"train.{name}.start", settings.train[name].start))
+    for key, run in wanted:
+        if f"train/{run}" not in todo and not begun.get(f"train/{run}", {}).get("finished"):
+            raise ConfigError(
+                f"config.{key}: the run {run!r} is neither finished in {workdir} nor among those to train; "
+                "name it in config.runs too"
+            )
 
 
 def _run(made: Experiment, unit: str) -> None:
@@ -125,7 +160,8 @@ def plan(settings: Settings, workdir: pathlib.Path) -> list[str]:
                 f"config.{key}: found {new!r}, but stage {unit!r} was begun in {workdir} with "
                 f"{old!r}; use that, or a new workdir"
             )
-        if record is None or changed or not record["finished"]:
+        gone = not all((workdir / name).exists() for name in _LEAVES.get(unit, ()))
+        if record is None or changed or not record["finished"] or gone:
             todo.append(unit)
     if any(_stage(unit) == "train" for unit in todo):
         todo += [s for s in settings.stages if s in _REPEATABLE and s not in todo]
@@ -139,6 +175,10 @@ def _relevant(settings: Settings, unit: str) -> dict[str, Any]:
     found = {key: values[key] for key in _DEPENDS[stage]}
     if name:
         found["train"] = {run: values["train"][run] for run in settings.lineage(name)}
+    elif stage == "evaluate":
+        found["drafters"] = list(settings.chosen())
+    elif stage == "export":
+        found["drafter of"] = settings.exported()
     return json.loads(json.dumps(found))
 
 

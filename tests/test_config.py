@@ -159,12 +159,9 @@ def test_wrong_type(key, value, expected):
         (dict(train__cst__step_weights="decay*x"), "train.cst.step_weights", "one of uniform, decay"),
         (dict(train__cst__objective="gone"), "train.cst.objective", "supervised, expected, ppow"),
         (dict(train__cst__start="ppow"), "train.cst.start", "fresh, an earlier run, or a directory"),
-        (
-            dict(train__supervise__steps=0),
-            "train.supervise.steps",
-            "1 or more, or 0 and train.supervise.minutes",
-        ),
-        (dict(train__supervise__minutes=2.0), "train.supervise.steps", "1 or more, or 0 and"),
+        (dict(train__supervise__steps=0), "train.supervise.steps", "one of them, the other 0"),
+        (dict(train__supervise__minutes=2.0), "train.supervise.steps", "one of them, the other 0"),
+        (dict(train__cst__renormalise=False), "train.cst.renormalise", "True for losses cross_entropy"),
         (dict(train__supervise__accumulate=3), "train.supervise.accumulate", "a divisor of"),
         (dict(export__drafter="respond"), "export.drafter", "supervise, cst, ppow, or empty"),
         (dict(evaluate__control="best"), "evaluate.control", "supervise, cst, ppow, or empty"),
@@ -279,5 +276,61 @@ def test_an_objective_from_outside_the_package(monkeypatch):
     assert isinstance(c, ConfigDict) and c.train.own.anchors == Supervised().anchors
     found = config.from_config(c).train["own"].method
     assert type(found) is Own and found.strength == 0.5
-    for wrong in ("elsewhere:Gone", "nowhere:Own", "elsewhere:thing", "Own"):
-        assert "expected" in refusal(changed(train__cst__objective=wrong))
+    module.function, module.Blank, module.Clash, module.Owing = print, Blank, Clash, Owing
+    for wrong, why in {
+        "elsewhere:Gone": "module:Class of a frozen dataclass",
+        "nowhere:Own": "module:Class of a frozen dataclass",
+        "elsewhere:thing": "is no dataclass",
+        "elsewhere:function": "is no dataclass",
+        "Own": "module:Class of a frozen dataclass",
+        ":Own": "module:Class of a frozen dataclass",
+        ".elsewhere:Own": "module:Class of a frozen dataclass",
+        "elsewhere:Blank": "has no init, signal, inputs, observe, summarise, loss, window; expected",
+        "elsewhere:Clash": "has a field 'seed', which every training run has; rename it",
+        "elsewhere:Owing": "the field 'due' of 'elsewhere:Owing' has no default",
+    }.items():
+        assert why in refusal(changed(train__cst__objective=wrong)), wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class Blank:
+    """No objective at all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Clash(Supervised):
+    """One whose field would never be set."""
+
+    seed: int = keys.key(7, "of something")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Owing(Supervised):
+    """One that a config cannot leave at its defaults."""
+
+    due: int
+
+
+def test_a_training_run_with_a_value_of_another_type_is_one_line():
+    for changes in (dict(gamma=0.2), dict(steps="10"), dict(nothing=1)):
+        try:
+            made = config.training_run("ppow", **changes)
+        except ConfigError as e:
+            assert "\n" not in str(e) and "a training run of 'ppow'" in str(e)
+        else:
+            c = base.get_config()
+            c.train.own = made
+            assert "unknown key" in refusal(c)
+
+
+@pytest.mark.parametrize("name", ["fresh", "imported", "autoregressive", "decode", "respond", "export"])
+def test_names_that_mean_something_else_are_no_runs(name):
+    c = base.get_config()
+    c.train[name] = config.training_run("supervised", steps=3)
+    assert refusal(c).startswith(f"config.train.{name}: found the name '{name}', expected one that")
+
+
+def test_the_exported_run_is_the_named_one_or_the_last_chosen():
+    assert config.from_config(changed()).exported() == "ppow"
+    assert config.from_config(changed(runs=("cst", "supervise"))).exported() == "cst"
+    assert config.from_config(changed(export__drafter="supervise")).exported() == "supervise"

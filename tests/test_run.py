@@ -54,14 +54,113 @@ def test_the_units_are_the_stages_with_one_for_each_run(tmp_path):
     assert run.units(chosen) == ["respond", "train/supervise", "train/ppow", "export"]
 
 
-def test_a_new_run_in_a_finished_workdir_is_trained_and_all_are_evaluated_again(tmp_path):
-    chosen = changed(tmp_path, runs=("supervise", "cst"))
+def all_done(workdir, chosen):
+    """A workdir in which all units are finished."""
+    for name in ("evaluate", "export"):
+        (workdir / name).mkdir(exist_ok=True)
+    for name in ("report.json", "export/manifest.json"):
+        (workdir / name).write_text("{}")
     records = {
         unit: {"finished": True, "settings": run._relevant(chosen, unit)} for unit in run.units(chosen)
     }
-    (tmp_path / "stages.json").write_text(json.dumps(records))
+    (workdir / "stages.json").write_text(json.dumps(records))
+
+
+def test_a_new_run_in_a_finished_workdir_is_trained_and_all_are_evaluated_again(tmp_path):
+    chosen = changed(tmp_path, runs=("supervise", "cst"))
+    all_done(tmp_path, chosen)
     assert run.plan(chosen, tmp_path) == []
-    assert run.plan(changed(tmp_path, runs=()), tmp_path) == ["train/ppow", "evaluate", "export"]
+    others = changed(tmp_path, runs=(), export__drafter="")
+    assert run.plan(others, tmp_path) == ["train/ppow", "evaluate", "export"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "again"),
+    [
+        (dict(runs=("supervise",)), ["evaluate"]),  # the export is that of cst, which it names
+        (dict(runs=("supervise",), export__drafter=""), ["evaluate", "export"]),
+        (dict(export__drafter="supervise"), ["export"]),
+        (dict(export__drafter=""), ["export"]),  # of cst again
+        (dict(evaluate__window=4), ["evaluate"]),
+    ],
+)
+def test_what_changes_a_report_or_an_export_does_it_again(tmp_path, changes, again):
+    all_done(tmp_path, changed(tmp_path))
+    assert run.plan(changed(tmp_path, **changes), tmp_path) == again
+
+
+def test_a_report_of_another_imported_drafter_is_made_again(tmp_path):
+    only = dict(stages=("evaluate",), drafter__path="a/b")
+    all_done(tmp_path, changed(tmp_path, **only))
+    assert run.plan(changed(tmp_path, **only | dict(drafter__path="a/c")), tmp_path) == ["evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("gone", "again"),
+    [("report.json", "evaluate"), ("evaluate", "evaluate"), ("export/manifest.json", "export")],
+)
+def test_what_is_deleted_is_made_again(tmp_path, gone, again):
+    chosen = changed(tmp_path)
+    all_done(tmp_path, chosen)
+    if (tmp_path / gone).is_dir():
+        (tmp_path / gone).rmdir()
+    else:
+        (tmp_path / gone).unlink()
+    assert run.plan(chosen, tmp_path) == [again]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        (dict(runs=("cst",)), "train.cst.start: the run 'supervise' is neither finished"),
+        (dict(runs=("supervise",), stages=("respond", "train", "export")), "export.drafter: the run 'cst'"),
+    ],
+)
+def test_a_run_that_nobody_trains_is_found_before_anything_runs(tmp_path, changes, key):
+    with pytest.raises(ConfigError, match=key):
+        run.run(changed(tmp_path, **changes), tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_start_that_is_finished_need_not_be_among_the_runs(tmp_path):
+    chosen = changed(tmp_path, runs=("cst",))
+    begun(tmp_path, chosen, "train/supervise", finished=True)
+    run.check_starts(chosen, ["train/cst", "export"], tmp_path)
+    begun(tmp_path, chosen, "train/supervise", finished=False)
+    with pytest.raises(ConfigError, match="'supervise' is neither finished"):
+        run.check_starts(chosen, ["train/cst", "export"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(drafter__vocab_size=32),
+            r"config\.drafter\.vocab_size: found 32, expected at most the target's 31",
+        ),
+        (dict(drafter__module="nope"), r"config\.drafter\.module: found 'nope', expected eagle3, or"),
+        (dict(drafter__module="math:pi"), r"config\.drafter\.module: .* is none"),
+        (
+            dict(target__taps=(0, 1, 2)),
+            r"config\.export\.server: 'sglang' would ignore .* name the embedding",
+        ),
+        (dict(evaluate__tree="tree:60x8x21"), r"config\.evaluate\.tree: found 21 candidates .* at most 20"),
+        (dict(decode__shape="tree:60x8x21"), r"config\.decode\.shape: found 21 candidates"),
+        (dict(train__cst__start="/no/where"), r"/no/where"),
+        (dict(train__cst__window=33), r"config\.train\.cst\.window: found 33, expected at most data\.length"),
+    ],
+)
+def test_what_does_not_fit_the_target_is_found_before_it_writes_anything(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        run.run(changed(tmp_path, **changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "responses").exists()
+
+
+def test_a_tree_of_more_candidates_than_tokens_is_found_too(tmp_path):
+    c = runs.config(tmp_path, runs=("supervise", "trees"), export__drafter="")
+    c.train.trees = config.training_run("gto", start="supervise", steps=2, tree="tree:60x8x21", batch_size=4)
+    with pytest.raises(ConfigError, match=r"config\.train\.trees\.tree: found 21 candidates after a token"):
+        run.run(config.from_config(c), tmp_path / "run")
 
 
 def test_a_missing_benchmark_shows_before_anything_runs(tmp_path):

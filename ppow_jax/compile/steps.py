@@ -128,7 +128,7 @@ class Plan:
 
 def plan(settings: Settings, shape: TargetConfig, mesh: Mesh) -> Plan:
     """What a run of these settings would hold on the mesh, with a drafter that `config.drafter` describes."""
-    drafter = Drafter(drafters.shape_by(settings.drafter, shape))
+    drafter = eagle3.drafter_of(drafters.shape_by(settings.drafter, shape))
     params = partition.laid_out(target_shapes(shape), mesh)
     drafter_params = partition.laid_out(eagle3.abstract_params(drafter.config), mesh)
     vocab = jax.ShapeDtypeStruct((drafter.config.vocab_size,), np.int32, sharding=partition.replicated(mesh))

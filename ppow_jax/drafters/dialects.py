@@ -134,7 +134,7 @@ def write(
       UserError: the server would silently ignore something that the drafter has.
     """
     kind = SERVERS[server]
-    _refuse(config, target, server)
+    check(config, target, server)
     tensors = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = _name(_path(path), config, kind)
@@ -150,8 +150,12 @@ def write(
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _refuse(config: DrafterConfig, target: TargetConfig, server: str) -> None:
-    """Raises `UserError` if the server would not honour all that the drafter is."""
+def check(config: DrafterConfig, target: TargetConfig, server: str) -> None:
+    """Whether a server honours all that a drafter is.
+
+    Raises:
+      UserError: it would silently ignore something.
+    """
     kind, why = SERVERS[server], []
     plain = {f.name: f.default for f in dataclasses.fields(config)}
     for trait in (

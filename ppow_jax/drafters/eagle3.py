@@ -8,7 +8,6 @@ Shape letters as in `layers`; C width of the target's taps, N size of the draft 
 """
 
 import dataclasses
-import importlib
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ppow_jax import keys
 from ppow_jax.errors import ConfigError
 from ppow_jax.models.cache import Cache, append
 from ppow_jax.models.layers import Attention, GatedMLP, Linear, RMSNorm
@@ -200,16 +200,13 @@ def drafter_of(config: DrafterConfig) -> Drafter:
     """
     if config.module == EAGLE3:
         return Drafter(config)
-    module, _, name = config.module.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e:
-        found = e
+    complaint = (
+        f"config.drafter.module: found {config.module!r}, expected {EAGLE3}, or module:Class of a subclass "
+        "of ppow_jax.drafters.eagle3.Drafter"
+    )
+    found = keys.imported(config.module, complaint)
     if not (isinstance(found, type) and issubclass(found, Drafter)):
-        raise ConfigError(
-            f"config.drafter.module: found {config.module!r}, expected {EAGLE3}, or module:Class of a "
-            f"subclass of ppow_jax.drafters.eagle3.Drafter ({found})"
-        )
+        raise ConfigError(f"{complaint} ({found} is none)")
     return found(config)
 
 
@@ -230,8 +227,14 @@ def drafter_config(
     or more heads of the same size.
 
     Raises:
-      ConfigError: heads of the target's size do not make up `width`, or `kv_heads` does not fit.
+      ConfigError: heads of the target's size do not make up `width`, `kv_heads` does not fit, or the target
+        has fewer tokens than `vocab_size`.
     """
+    if vocab_size > target.vocab_size:
+        raise ConfigError(
+            f"config.drafter.vocab_size: found {vocab_size}, expected at most the target's "
+            f"{target.vocab_size}"
+        )
     width = width or target.width
     same = width == target.width
     heads = target.heads if same else width // target.head_size

@@ -30,15 +30,13 @@ class AnchorRule:
     rule: str = key(
         "uniform",
         "uniform; adaw, in proportion to the divergence of the drafter from the target over the window, "
-        "weighed by the target's confidence; rounds, among the positions where greedy decoding begins a "
-        "round",
+        "weighed by the target's confidence; rounds, among the positions where decoding begins a round if "
+        "it drafts greedily and accepts the text's own tokens (exact for greedy texts)",
         choices=("uniform", "adaw", "rounds"),
     )
-    warmup_steps: int = key(20, "uniform anchors first")
+    warmup_steps: int = key(20, "training steps with uniform anchors before the rule applies")
     rescore_every: int = key(50, "steps for which a text's scores stay valid", at_least=1)
-    corrected: bool = key(
-        False, "Weigh anchors by the inverse of their chance, so that the loss stays that of uniform ones."
-    )
+    corrected: bool = key(False, "Importance weights: the loss then estimates the one with uniform anchors.")
 
 
 class Picked(NamedTuple):

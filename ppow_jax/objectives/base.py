@@ -1,11 +1,10 @@
 """The seam between objectives and the training step (`training.step`).
 
 An objective is a frozen dataclass whose fields are its keys in a training run's section of the config. A step
-asks it twice. `signal`, without gradient: which windows to read, and what they are worth. Then, for each of
-its
-`updates`, the drafter steps through those windows: `observe` turns each step's logits into a few numbers a
-token, and `loss` adds them up. A batch may go through in parts, one after the other, so whatever is a mean
-over the batch is normalised in `signal`, where the whole batch is at hand; or in `summarise`.
+asks it twice. `signal`, without gradient: which windows to read, and what they are worth. Then, for each
+of its `updates`, the drafter steps through those windows: `observe` turns each step's logits into a few
+numbers per token, and `loss` adds them up. A batch may go through in parts, one after the other, so whatever
+is a mean over the batch is normalised in `signal`, where the whole batch is at hand; or in `summarise`.
 
 Shape letters: B texts, T positions of a text, A anchors, G windows of an anchor, K steps of a window, L some
 of the A anchors, N draft vocabulary, D width.
@@ -112,6 +111,13 @@ class Objective(Protocol):
         """Optimiser steps on each signal."""
         return 1
 
+    def check(self, draft_vocabulary: int) -> None:
+        """Whether the keys suit drafters of so many tokens.
+
+        Raises:
+          ConfigError: they do not; the message begins with the key.
+        """
+
     def init(self, sizes: Sizes, params: dict) -> Memory:
         """The memory before the first step.
 
@@ -200,13 +206,16 @@ def written(batch: Batch, anchors_BxA: jax.Array, real_BxA: jax.Array, window: i
 
 def per_step(mask_BxAxGxK: jax.Array) -> jax.Array:
     """float32 weights whose sum over the batch is 1 at each step of the windows, or 0 where none counts."""
-    count_K = mask_BxAxGxK.sum((0, 1, 2))
-    return mask_BxAxGxK / jnp.maximum(count_K, 1.0)
+    return _normalised(mask_BxAxGxK, mask_BxAxGxK.sum((0, 1, 2)))
 
 
 def per_token(mask_BxAxGxK: jax.Array) -> jax.Array:
     """float32 weights whose sum is 1 over the batch, or 0 where nothing counts."""
-    return mask_BxAxGxK / jnp.maximum(mask_BxAxGxK.sum(), 1.0)
+    return _normalised(mask_BxAxGxK, mask_BxAxGxK.sum())
+
+
+def _normalised(weights: jax.Array, total: jax.Array) -> jax.Array:
+    return weights / jnp.where(total > 0, total, 1.0)
 
 
 def draft_ids(vocab_N: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:

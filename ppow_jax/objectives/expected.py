@@ -97,10 +97,13 @@ class Expected(Objective):
         importance = picked.importance[..., None, None]
         context = rewards.RewardContext(models.gamma, self.window)
         reward_K = rewards.reward_function(self.reward)(jnp.arange(self.window + 1), context)
-        windows = jnp.maximum(jnp.sum(inside[..., :1] * importance), 1.0)
+        counted = inside * importance
+        windows = jnp.sum(counted[..., :1])
+        mean = counted / jnp.where(windows > 0, windows, 1.0)
         weights = {
-            "inside": inside * importance / windows,
-            "gain": inside * importance * jnp.diff(reward_K) / windows,
+            "inside": mean,
+            "gain": mean * jnp.diff(reward_K),
+            "least": mean[..., :1] * reward_K[0],
             "kl": per_step(wrote * importance),
         }
         extra = {}
@@ -143,7 +146,7 @@ class Expected(Objective):
         """-E[R] of the mean window, plus the weighted KL."""
         weights = signal.weights
         smooth = (1 - self.smoothing) * stats["chance"] + self.smoothing
-        reward = jnp.sum(weights["gain"] * jnp.cumprod(smooth, -1))
+        reward = jnp.sum(weights["gain"] * jnp.cumprod(smooth, -1)) + jnp.sum(weights["least"])
         if self.kl_positions == "all":
             decay_K = window_weights.decay(self.window, self.kl_decay)
             kl = jnp.sum(stats["kl"] * weights["kl"] * decay_K)

@@ -12,7 +12,7 @@ code (github.com/hsj576/GRIFFIN), where each pass over a text masks the next one
 paper's text could not be had. With `agreement` "own" the window itself is asked, m_j = h_0 h_1 .. h_(j - 1)
 with its own steps: whether decoding from its anchor can have come so far. That variant is ours.
 
-A step's loss is the mean over what counts. k is 3 and the top-K loss counts 0.5, as in the code. The paper's
+A step's loss is the mean over what counts. k is 3 and the top-k loss counts 0.5, as in the code. The paper's
 changes to the drafter's layers are not part of this.
 
 Shape letters: B texts, T positions, A anchors, K window, N draft vocabulary.

@@ -1,20 +1,20 @@
-"""`gto`: group tree optimisation (GTO, arXiv 2509.22134), longer accepted ways through the decoder's trees.
+"""`gto`: group tree optimisation (GTO, arXiv 2509.22134), longer accepted paths in draft trees.
 
 From each of m adjacent anchors, a group, a tree is drafted as decoding drafts it, by the drafter as it is and
 by the one that the run began with. What a tree is worth follows from the target's probabilities of its nodes,
-without sampling. With L_i the expected accepted length of its i-th way from the root to a leaf, the sum over
+without sampling. With L_i the expected accepted length of its i-th path from the root to a leaf, the sum over
 the nodes on it of the product of the target's probabilities down to there (eq. 3 and 4), a tree earns
 
     r = log(sum over i of exp(eta L_i)) / eta                                                  (eq. 5),
 
 and R = r - r of the start's tree (eq. 9), which takes out how hard the place is. Within a group R is
-standardised to advantages A (eq. 10). The drafter learns them along the longest way that the target accepts,
+standardised to advantages A (eq. 10). The drafter learns them along the longest path that the target accepts,
 of l tokens, by a clipped ratio per token to the start (eq. 11 and 12), beside the losses of `supervised`:
 
     s = exp((log q - log q of the start) / max(l, 1)),
     L = L_supervised - omega mean of min(s A, clip(s) A).
 
-The way that the target accepts is the text itself, as far as the tree holds it: such trees follow from the
+The path that the target accepts is the text itself, as far as the tree holds it: such trees follow from the
 text alone, so decoding draws the target's own token and goes on below it (`decode.verify`).
 
 m = 8, eta = 1 and omega = 0.5 are the paper's, with 16 groups a text, trees of 60 tokens and a learning rate
@@ -112,7 +112,7 @@ class GTO(Supervised):
     )
     tree_reward: str = key(
         "smooth_max",
-        "smooth_max, the paper's: a smooth maximum of the expected accepted lengths of a tree's ways; or "
+        "smooth_max, the paper's: a smooth maximum of the expected accepted lengths of a tree's paths; or "
         "expected, that of the tree",
         choices=("smooth_max", "expected"),
     )
@@ -133,6 +133,14 @@ class GTO(Supervised):
     def shape(self) -> Shape:
         """Of the trees."""
         return shapes.parse(self.tree, "tree")
+
+    def check(self, draft_vocabulary: int) -> None:
+        """No more candidates after a token than the drafter has."""
+        if self.shape.ranks > draft_vocabulary:
+            raise ConfigError(
+                f"tree: found {self.shape.ranks} candidates after a token in {self.tree}, expected at most "
+                f"{draft_vocabulary}, the draft vocabulary"
+            )
 
     def init(self, sizes: Sizes, params: dict) -> Memory:
         """Of the rule for anchors, and the parameters that the run begins with."""
@@ -195,12 +203,7 @@ class GTO(Supervised):
         self, models: Models, start: Models, batch: Batch, outputs: TargetOutputs, anchors_BxA: jax.Array
     ) -> Trees:
         """Trees `[B, A, 2, ...]` from every anchor, by the drafter as it is and by the run's start."""
-        shape, has = self.shape, len(models.weights.vocab)
-        if shape.ranks > has:
-            raise ConfigError(
-                f"tree: found {shape.ranks} candidates after a token in {self.tree}, expected at most {has}, "
-                "the draft vocabulary"
-            )
+        shape = self.shape
         tempered = isinstance(shape, Dynamic) and self.temperature > 0
         about = (batch, outputs, anchors_BxA, shape, Sampling(self.temperature) if tempered else GREEDY)
         tokens, parents = (
@@ -236,9 +239,9 @@ class GTO(Supervised):
         """The losses of `supervised` plus omega times the clipped surrogate of the groups."""
         total, metrics = super().loss(stats, signal, summary)
         extra, weights = signal.extra, signal.weights["policy"][..., 0]
-        on_way = jnp.arange(self.window) < extra.length[..., None]
+        on_path = jnp.arange(self.window) < extra.length[..., None]
         each = [
-            jnp.sum(x * on_way, -1) / jnp.maximum(extra.length, 1) for x in (stats["log_prob"], extra.start)
+            jnp.sum(x * on_path, -1) / jnp.maximum(extra.length, 1) for x in (stats["log_prob"], extra.start)
         ]
         about = (*each, extra.advantage, self.clip)
         policy = jnp.sum(losses.clipped_policy_loss(*about) * weights)

@@ -1,16 +1,16 @@
-"""`hass`: the losses of `supervised`, and one over the target's K likeliest tokens.
+"""`hass`: the losses of `supervised`, and one over the target's k likeliest tokens.
 
 HASS (arXiv 2408.15766) has two parts. Its harmonised context alignment feeds the drafter on its own hidden
 states, which training-time test does already. Its harmonised objective distillation adds the cross-entropy of
-the target's K likeliest tokens O alone, not renormalised,
+the target's k likeliest tokens O alone, not renormalised,
 
     - sum over x in O of T(x) log q(x),
 
 so that a drafter too small for the whole distribution spends itself on the tokens that can be accepted.
 
 The formula is that of the authors' code (github.com/HArmonizedSS/HASS), as the paper's text could not be had.
-There K is 10, the top-K loss counts 1 and the cross-entropy 0.1, which are the defaults here; it first trains
-without the top-K loss, which is a run of its own here. What is left out is its regression of the target's
+There k is 10, the top-k loss counts 1 and the cross-entropy 0.1, which are the defaults here; it first trains
+without the top-k loss, which is a run of its own here. What is left out is its regression of the target's
 features, which EAGLE-3 gave up. It takes three passes that count alike; the window and the weights of its
 steps here are those of `supervised`, so that the two may be compared.
 """
@@ -31,11 +31,11 @@ class HASS(Supervised):
     """Losses against the target's distribution, and against its likeliest tokens alone."""
 
     losses: str = key("0.1*cross_entropy", "as those of supervised; the weight is that of the authors' code")
-    top_k: int = key(10, "K, the target's likeliest tokens", at_least=1)
+    top_k: int = key(10, "k, the target's likeliest tokens", at_least=1)
     top_k_weight: float = key(1.0, "of their loss")
 
     def losses_of(self, target: TargetDistribution, logits: jax.Array) -> Stats:
-        """Those of `supervised`, and the top-K loss."""
+        """Those of `supervised`, and the top-k loss."""
         return super().losses_of(target, logits) | {"top_k": top_k_loss(target, logits, self.top_k)}
 
     def loss_per_token(self, stats: Stats, summary: dict[str, jax.Array]) -> jax.Array:

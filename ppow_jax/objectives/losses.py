@@ -9,14 +9,15 @@ Shape letters: N draft vocabulary, V vocabulary; `...` stands for any leading ax
 windows `[B, A, G]` (B texts, A anchors, G windows a group). Leading axes of target and logits broadcast.
 """
 
-import importlib
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ppow_jax import keys
 from ppow_jax.errors import ConfigError
 from ppow_jax.models.layers import likeliest
 
@@ -136,16 +137,14 @@ def kl(target: TargetDistribution, logits: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(log_probs) * (log_probs - jax.nn.log_softmax(logits, axis=-1)), axis=-1)
 
 
-def reverse_kl(target: TargetDistribution, logits: jax.Array, log_floor: float = _LOG_TINY) -> jax.Array:
+def reverse_kl(target: TargetDistribution, logits: jax.Array) -> jax.Array:
     """KL(q || T) = sum_x q(x) log(q(x) / T(x)), float32 `[...]`, T renormalised.
 
-    Args:
-      target, logits: as in `cross_entropy`.
-      log_floor: nats, log T(x) counts as at least this. The floor is ours: the divergence is infinite where
-        q has probability and T has none, which at temperature 0 is everywhere.
+    log T(x) counts as at least that of the smallest float32. The floor is ours: the divergence is infinite
+    where q has probability and T has none, which at temperature 0 is everywhere.
     """
     log_q = jax.nn.log_softmax(logits, axis=-1)
-    return jnp.sum(jnp.exp(log_q) * (log_q - jnp.maximum(target.log_probs, log_floor)), axis=-1)
+    return jnp.sum(jnp.exp(log_q) * (log_q - jnp.maximum(target.log_probs, _LOG_TINY)), axis=-1)
 
 
 def jensen_shannon(target: TargetDistribution, logits: jax.Array) -> jax.Array:
@@ -185,27 +184,20 @@ def total_variation(target: TargetDistribution, logits: jax.Array) -> jax.Array:
     return (1.0 - target.mass) + jnp.sum(lacking, axis=-1)
 
 
-def neg_log_acceptance(target: TargetDistribution, logits: jax.Array, floor: float = 0.0) -> jax.Array:
+def neg_log_acceptance(target: TargetDistribution, logits: jax.Array) -> jax.Array:
     """-log a, float32 `[...]` ("LK losses", arXiv 2602.23881, the likelihood-based loss).
 
     Its gradient is that of `total_variation` over a, so it does not vanish where a does; for a one-hot T of
     mass 1 it is the cross-entropy. It is summed in log space, so no q is too small for it. The published
     codes sum probabilities and differ in what they do with a near 0: speculators floors a at 1e-5, TorchSpec
-    at 1e-8 (no gradient below), SpecForge counts a = 0 as no loss.
-
-    Args:
-      target, logits: as in `cross_entropy`.
-      floor: a counts as at least this. With 0, positions of mass 0, where nothing can be accepted, give 0.
+    at 1e-8 (no gradient below), SpecForge counts a = 0 as no loss. Positions of mass 0, where nothing can be
+    accepted, give 0.
     """
     possible = target.mass > 0.0
     log_mass = jnp.log(jnp.where(possible, target.mass, 1.0))
     log_truth = target.log_probs + log_mass[..., None]
     log_a = jax.nn.logsumexp(jnp.minimum(log_truth, jax.nn.log_softmax(logits, axis=-1)), axis=-1)
-    impossible = 0.0
-    if floor > 0.0:
-        impossible = math.log(floor)
-        log_a = jnp.maximum(log_a, impossible)
-    return -jnp.where(possible, log_a, impossible)
+    return -jnp.where(possible, log_a, 0.0)
 
 
 def lk_lambda(mixing_acceptance: jax.Array, scale: float = 1.0, decay: float = 3.0) -> jax.Array:
@@ -263,6 +255,8 @@ LOSSES: dict[str, Loss] = {
     "total_variation": total_variation,
     "neg_log_acceptance": neg_log_acceptance,
 }
+# Those that read `TargetDistribution.probs` alone and not the mass.
+OF_RENORMALISED = ("cross_entropy", "kl", "reverse_kl", "jensen_shannon", "hard_cross_entropy")
 HYBRIDS = ("lk_batch", "lk_position")  # `lk_hybrid` by the acceptance of the batch, or of each position
 
 
@@ -278,13 +272,12 @@ def loss_function(name: str, found: str = "") -> Loss:
     """
     if name in LOSSES:
         return LOSSES[name]
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as e:
-        known = ", ".join((*LOSSES, *HYBRIDS))
-        found = found or f"found the loss {name!r}"
-        raise ConfigError(f"{found}, expected one of {known}, or module:function") from e
+    known = ", ".join((*LOSSES, *HYBRIDS))
+    complaint = f"{found or f'found the loss {name!r}'}, expected one of {known}, or module:function"
+    loss = keys.imported(name, complaint)
+    if not callable(loss):
+        raise ConfigError(f"{complaint} ({loss!r} is none)")
+    return loss
 
 
 def parse_losses(text: str, key: str) -> tuple[tuple[float, str], ...]:
@@ -299,7 +292,7 @@ def parse_losses(text: str, key: str) -> tuple[tuple[float, str], ...]:
       ConfigError: an unknown name, or a weight that is no positive number.
     """
     terms = []
-    for part in text.split("+"):
+    for part in re.split(r"(?<!\d[eE])\+", text):  # the + of 1e+2 ends no term
         before, star, after = part.partition("*")
         weight, name = (before.strip(), after.strip()) if star else ("1", before.strip())
         if name not in HYBRIDS:
@@ -315,7 +308,7 @@ def parse_losses(text: str, key: str) -> tuple[tuple[float, str], ...]:
 
 
 def needs_batch_acceptance(terms: Terms) -> bool:
-    """Whether `weighted_sum` of these terms needs the mean acceptance of the batch."""
+    """Whether one of these terms needs the mean acceptance of the batch."""
     return any(name == "lk_batch" for _, name in terms)
 
 
@@ -323,7 +316,6 @@ def weighted_sum(
     terms: Terms,
     target: TargetDistribution,
     logits: jax.Array,
-    batch_acceptance: jax.Array | None = None,
     lk_scale: float = 1.0,
     lk_decay: float = 3.0,
 ) -> jax.Array:
@@ -332,21 +324,17 @@ def weighted_sum(
     Args:
       terms: as `parse_losses` gives them.
       target, logits: as in `cross_entropy`.
-      batch_acceptance: mean of `acceptance` over the whole batch, not the part of it at hand; see
-        `lk_hybrid`. Only `lk_batch` needs it.
       lk_scale, lk_decay: scale and decay of `lk_lambda`.
 
     Raises:
-      ValueError: no terms, or `lk_batch` without `batch_acceptance`.
+      ValueError: no terms, or `lk_batch`, which needs the whole batch.
     """
     if not terms:
         raise ValueError("found no terms, expected at least one")
-    if needs_batch_acceptance(terms) and batch_acceptance is None:
-        raise ValueError("found no batch_acceptance, expected it for lk_batch")
+    if needs_batch_acceptance(terms):
+        raise ValueError("found lk_batch, expected losses of each position by itself")
 
     def loss(name: str) -> jax.Array:
-        if name == "lk_batch":
-            return lk_hybrid(target, logits, batch_acceptance, lk_scale, lk_decay)
         if name == "lk_position":
             return lk_hybrid(target, logits, acceptance(target, logits), lk_scale, lk_decay)
         return loss_function(name)(target, logits)
@@ -358,17 +346,15 @@ def weighted_sum(
 # Means, and the surrogate of reinforcement.
 
 
-def masked_mean(values: jax.Array, mask: jax.Array, count: jax.Array | None = None) -> jax.Array:
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean of `values` where `mask`, a scalar; 0 if it is nowhere true.
 
     Args:
       values: float32 `[...]`.
       mask: bool, broadcasts to `[...]`.
-      count: how often the mask of a whole batch is true; then the result is the share of this part of the
-        batch in the mean of the whole.
     """
     mask = jnp.broadcast_to(mask, values.shape).astype(values.dtype)
-    return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask) if count is None else count, 1.0)
+    return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1.0)
 
 
 def clipped_policy_loss(

@@ -44,6 +44,7 @@ from ppow_jax.objectives.base import (
     Sizes,
     Stats,
     draft_ids,
+    per_token,
 )
 from ppow_jax.objectives.rollout import Rollout, roll
 from ppow_jax.objectives.verification import continuation, score_groups, until_stop, windows_at_once
@@ -76,8 +77,8 @@ class OPD(Objective):
     )
     accepted_loss: str = key("kl", f"A sum of {', '.join(losses.LOSSES)}, with weights as in supervised.")
     refused_loss: str = key("reverse_kl", "the same")
-    accepted_weight: float = key(1.0, "a: the two losses are averaged by their weights")
-    refused_weight: float = key(1.0, "r")
+    accepted_weight: float = key(1.0, "a, of accepted_loss in the weighted mean of the two")
+    refused_weight: float = key(1.0, "r, of refused_loss in it")
     decay: float = key(0.8, "of refused tokens", above=0, at_most=1.0)
     decay_from: str = key(
         "window",
@@ -132,7 +133,7 @@ class OPD(Objective):
             rollout = roll(*about, picked.anchors, picked.real, keys[1], *shape)
         replayed = replay(*about, rollout, keys[2], self.temperature)
         accepted, refused = self.weights(replayed, picked.importance)
-        weights = {"accepted": _normed(accepted), "refused": _normed(refused)}
+        weights = {"accepted": per_token(accepted), "refused": per_token(refused)}
         real = jnp.broadcast_to(rollout.real[..., None], replayed.accepted.shape)
         tokens = jnp.maximum(replayed.valid.sum(), 1)
         metrics = {
@@ -169,12 +170,6 @@ class OPD(Objective):
         total = self.accepted_weight * accepted + self.refused_weight * refused
         metrics = {"accepted_loss": accepted, "refused_loss": refused}
         return total / (self.accepted_weight + self.refused_weight), metrics
-
-
-def _normed(weights: jax.Array) -> jax.Array:
-    """Weights over their sum, if there is any."""
-    total = weights.sum()
-    return weights / jnp.where(total > 0, total, 1.0)
 
 
 def draft_greedily(

@@ -4,13 +4,13 @@ A reward is `reward(accepted, context)`: what a window of accepted length k earn
 Objectives in closed form ask for every k from 0 to K.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ppow_jax import keys
 from ppow_jax.errors import ConfigError
 
 
@@ -51,13 +51,11 @@ def reward_function(name: str) -> Reward:
     """
     if name in REWARDS:
         return REWARDS[name]
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise ConfigError(
-            f"reward: found {name!r}, expected {', '.join(REWARDS)}, or module:function ({e})"
-        ) from e
+    complaint = f"reward: found {name!r}, expected {', '.join(REWARDS)}, or module:function"
+    reward = keys.imported(name, complaint)
+    if not callable(reward):
+        raise ConfigError(f"{complaint} ({reward!r} is none)")
+    return reward
 
 
 def accepted_greedy(drafted_xK: jax.Array, preferred_xK: jax.Array, valid_xK: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppow_jax.errors import ConfigError
 from ppow_jax.keys import key, section
 from ppow_jax.models import target_outputs
 from ppow_jax.models.layers import likeliest
@@ -83,7 +84,12 @@ class Supervised(Objective):
     anchor_rule: AnchorRule = section(AnchorRule)
 
     def __post_init__(self) -> None:
-        losses.parse_losses(self.losses, "losses")
+        names = [name for _, name in losses.parse_losses(self.losses, "losses")]
+        if not self.renormalise and all(name in losses.OF_RENORMALISED for name in names):
+            raise ConfigError(
+                f"renormalise: found False, expected True for losses {self.losses}, which compare with the "
+                "renormalised distribution alone"
+            )
         window_weights.parse_weights(self.step_weights, "step_weights")
 
     def init(self, sizes: Sizes, params: dict) -> Memory:
@@ -143,7 +149,7 @@ class Supervised(Objective):
         terms, stats = losses.parse_losses(self.losses, "losses"), {}
         if rest := [term for term in terms if term[1] != _BY_BATCH]:
             about = (self.lk_scale, self.lk_decay)
-            stats["loss"] = losses.weighted_sum(rest, target, logits, None, *about)
+            stats["loss"] = losses.weighted_sum(rest, target, logits, *about)
         if losses.needs_batch_acceptance(terms):
             stats |= {"kl": losses.kl(target, logits)}
             stats |= {"refusal": losses.total_variation(target, logits)}

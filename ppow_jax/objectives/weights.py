@@ -45,15 +45,7 @@ def reach(hits: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(jnp.cumprod(before.astype(jnp.float32), axis=-1))
 
 
-_DPACE_PARTS = ("both", "confidence", "continuation")
-
-
-def dpace(
-    confidence: jax.Array,
-    alpha: float = 0.5,
-    valid: jax.Array | None = None,
-    part: str = "both",
-) -> jax.Array:
+def dpace(confidence: jax.Array, alpha: float = 0.5, valid: jax.Array | None = None) -> jax.Array:
     """D-PACE's weights (arXiv 2605.18810, eq. 7 and 8), float32 `[..., K]`.
 
     With c'_i = (1 - alpha) c_i + alpha, the weight of step j is
@@ -71,26 +63,19 @@ def dpace(
         the weights are K - j. The paper's is 0.5.
       valid: bool `[..., K]`, the steps that have a token; the others count as if certain, and add nothing to
         any sum. None: all of them.
-      part: "both"; or one factor of w_j, as in the paper's ablations: "confidence", c'_0 .. c'_j, or
-        "continuation", w_j over that.
 
     Returns:
       The weights; 0 at steps that are not valid.
 
     Raises:
-      ValueError: an alpha or a part out of range.
+      ValueError: an alpha out of range.
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"found the alpha {alpha}, expected a number in 0 .. 1")
-    if part not in _DPACE_PARTS:
-        raise ValueError(f"found the part {part!r}, expected one of {', '.join(_DPACE_PARTS)}")
     valid = jnp.ones(confidence.shape, bool) if valid is None else jnp.broadcast_to(valid, confidence.shape)
     smooth = jnp.where(valid, (1.0 - alpha) * confidence + alpha, 1.0)
-    weights = prefix = jnp.cumprod(smooth, axis=-1)
-    if part != "confidence":
-        weights = jax.lax.cumsum(jnp.where(valid, prefix, 0.0), axis=prefix.ndim - 1, reverse=True)
-    if part == "continuation":
-        weights = weights / jnp.maximum(prefix, jnp.finfo(prefix.dtype).tiny)
+    prefix = jnp.cumprod(smooth, axis=-1)
+    weights = jax.lax.cumsum(jnp.where(valid, prefix, 0.0), axis=prefix.ndim - 1, reverse=True)
     return jax.lax.stop_gradient(jnp.where(valid, weights, 0.0))
 
 

@@ -227,11 +227,6 @@ def _reason(error: Exception) -> str:
     return str(error).strip("\"' \n").split("\n")[0].split("\\n")[0][:200]
 
 
-def abstract(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a tree of device arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
 def save_params(directory: pathlib.Path, params: dict) -> None:
     """Writes a parameters-only checkpoint, replacing what is there."""
     ocp.save_pytree(directory.absolute(), params, overwrite=True)

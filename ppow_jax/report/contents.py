@@ -77,19 +77,22 @@ def groups(settings: Settings, drafters: Sequence[str]) -> list[list[str]]:
 
     A run's own name may differ too, and with an empty `order` the order of its texts, which it decides.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[tuple[int, ...], list[str]]] = {}
     for name in drafters:
-        found.setdefault(_but_for_seed(settings, name), []).append(name)
-    return list(found.values())
+        rest, seeds = _seeds(settings, name)
+        found.setdefault(rest, {}).setdefault(seeds, []).append(name)
+    # runs of the same seeds, too, are the same: only the first of them tells anything of seeds
+    groups = [[names[0] for names in by_seeds.values()] for by_seeds in found.values()]
+    return groups + [[again] for by in found.values() for names in by.values() for again in names[1:]]
 
 
-def _but_for_seed(settings: Settings, name: str) -> str:
-    """The settings of a run and of those that it starts from as text, without their seeds."""
+def _seeds(settings: Settings, name: str) -> tuple[str, tuple[int, ...]]:
+    """The settings of a run and of those that it starts from as text, without their seeds, and these."""
     if name not in settings.train:
-        return name
+        return name, ()
     runs = [settings.train[run] for run in settings.lineage(name)]
-    first = [dataclasses.replace(runs[0], seed=0)]
-    return repr(first + [dataclasses.replace(run, seed=0, start="") for run in runs[1:]])
+    rest = [dataclasses.replace(run, seed=0, start="" if at else run.start) for at, run in enumerate(runs)]
+    return repr(rest), tuple(run.seed for run in runs)
 
 
 def stages(workdir: pathlib.Path) -> dict[str, dict[str, float]]:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from ppow_jax.config import AUTOREGRESSIVE
 from ppow_jax.data import conversations, records
 from ppow_jax.data.prompts import Prompt
 from ppow_jax.decode import shapes
@@ -163,7 +164,7 @@ def _decoded(
     greedy = experiment.settings.decode.sampling.temperature == 0
     expected = simulate_all(experiment, candidates, some, shape) if greedy else None
     found = decode_all(experiment, candidates, some, shape)
-    plain = found.pop("autoregressive")
+    plain = found.pop(AUTOREGRESSIVE)
     return {
         run: statistics.decoded_by_prompt(plain, drafted, expected and [r.emitted for r in expected[run]])
         for run, drafted in found.items()
@@ -237,11 +238,11 @@ def decode_all(
         c.run: dataclasses.replace(plain, drafting=Eagle(c.drafter, shape), weights=c.weights)
         for c in candidates
     }
-    found: dict[str, list[TurnDecoded]] = {name: [] for name in ("autoregressive", *drafted)}
+    found: dict[str, list[TurnDecoded]] = {name: [] for name in (AUTOREGRESSIVE, *drafted)}
     compiled: set[tuple[Any, int]] = set()
     for number, turn in enumerate(turns):
         keys_B = jax.random.fold_in(experiment.key("decode"), number)[None]
-        for name, session in {"autoregressive": plain, **drafted}.items():
+        for name, session in {AUTOREGRESSIVE: plain, **drafted}.items():
             run = functools.partial(session, [turn.context], keys_B)
             program = (session.drafting, bucket(len(turn.context)))
             if program not in compiled:

@@ -66,8 +66,9 @@ def figures(report: Report, rows: Rows) -> dict[str, Figure]:
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
-    """A colour for every run, by their order; ten of them are there, then they come again."""
-    return dict(zip(names, itertools.cycle(matplotlib.color_sequences["tab10"]), strict=False))
+    """A colour for every run, by their order; of more than twenty runs some share one."""
+    few, many = matplotlib.color_sequences["tab10"], matplotlib.color_sequences["tab20"]
+    return dict(zip(names, itertools.cycle(few if len(names) <= len(few) else many), strict=False))
 
 
 def write_png(figure: Figure, path: pathlib.Path) -> None:

@@ -123,18 +123,19 @@ def repetition_cells(report: Report) -> list[Row]:
     rows = []
     for name, group in report["runs"].items():
         for benchmark, result in (*group["benchmarks"].items(), ("mean", group["mean"])):
-            chain = result.get("difference")
-            rows.append(
-                {
-                    "run": name,
-                    "seeds": str(len(group["drafters"])),
-                    "benchmark": benchmark,
-                    "tau": f"{result['tau']:.3f} ± {result['tau_std']:.3f}",
-                    "mean difference": f"{chain['tau']:+.3f}" if chain else "",
-                    "its 95% interval": interval(chain["ci95"], "+.3f") if chain else "",
-                    "speedup": f"{result['speedup']:.2f}x ± {result['speedup_std']:.2f}",
-                }
-            )
+            row = {"run": name, "seeds": str(len(group["drafters"])), "benchmark": benchmark}
+            for key, title, compared in (
+                ("tau", "tau", "difference"),
+                ("tau_tree", "tau, trees", "difference_tree"),
+            ):
+                if key in result:
+                    row[title] = f"{result[key]:.3f} ± {result[f'{key}_std']:.3f}"
+                    found = result.get(compared)
+                    row[f"difference of {title}"] = (
+                        f"{found['tau']:+.3f} {interval(found['ci95'], '+.3f')}" if found else ""
+                    )
+            row["speedup"] = f"{result['speedup']:.2f}x ± {result['speedup_std']:.2f}"
+            rows.append(row)
     return rows
 
 

@@ -11,12 +11,12 @@ import hashlib
 import json
 from typing import Any
 
-from ppow_jax.config import Settings
+from ppow_jax.config import IMPORTED, Settings
 from ppow_jax.data import prompts, texts
 from ppow_jax.decode import cost, shapes
 from ppow_jax.decode.profile import Texts
 from ppow_jax.drafters.eagle3 import weights_of
-from ppow_jax.errors import ConfigError, UserError
+from ppow_jax.errors import ConfigError, UnfinishedError, UserError
 from ppow_jax.experiment import Experiment, exact
 from ppow_jax.parallel import files, preemption, processes
 from ppow_jax.parallel.console import log
@@ -51,6 +51,24 @@ def check(settings: Settings) -> None:
             f"config.respond.temperature: found {settings.respond.temperature}, expected 0 for decode.shape "
             "'auto', which measures acceptance on greedy texts"
         )
+
+
+def check_target(experiment: Experiment) -> None:
+    """Shapes of drafts that ask for no more tokens than the drafters have.
+
+    Raises:
+      ConfigError: naming the key.
+    """
+    settings = experiment.settings
+    shapes_by_key = {"evaluate.tree": settings.evaluate.tree, "decode.shape": settings.decode.shape}
+    for name in settings.chosen():
+        has = drafters.shape_of(experiment, name).vocab_size
+        for key, text in shapes_by_key.items():
+            if text not in ("", "auto") and (ranks := shapes.parse(text).ranks) > has:
+                raise ConfigError(
+                    f"config.{key}: found {ranks} candidates after a token in {text}, expected at most "
+                    f"{has}, the draft vocabulary of {name}"
+                )
 
 
 def run(experiment: Experiment) -> None:
@@ -174,19 +192,25 @@ def find_candidates(experiment: Experiment) -> list[Candidate]:
     """The drafter that was read from files, if any, and those of the runs that have been trained.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none that is finished.
     """
     settings = experiment.settings
-    names = [drafters.IMPORTED] if settings.drafter.path else []
+    names = [IMPORTED] if settings.drafter.path else []
     names += [name for name in settings.chosen() if drafters.directory(experiment, name).exists()]
-    if not names:
-        raise UserError(f"{experiment.workdir}: no trained drafter to evaluate; add 'train' to config.stages")
     found = []
     for name in names:
-        trained = drafters.load(experiment, name)
+        try:
+            trained = drafters.load(experiment, name)
+        except UnfinishedError as e:
+            log.warning("evaluate: %s is left out: %s", name, e)
+            continue
         weights = weights_of(trained.params, experiment.target_params, trained.vocab)
         sha = params_sha256(trained.params)
         found.append(Candidate(name, trained.drafter, weights, trained.steps, trained.seconds, sha))
+    if not found:
+        raise UserError(
+            f"{experiment.workdir}: no training run is finished yet; add 'train' to config.stages"
+        )
     return found
 
 

@@ -25,20 +25,34 @@ from ppow_jax.training import drafters
 
 
 def check(settings: Settings) -> None:
-    """A server that there is.
+    """A drafter, and a server that there is.
 
     Raises:
-      ConfigError: there is none of that name.
+      ConfigError: naming the key.
     """
+    if not settings.exported():
+        raise ConfigError("config.train: found no run, expected one whose drafter is exported")
     server = settings.export.server
     if server not in ("", *dialects.SERVERS):
         known = ", ".join(dialects.SERVERS)
         raise ConfigError(f"config.export.server: found {server!r}, expected {known}, or empty")
 
 
+def check_target(experiment: Experiment) -> None:
+    """A server that reads drafters of this shape.
+
+    Raises:
+      UserError: what the server would silently ignore.
+    """
+    settings = experiment.settings
+    if settings.export.server:
+        shape = drafters.shape_of(experiment, settings.exported())
+        dialects.check(shape, experiment.target.config, settings.export.server)
+
+
 def run(experiment: Experiment) -> None:
     """Writes `export/` from the run that `export.drafter` names."""
-    name = experiment.settings.export.drafter or list(experiment.settings.chosen())[-1]
+    name = experiment.settings.exported()
     trained = drafters.load(experiment, name)
     config = trained.drafter.config
     directory = experiment.workdir / "export"

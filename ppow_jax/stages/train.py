@@ -5,7 +5,7 @@ from ppow_jax.data import texts
 from ppow_jax.errors import ConfigError
 from ppow_jax.experiment import Experiment
 from ppow_jax.stages import features
-from ppow_jax.training import loop
+from ppow_jax.training import drafters, loop
 
 
 def check(settings: Settings) -> None:
@@ -28,6 +28,25 @@ def check(settings: Settings) -> None:
                 f"config.train.{name}.start: found {run.start!r}, expected fresh, an earlier run "
                 f"({', '.join(settings.train)}) or a directory, with a / in its path"
             )
+        if run.method.window > settings.data.length:
+            raise ConfigError(
+                f"config.train.{name}.window: found {run.method.window}, expected at most data.length "
+                f"({settings.data.length})"
+            )
+
+
+def check_target(experiment: Experiment) -> None:
+    """Keys that do not fit the target, and drafters that runs start from but that cannot be read.
+
+    Raises:
+      UserError: naming the key or the file.
+    """
+    for name, run in experiment.settings.chosen().items():
+        shape = drafters.shape_of(experiment, name)
+        try:
+            run.method.check(shape.vocab_size)
+        except ConfigError as e:
+            raise ConfigError(f"config.train.{name}.{e}") from e
 
 
 def run(experiment: Experiment, name: str) -> None:

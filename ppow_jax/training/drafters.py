@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppow_jax.config import FRESH, DrafterSettings
+from ppow_jax.config import FRESH, IMPORTED, DrafterSettings
 from ppow_jax.data import texts
 from ppow_jax.drafters import dialects, induction
 from ppow_jax.drafters.eagle3 import (
@@ -23,7 +23,7 @@ from ppow_jax.drafters.eagle3 import (
     init_params,
     weights_of,
 )
-from ppow_jax.errors import ConfigError, UserError
+from ppow_jax.errors import ConfigError, UnfinishedError, UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.target import TargetConfig, head_matrix
 from ppow_jax.models.target_outputs import taps_of
@@ -31,7 +31,6 @@ from ppow_jax.parallel import partition
 from ppow_jax.parallel.checkpoint import Checkpoints
 from ppow_jax.parallel.console import log
 
-IMPORTED = "imported"  # the drafter that config.drafter.path names
 _INDUCTION_TEXTS, _INDUCTION_BATCH = 256, 16  # what the relation of features to tokens is read from
 
 
@@ -115,10 +114,26 @@ def shape_by(settings: DrafterSettings, target: TargetConfig) -> DrafterConfig:
     return drafter_config(target, *shape)
 
 
+def shape_of(experiment: Experiment, run: str) -> DrafterConfig:
+    """The shape that the drafter of a run has, or will have.
+
+    Raises:
+      UserError: the files that it or what it starts from begins with cannot be read, or a key does not fit
+        the target.
+    """
+    settings = experiment.settings
+    start = settings.train[settings.lineage(run)[0]].start
+    path = settings.drafter.path if start == FRESH else start
+    if path:
+        return imported(path, experiment.target.config, experiment.fingerprint).config
+    return drafter_of(shape_by(settings.drafter, experiment.target.config)).config
+
+
 def load(experiment: Experiment, run: str) -> Trained:
     """The drafter that a finished run left, or the one that was read from files (`IMPORTED`).
 
     Raises:
+      UnfinishedError: the run was stopped before its last step.
       UserError: the run has left nothing, or its checkpoint belongs to another target.
     """
     if run == IMPORTED:
@@ -132,6 +147,11 @@ def load(experiment: Experiment, run: str) -> Trained:
             raise UserError(
                 f"{directory(experiment, run)}: drafter of target {about['target'][:12]}, this target is "
                 f"{experiment.fingerprint[:12]}; use the target that it was trained for"
+            )
+        if store.latest < about["steps"]:
+            raise UnfinishedError(
+                f"{experiment.workdir}: the run {run!r} is at step {store.latest} of {about['steps']}; train "
+                "it to its end"
             )
         drafter = drafter_of(config_from(about["drafter"]))
         _, state, _ = store.restore_part(shapes(experiment, drafter))

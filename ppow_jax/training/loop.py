@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from ppow_jax.config import TrainSettings
 from ppow_jax.data import texts
 from ppow_jax.decode.cost import measure_gamma
 from ppow_jax.drafters.eagle3 import Drafter, config_from, drafter_of, weights_of
+from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.objectives.base import Memory, Sizes
 from ppow_jax.parallel import files, partition, preemption, processes
@@ -116,7 +118,10 @@ def _batches(experiment: Experiment, run: str, corpus: texts.Corpus) -> Iterator
     key = experiment.key(settings.order or run, settings.seed)
     seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
     rows = partition.rows_here(experiment.mesh, settings.batch_size)
-    return texts.iterate(corpus.train, settings.batch_size, seed, rows)
+    try:
+        return texts.iterate(corpus.train, settings.batch_size, seed, rows)
+    except UserError as e:
+        raise UserError(f"config.train.{run}.{e}") from e
 
 
 def recipe(
@@ -171,21 +176,22 @@ def abstract_state(experiment: Experiment, recipe: Recipe, sizes: Sizes) -> Stat
 
 
 def gamma_of(experiment: Experiment, run: str, drafter: Drafter) -> float:
-    """gamma as a run's objective has it, or measured once for a workdir; 0 for one that has none."""
+    """gamma as a run's objective has it, or measured once for a workdir and shape; 0 for one without any."""
     given = getattr(experiment.settings.train[run].method, "gamma", "0")
     if given != "measured":
         return float(given)
     path = experiment.workdir / "gamma.json"
-    known = files.read_json(path)
-    if known is None:
+    kept = files.read_json(path) or {}
+    mark = json.dumps([dataclasses.asdict(drafter.config), experiment.target.config.dtype])
+    if mark not in kept:
         shapes = drafters.shapes(experiment, drafter)
         blank = jax.tree.map(lambda x: partition.put(jnp.zeros(x.shape, x.dtype), x.sharding), shapes)
         weights = weights_of(blank["params"], experiment.target_params, blank["vocab"])
         gamma = measure_gamma(experiment.target, experiment.target_params, drafter, weights)
-        known = {"gamma": processes.agreed(gamma)}
-        files.write_json(path, known)
-    log.info("%s: gamma measured on this machine: %.4f", run, known["gamma"])
-    return known["gamma"]
+        kept[mark] = processes.agreed(gamma)
+        files.write_json(path, kept)
+    log.info("%s: gamma measured on this machine: %.4f", run, kept[mark])
+    return kept[mark]
 
 
 def _steps_in_minutes(

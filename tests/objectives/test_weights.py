@@ -58,8 +58,6 @@ def test_dpace_by_hand():
     """alpha = 1/2: c = (0, 1, 1/2) gives c' = (1/2, 1, 3/4), products (1/2, 1/2, 3/8)."""
     confidence = jnp.array([0.0, 1.0, 0.5])
     np.testing.assert_allclose(weights.dpace(confidence), [1.375, 0.875, 0.375], rtol=1e-6)
-    np.testing.assert_allclose(weights.dpace(confidence, part="confidence"), [0.5, 0.5, 0.375], rtol=1e-6)
-    np.testing.assert_allclose(weights.dpace(confidence, part="continuation"), [2.75, 1.75, 1.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
@@ -92,16 +90,6 @@ def test_limits_of_dpace():
     np.testing.assert_allclose(weights.dpace(jnp.zeros(4), 1.0), [4.0, 3.0, 2.0, 1.0])
     np.testing.assert_allclose(weights.dpace(jnp.ones(4), 0.5), [4.0, 3.0, 2.0, 1.0])
     np.testing.assert_array_equal(weights.dpace(jnp.zeros(4), 0.0), np.zeros(4))
-    assert np.isfinite(weights.dpace(jnp.zeros(4), 0.0, part="continuation")).all()
-
-
-def test_the_parts_of_dpace_multiply_to_it():
-    rng = np.random.default_rng(2)
-    confidence, valid = jnp.asarray(rng.random(SHAPE), jnp.float32), jnp.asarray(rng.random(SHAPE) < 0.7)
-    both, *parts = (
-        weights.dpace(confidence, 0.5, valid, part) for part in ("both", "confidence", "continuation")
-    )
-    np.testing.assert_allclose(parts[0] * parts[1], both, rtol=1e-5, atol=1e-7)
 
 
 def test_dpace_falls_along_the_window_and_rises_with_confidence():
@@ -113,10 +101,10 @@ def test_dpace_falls_along_the_window_and_rises_with_confidence():
     assert (surer > got).all()
 
 
-@pytest.mark.parametrize(("alpha", "part"), [(-0.1, "both"), (1.1, "both"), (0.5, "half")])
-def test_dpace_refuses_what_is_out_of_range(alpha, part):
+@pytest.mark.parametrize("alpha", [-0.1, 1.1])
+def test_dpace_refuses_what_is_out_of_range(alpha):
     with pytest.raises(ValueError, match="expected"):
-        weights.dpace(jnp.ones(3), alpha, part=part)
+        weights.dpace(jnp.ones(3), alpha)
 
 
 def test_no_weight_has_a_gradient():

@@ -81,6 +81,12 @@ def test_runs_that_differ_in_their_seeds_alone_are_repetitions():
     assert contents.groups(settings, ["a_1", "b"]) == [["a_1"], ["b"]]  # of those that were evaluated
 
 
+def test_a_run_of_the_same_seed_tells_nothing_of_seeds():
+    same = dataclasses.replace(RUN, order="x")
+    settings = Settings(train={"a": same, "again": same, "a_1": dataclasses.replace(same, seed=1)})
+    assert contents.groups(settings, list(settings.train)) == [["a", "a_1"], ["again"]]
+
+
 def test_stages_tell_what_they_took(tmp_path):
     assert contents.stages(tmp_path) == {}
     records = {

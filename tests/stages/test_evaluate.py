@@ -69,6 +69,18 @@ def test_a_run_writes_every_field_of_the_contract(finished):
     assert "<svg" in (finished.workdir / "report.html").read_text()
 
 
+def test_a_drafter_that_is_not_trained_to_its_end_is_left_out(finished, tmp_path, caplog):
+    """Its newest checkpoint, the last of 30 steps, is gone."""
+    shutil.copytree(finished.workdir, tmp_path / "w")
+    shutil.rmtree(tmp_path / "w" / "checkpoints" / "supervise" / "30")
+    experiment = runs.build(tmp_path / "w")
+    with caplog.at_level("WARNING", logger="ppow_jax"):
+        assert [c.run for c in evaluate.find_candidates(experiment)] == ["cst"]
+    assert "supervise is left out" in caplog.text and "at step 20 of 30" in caplog.text
+    with pytest.raises(UserError, match="the run 'supervise' is at step 20 of 30; train it to its end"):
+        drafters.load(experiment, "supervise")
+
+
 def test_differences_are_those_of_the_benchmarks(finished):
     one, other = (report(finished.workdir)["drafters"][name] for name in ("supervise", "cst"))
     pairs = [(one["benchmarks"][b], other["benchmarks"][b]) for b in one["benchmarks"]]
