@@ -22,9 +22,8 @@ from ppow_jax.keys import key, section
 STAGES = ("respond", "train", "evaluate", "export")
 DTYPES = ("float32", "bfloat16")
 STORED_DTYPES = (*DTYPES, "float16")
-FRESH = "fresh"  # a run's start that is no other run
-IMPORTED = "imported"  # in reports, the drafter that config.drafter.path names
-AUTOREGRESSIVE = "autoregressive"  # decoding without a drafter
+# A start that is no other run; in reports, the drafter of config.drafter.path, and decoding without any.
+FRESH, IMPORTED, AUTOREGRESSIVE = "fresh", "imported", "autoregressive"
 _RESERVED = (FRESH, IMPORTED, AUTOREGRESSIVE, "decode", *STAGES)  # no names of training runs
 
 # Names of the objectives of this package; any other is given as `module:Class`.
@@ -37,9 +36,6 @@ OBJECTIVES = {
     "griffin": "ppow_jax.objectives.griffin:GRIFFIN",
     "gto": "ppow_jax.objectives.gto:GTO",
 }
-
-
-_METHODS = ("init", "signal", "inputs", "observe", "summarise", "loss")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,8 +297,7 @@ def training_run(objective: str, **changes: Any) -> ConfigDict:
     Raises:
       ConfigError: an objective that there is not.
     """
-    values = _flat(TrainSettings(objective=objective, method=objective_class(objective)()))
-    run = _config_dict(values)
+    run = _config_dict(_flat(TrainSettings(objective=objective, method=objective_class(objective)())))
     try:
         run.update(_config_dict(changes))
     except (TypeError, KeyError) as e:
@@ -314,33 +309,25 @@ def objective_class(name: str, where: str = "objective") -> type:
     """The class of an objective.
 
     Raises:
-      ConfigError: it cannot be imported, or is no dataclass.
+      ConfigError: it cannot be imported, or is none.
     """
     expected = f"expected {', '.join(OBJECTIVES)}, or module:Class of a frozen dataclass"
-    found = keys.imported(OBJECTIVES.get(name, name), f"{where}: found {name!r}, {expected}")
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
-        raise ConfigError(f"{where}: {name!r} is no dataclass; {expected}")
-    fields = dataclasses.fields(found)
-    missing = [m for m in _METHODS if not callable(getattr(found, m, None))]
-    missing += [] if any(f.name == "window" for f in fields) else ["window"]
+    taken = {field.name for field in dataclasses.fields(TrainSettings)}
+    complaint = f"{where}: found {name!r}, {expected}"
+    found = keys.section_class(OBJECTIVES.get(name, name), complaint, taken)
+    methods = ("init", "signal", "inputs", "observe", "summarise", "loss")
+    missing = [m for m in methods if not callable(getattr(found, m, None))]
+    missing += [] if any(f.name == "window" for f in dataclasses.fields(found)) else ["window"]
     if missing:
         raise ConfigError(
             f"{where}: {name!r} has no {', '.join(missing)}; expected a subclass of objectives.base.Objective"
         )
-    for field in fields:
-        if field.default is field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{where}: the field {field.name!r} of {name!r} has no default, expected one")
-        if field.name in {f.name for f in dataclasses.fields(TrainSettings)}:
-            raise ConfigError(
-                f"{where}: {name!r} has a field {field.name!r}, which every training run has; rename it"
-            )
     return found
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:
     """Settings as nested dicts, as a ConfigDict has them; `from_config` takes them back."""
-    runs = {name: _flat(run) for name, run in settings.train.items()}
-    return keys.to_dict(settings) | {"train": runs}
+    return keys.to_dict(settings) | {"train": {name: _flat(run) for name, run in settings.train.items()}}
 
 
 def _flat(run: TrainSettings) -> dict[str, Any]:
@@ -394,8 +381,8 @@ def _check(s: Settings) -> None:
             raise ConfigError(f"config.{where}: found {found!r}, expected {expected}")
 
     order = [STAGES.index(x) for x in s.stages if x in STAGES]
-    known = len(order) == len(s.stages) and order == sorted(set(order)) and order
-    require(bool(known), "stages", s.stages, f"a subset, in order, of {', '.join(STAGES)}")
+    in_order = len(order) == len(s.stages) > 0 and order == sorted(set(order))
+    require(in_order, "stages", s.stages, f"a subset, in order, of {', '.join(STAGES)}")
     names = list(s.train)
     for name in s.runs:
         require(name in names, "runs", name, f"some of {', '.join(names)}")

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from ppow_jax.errors import ConfigError
@@ -126,6 +126,28 @@ def imported(name: str, complaint: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as e:
         raise ConfigError(f"{complaint} ({e})") from e
+
+
+def section_class(name: str, complaint: str, taken: Collection[str]) -> type:
+    """The dataclass that `module:Class` names, fit to be a section.
+
+    Args:
+      name: of the class.
+      complaint: what the message begins with, if there is none.
+      taken: names that its fields may not have.
+
+    Raises:
+      ConfigError: there is no such dataclass, or a field of it has no default or a name that is taken.
+    """
+    found = imported(name, complaint)
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise ConfigError(f"{complaint} ({found!r} is none)")
+    for field in dataclasses.fields(found):
+        if field.default is field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{complaint} (its field {field.name!r} has no default)")
+        if field.name in taken:
+            raise ConfigError(f"{complaint} (its field {field.name!r} has a name that is taken: rename it)")
+    return found
 
 
 def to_dict(section: Any) -> dict[str, Any]:

@@ -280,14 +280,14 @@ def test_an_objective_from_outside_the_package(monkeypatch):
     for wrong, why in {
         "elsewhere:Gone": "module:Class of a frozen dataclass",
         "nowhere:Own": "module:Class of a frozen dataclass",
-        "elsewhere:thing": "is no dataclass",
-        "elsewhere:function": "is no dataclass",
+        "elsewhere:thing": "is none)",
+        "elsewhere:function": "is none)",
         "Own": "module:Class of a frozen dataclass",
         ":Own": "module:Class of a frozen dataclass",
         ".elsewhere:Own": "module:Class of a frozen dataclass",
         "elsewhere:Blank": "has no init, signal, inputs, observe, summarise, loss, window; expected",
-        "elsewhere:Clash": "has a field 'seed', which every training run has; rename it",
-        "elsewhere:Owing": "the field 'due' of 'elsewhere:Owing' has no default",
+        "elsewhere:Clash": "its field 'seed' has a name that is taken: rename it",
+        "elsewhere:Owing": "its field 'due' has no default",
     }.items():
         assert why in refusal(changed(train__cst__objective=wrong)), wrong
 

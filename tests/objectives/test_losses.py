@@ -341,6 +341,7 @@ def test_weighted_sum_weighs_sums_and_asks_for_what_it_needs():
 def test_parse_losses():
     parsed = losses.parse_losses(" kl + 0.5*total_variation+2e-1 * lk_batch", "key")
     assert parsed == ((1.0, "kl"), (0.5, "total_variation"), (0.2, "lk_batch"))
+    assert losses.parse_losses("1e+2*kl+2e-1*kl", "key") == ((100.0, "kl"), (0.2, "kl"))
     assert all(losses.parse_losses(name, "key") == ((1.0, name),) for name in NAMES)
 
 
@@ -351,15 +352,9 @@ def test_a_loss_of_ones_own_is_found_where_it_stands():
     assert terms == ((2.0, name),) and float(got) == pytest.approx(0.5 * LN2, rel=1e-5)
 
 
-def test_the_plus_of_an_exponent_ends_no_term():
-    assert losses.parse_losses("1e+2*kl+2e-1*kl", "key") == ((100.0, "kl"), (0.2, "kl"))
-
-
 @pytest.mark.parametrize("name", ["math:pi", ".foo:bar", ":kl", "none_such:f", "math:none"])
 def test_what_is_no_loss_is_refused(name):
-    with pytest.raises(
-        ConfigError, match=f"key: found the loss '{name}' in '{name}', expected one of kl|, or"
-    ):
+    with pytest.raises(ConfigError, match=f"found the loss '{name}' in '{name}', expected one of"):
         losses.parse_losses(name, "key")
 
 
