@@ -124,19 +124,20 @@ def repetition_cells(report: Report) -> list[Row]:
     for name, group in report["runs"].items():
         for benchmark, result in (*group["benchmarks"].items(), ("mean", group["mean"])):
             row = {"run": name, "seeds": str(len(group["drafters"])), "benchmark": benchmark}
-            for key, title, compared in (
-                ("tau", "tau", "difference"),
-                ("tau_tree", "tau, trees", "difference_tree"),
-            ):
-                if key in result:
-                    row[title] = f"{result[key]:.3f} ± {result[f'{key}_std']:.3f}"
-                    found = result.get(compared)
-                    row[f"difference of {title}"] = (
-                        f"{found['tau']:+.3f} {interval(found['ci95'], '+.3f')}" if found else ""
-                    )
+            row |= _repeated(result, "tau", "tau", "difference")
             row["speedup"] = f"{result['speedup']:.2f}x ± {result['speedup_std']:.2f}"
+            if "tau_tree" in result:
+                row |= _repeated(result, "tau_tree", "tau, trees", "difference_tree")
             rows.append(row)
-    return rows
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [{column: row.get(column, "") for column in columns} for row in rows]
+
+
+def _repeated(result: Mapping[str, Any], key: str, title: str, compared: str) -> Row:
+    """Mean and standard deviation over seeds, and the difference to the control if there is one."""
+    found = result.get(compared)
+    change = f"{found['tau']:+.3f} {interval(found['ci95'], '+.3f')}" if found else ""
+    return {title: f"{result[key]:.3f} ± {result[f'{key}_std']:.3f}", f"difference of {title}": change}
 
 
 def run_cells(report: Report) -> list[Row]:

@@ -316,9 +316,9 @@ def test_the_steps_of_whatever_runs_a_config_has(tmp_path):
     assert set(found["own: update"].held) == {"target", "learner", "batch", "memory", "signal"}
     turns = {name: step.rounds for name, step in found.items() if step.rounds > 1}
     assert turns == {"respond: tokens": 64, "own: signal": 7}
-    for name in ("closed: update", "decode: signal", "decode: update"):
+    for name in ("closed: update", "own: signal", "own: update"):
         assert operations(found[name].traced.jaxpr) > 0
-    table = found["decode: signal"].held["memory"]
+    table = found["own: signal"].held["memory"]
     assert {k: x.shape for k, x in table.items()} == {"scores": (2**16, 64), "scored_at": (2**16,)}
 
 

@@ -99,7 +99,8 @@ def test_above_temperature_0_the_chance_is_that_of_speculative_sampling(chain, d
 def test_smoothing_lets_tokens_behind_a_refusal_teach():
     """Where the first token is surely refused: d E[R] / d chance of the second, by hand."""
     ones = jnp.ones((1, 1, 1, 2))
-    signal = Signal(None, None, {"inside": ones, "gain": ones * jnp.array([1.0, 2.0]), "kl": ones})
+    weights = {"inside": ones, "gain": ones * jnp.array([1.0, 2.0]), "least": ones[..., :1] / 4, "kl": ones}
+    signal = Signal(None, None, weights)
 
     def reward(chance, smoothing):
         stats = {"chance": chance, "kl": jnp.zeros((1, 1, 1, 2))}
@@ -110,7 +111,7 @@ def test_smoothing_lets_tokens_behind_a_refusal_teach():
     for smoothing, slope in ((0.0, 0.0), (0.5, 2.0 * 0.5 * 0.5)):
         found = jax.grad(reward)(refused, smoothing)[0, 0, 0, 1]
         assert float(found) == pytest.approx(slope)
-    smooth = 0.5 + 2.0 * 0.5 * (0.5 * 0.3 + 0.5)
+    smooth = 0.25 + 0.5 + 2.0 * 0.5 * (0.5 * 0.3 + 0.5)  # with R(0), 1/4
     assert float(reward(refused, 0.5)) == pytest.approx(smooth)
 
 

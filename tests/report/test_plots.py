@@ -82,8 +82,9 @@ def test_what_there_is_nothing_of_is_not_drawn():
 
 def test_every_run_has_a_colour():
     found = plots.colours([f"run_{i}" for i in range(12)])
-    assert len(found) == 12 and len(set(found.values())) == 10
-    assert found["run_0"] != found["run_1"] and found["run_10"] == found["run_0"]
+    assert len(found) == len(set(found.values())) == 12
+    many = plots.colours([f"run_{i}" for i in range(21)])
+    assert len(set(many.values())) == 20 and many["run_20"] == many["run_0"] != many["run_1"]
 
 
 def test_svg_is_the_same_each_time_and_its_ids_are_its_own():

@@ -70,11 +70,17 @@ def test_trees_repetitions_and_stages_have_columns_where_there_are_some():
     made["drafters"]["ppow"]["benchmarks"]["chat"] |= {
         "tau_tree": 4.5, "tau_tree_ci95": [4.0, 5.0], "difference_tree": {"tau": 0.5, "ci95": [0.25, 0.75]},
     }  # fmt: skip
+    made["runs"]["ppow"]["benchmarks"]["chat"] |= {
+        "tau_tree": 3.5, "tau_tree_std": 0.125, "difference_tree": {"tau": -0.5, "ci95": [-0.75, -0.25]},
+    }  # fmt: skip
     text = render.markdown(made)
     assert "; of trees, tree:6x2x3." in text
     assert "| 4.500 | [4.000, 5.000] | +0.500 [+0.250, +0.750] |" in text
-    assert "| ppow | 2 | chat | 2.500 ± 0.250 | +0.125 | [+0.025, +0.250] | 1.50x ± 0.12 |" in text
-    assert "| ppow | 2 | mean | 2.500 ± 0.250 |  |  | 1.50x ± 0.12 |" in text
+    assert "| benchmark | tau | difference of tau | speedup | tau, trees | difference of tau, trees |" in text
+    trees = "3.500 ± 0.125 | -0.500 [-0.750, -0.250]"
+    chain = "2.500 ± 0.250 | +0.125 [+0.025, +0.250]"
+    assert f"| ppow | 2 | chat | {chain} | 1.50x ± 0.12 | {trees} |" in text
+    assert "| ppow | 2 | mean | 2.500 ± 0.250 |  | 1.50x ± 0.12 |  |  |" in text
     assert "| train/ppow | 1m15s | 1.50 GiB |" in text and "| respond | 3s |  |" in text
 
 
