@@ -102,7 +102,8 @@ def check_starts(settings: Settings, todo: list[str], workdir: pathlib.Path) -> 
         if stage == "train" and settings.train[name].start in settings.train:
             wanted.append((f"train.{name}.start", settings.train[name].start))
     for key, run in wanted:
-        if f"train/{run}" not in todo and not begun.get(f"train/{run}", {}).get("finished"):
+        record, left = begun.get(f"train/{run}"), (workdir / "checkpoints" / run).exists()
+        if f"train/{run}" not in todo and not (record["finished"] if record else left):
             raise ConfigError(
                 f"config.{key}: the run {run!r} is neither finished in {workdir} nor among those to train; "
                 "name it in config.runs too"

@@ -105,7 +105,7 @@ def exported(finished, workdir, drafter: str) -> None:
 def test_a_run_that_was_not_trained_cannot_be_exported(finished, tmp_path):
     workdir = shutil.copytree(finished.workdir, tmp_path / "w")
     before = runs.digest(workdir / "export")
-    with pytest.raises(UserError, match=r"no checkpoint of the run 'ppow'; train it first"):
+    with pytest.raises(UserError, match=r"config.export.drafter: the run 'ppow' is neither"):
         exported(finished, workdir, "ppow")
     assert runs.digest(workdir / "export") == before
 
