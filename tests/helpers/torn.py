@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ppow_jax.parallel import console, processes
-from ppow_jax.parallel.checkpoint import Checkpoints, abstract
+from ppow_jax.parallel.checkpoint import Checkpoints
 
 
 def main(directory: pathlib.Path) -> None:
@@ -29,7 +29,8 @@ def main(directory: pathlib.Path) -> None:
             file.write_bytes(file.read_bytes()[:100])
     processes.together("cut")
     store = Checkpoints(directory, 2)
-    step, state, about = store.restore(abstract({"x": of(0, layout)}))
+    x = of(0, layout)
+    step, state, about = store.restore({"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)})
     store.close()
     want = np.asarray(of(step, layout).addressable_shards[0].data)
     np.testing.assert_array_equal(np.asarray(state["x"].addressable_shards[0].data), want)
