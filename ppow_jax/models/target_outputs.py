@@ -99,6 +99,19 @@ def taps_of(target: Target, params: dict, batch: Mapping[str, jax.Array]) -> jax
     return outputs_of(target, params, batch).taps
 
 
+def entropy_of(target: Target, params: dict, hidden_BxTxD: jax.Array) -> jax.Array:
+    """float32 `[B, T]`, nats: the entropy of `TargetOutputs`, for a branch that is seldom taken.
+
+    An array that a branch of `lax.cond` reads from outside is computed whether it is taken or not.
+    """
+
+    def some(logits_BxLxV: jax.Array) -> jax.Array:
+        logp_BxLxV = jax.nn.log_softmax(logits_BxLxV)
+        return -jnp.sum(jnp.exp(logp_BxLxV) * logp_BxLxV, -1)
+
+    return _over_vocabulary(target, params, hidden_BxTxD, some)
+
+
 def log_normaliser(target: Target, params: dict, hidden_BxTxD: jax.Array, temperature: float) -> jax.Array:
     """float32 `[B, T]`: logsumexp over all V tokens of logits / temperature, which is above 0."""
 

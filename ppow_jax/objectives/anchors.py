@@ -16,6 +16,7 @@ from ppow_jax.decode.shapes import chain
 from ppow_jax.decode.simulate import simulate
 from ppow_jax.drafters import windows
 from ppow_jax.keys import key
+from ppow_jax.models import target_outputs
 from ppow_jax.models.target_outputs import TargetOutputs
 from ppow_jax.objectives import losses
 from ppow_jax.objectives.base import Batch, Memory, Models, Sizes, at
@@ -141,7 +142,8 @@ def criticality(models: Models, batch: Batch, outputs: TargetOutputs, window: in
     divergence = windows.window_pass(
         models.drafter, models.weights, prefix.keys_values, start, choose, 1, lambda step: hidden_BxTxD
     )
-    entropy = jnp.take_along_axis(outputs.entropy, anchors + 1, 1)
+    entropy_BxT = target_outputs.entropy_of(models.target, models.target_params, outputs.hidden)
+    entropy = jnp.take_along_axis(entropy_BxT, anchors + 1, 1)
     values = confidence(entropy, models.target.config.vocab_size) * divergence[:, :, 0, 0]
     return anchor_scores(values, windows.anchor_mask(batch["assistant"]), window)
 
