@@ -55,7 +55,7 @@ def phases(experiment: Experiment, run: TrainSettings, trained: Trained) -> Phas
     state = loop.place(experiment, recipe, params, trained.vocab, sizes)
     frozen = (state["vocab"], experiment.target_params, batch)
     learner, memory = {k: state[k] for k in ("params", "opt_state")}, state["memory"]
-    inside, rounds = {}, objective.rounds(run.batch_size) if hasattr(objective, "rounds") else 1
+    inside, rounds = {}, objective.rounds(run.batch_size)
     if isinstance(objective, PPOW):
         inside, rounds = _inside_ppow(recipe, state["params"], *frozen, key)
     signal, update = make_signal(recipe), make_update(recipe)

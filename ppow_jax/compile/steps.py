@@ -176,9 +176,7 @@ def _train(plan: Plan, name: str) -> Steps:
     frozen, number = (plan.vocab, plan.params, texts), jax.ShapeDtypeStruct((), np.int32)
     traced = make_signal(recipe).trace(learner["params"], *frozen, memory, number, plan.key)
     many = ("windows", windows_of(traced.out_info[0]))
-    # Loops that end when data say so: an objective that has any may tell their turns by a method `rounds`.
-    rounds = objective.rounds(B) if hasattr(objective, "rounds") else 1
-    signal, _, _ = yield Step(f"{name}: signal", traced, many, held, rounds)
+    signal, _, _ = yield Step(f"{name}: signal", traced, many, held, objective.rounds(B))
     traced = make_update(recipe).trace(learner, *frozen, signal)
     yield Step(f"{name}: update", traced, many, held | {"signal": signal})
 

@@ -35,13 +35,11 @@ class TargetOutputs(NamedTuple):
     Attributes:
       taps, hidden: as in `Features`.
       log_prob: float32 `[B, T]`, log P(token p + 1 | tokens <= p); 0 at the last position.
-      entropy: float32 `[B, T]`, nats, of P(. | tokens <= p).
     """
 
     taps: jax.Array
     hidden: jax.Array
     log_prob: jax.Array
-    entropy: jax.Array
 
 
 def read(target: Target, params: dict, tokens_BxT: jax.Array) -> tuple[TargetOutputs, Cache]:
@@ -50,25 +48,20 @@ def read(target: Target, params: dict, tokens_BxT: jax.Array) -> tuple[TargetOut
     positions = jnp.broadcast_to(jnp.arange(T), (B, 1, T))
     out = target.apply({"params": params}, tokens_BxT[:, None], positions)
     hidden_BxTxD = out.hidden[:, 0]
-    outputs = TargetOutputs(
-        out.taps[:, 0], hidden_BxTxD, *_distribution(target, params, hidden_BxTxD, tokens_BxT)
-    )
+    log_prob_BxT = _log_prob(target, params, hidden_BxTxD, tokens_BxT)
+    outputs = TargetOutputs(out.taps[:, 0], hidden_BxTxD, log_prob_BxT)
     return outputs, as_prefix(out.new)
 
 
-def _distribution(
-    target: Target, params: dict, hidden_BxTxD: jax.Array, tokens_BxT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each next token and entropy, `[B, T]` both."""
+def _log_prob(target: Target, params: dict, hidden_BxTxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+    """float32 `[B, T]`: see `TargetOutputs.log_prob`."""
 
-    def some(logits_BxLxV: jax.Array, next_BxL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def some(logits_BxLxV: jax.Array, next_BxL: jax.Array) -> jax.Array:
         logp_BxLxV = jax.nn.log_softmax(logits_BxLxV)
-        entropy_BxL = -jnp.sum(jnp.exp(logp_BxLxV) * logp_BxLxV, -1)
-        return jnp.take_along_axis(logp_BxLxV, next_BxL[..., None], 2)[..., 0], entropy_BxL
+        return jnp.take_along_axis(logp_BxLxV, next_BxL[..., None], 2)[..., 0]
 
     next_BxT = jnp.roll(tokens_BxT, -1, 1)
-    log_prob_BxT, entropy_BxT = _over_vocabulary(target, params, hidden_BxTxD, some, next_BxT)
-    return log_prob_BxT.at[:, -1].set(0.0), entropy_BxT
+    return _over_vocabulary(target, params, hidden_BxTxD, some, next_BxT).at[:, -1].set(0.0)
 
 
 def _over_vocabulary(
@@ -89,8 +82,8 @@ def outputs_of(target: Target, params: dict, batch: Mapping[str, jax.Array]) -> 
     if "taps" not in batch:
         return read(target, params, batch["tokens"])[0]
     hidden = batch["hidden"].astype(jnp.float32)
-    found = _distribution(target, params, hidden, batch["tokens"])
-    return TargetOutputs(batch["taps"].astype(jnp.float32), hidden, *found)
+    log_prob = _log_prob(target, params, hidden, batch["tokens"])
+    return TargetOutputs(batch["taps"].astype(jnp.float32), hidden, log_prob)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -100,9 +93,10 @@ def taps_of(target: Target, params: dict, batch: Mapping[str, jax.Array]) -> jax
 
 
 def entropy_of(target: Target, params: dict, hidden_BxTxD: jax.Array) -> jax.Array:
-    """float32 `[B, T]`, nats: the entropy of `TargetOutputs`, for a branch that is seldom taken.
+    """float32 `[B, T]`, nats: the entropy of P(. | tokens <= p), for a branch that is seldom taken.
 
-    An array that a branch of `lax.cond` reads from outside is computed whether it is taken or not.
+    It is no field of `TargetOutputs`: an array that a branch of `lax.cond` reads from outside is computed
+    whether the branch is taken or not.
     """
 
     def some(logits_BxLxV: jax.Array) -> jax.Array:

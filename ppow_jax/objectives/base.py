@@ -118,6 +118,10 @@ class Objective(Protocol):
           ConfigError: they do not; the message begins with the key.
         """
 
+    def rounds(self, texts: int) -> int:
+        """At most how many turns a loop of `signal` takes that ends when data say so, on so many texts."""
+        return 1
+
     def init(self, sizes: Sizes, params: dict) -> Memory:
         """The memory before the first step.
 

@@ -159,7 +159,8 @@ def test_cached_features_are_those_of_a_fresh_read(corpora):
         item = corpus.train[at]
         batch = {k: v[None] for k, v in item.items()}
         outputs = target_outputs.outputs_of(experiment.target, experiment.target_params, batch)
-        log_prob, found = np.asarray(outputs.log_prob[0]), np.asarray(outputs.entropy[0])
+        about = (experiment.target, experiment.target_params, outputs.hidden)
+        log_prob, found = np.asarray(outputs.log_prob[0]), np.asarray(target_outputs.entropy_of(*about)[0])
         assert item["tokens"][:count].tolist() == tokens.tolist()
         taps = item["taps"].reshape(36, 3, 32)
         one_hot = np.eye(32)[tokens] * np.sqrt(32)

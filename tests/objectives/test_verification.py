@@ -118,8 +118,9 @@ def test_windows_do_not_see_one_another_nor_the_text_beyond_their_anchor(tiny, r
     assert change[near].max() <= 1e-6
 
 
-def test_the_lesson_of_a_text_is_the_distribution_of_its_next_tokens(tiny, read):
+def test_outputs_on_a_text_are_the_distribution_of_its_next_tokens(tiny, read):
     outputs, cache = read
+    entropy = target_outputs.entropy_of(tiny.target, tiny.params, outputs.hidden)
     assert len(cache) == small.TINY.layers
     assert cache[0].values.shape == (B, small.TINY.kv_heads, T, small.TINY.head_size)
     for b in range(B):
@@ -127,7 +128,7 @@ def test_the_lesson_of_a_text_is_the_distribution_of_its_next_tokens(tiny, read)
         logp = reference.log_softmax(logits)
         want = [logp[t, TOKENS[b, t + 1]] for t in range(T - 1)] + [0.0]
         np.testing.assert_allclose(outputs.log_prob[b], want, atol=1e-4, rtol=0)
-        np.testing.assert_allclose(outputs.entropy[b], -(np.exp(logp) * logp).sum(-1), atol=1e-4, rtol=0)
+        np.testing.assert_allclose(entropy[b], -(np.exp(logp) * logp).sum(-1), atol=1e-4, rtol=0)
         taps = np.concatenate([inputs[i] for i in small.TINY.taps], -1)
         np.testing.assert_allclose(outputs.taps[b], taps, atol=1e-4, rtol=0)
         head = jnp.asarray(outputs.hidden[b]) @ tiny.params["head"]["weight"].T
