@@ -7,7 +7,9 @@ would gather piece by piece, multiplying meanwhile in many small products: that 
 
 XLA's CPU backend asks for its buffers anew at every step, and touching fresh pages takes a fifth of a
 training step and most of the growth of a cache (docs/performance.md). glibc can back them by huge pages and
-keep what is freed, in one heap for all threads, but reads the wish only when a process begins.
+keep what is freed, in one heap for all threads, but reads the wish only when a process begins. Programs that
+are queued on a CPU hold their temporary arrays while they wait, so that each is queued when the one before it
+has ended.
 """
 
 import contextlib
@@ -28,6 +30,11 @@ _WISH = {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 2**40, "arena_max": 1}
 def ask_libtpu() -> None:
     """Sets the wishes about TPUs, unless the environment has others."""
     os.environ.setdefault(_TPU_VARIABLE, _TPU_WISH)
+
+
+def ask_jax() -> None:
+    """Sets the wish about the queue of a CPU, unless the environment has another."""
+    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
 
 
 def give_back() -> None:
@@ -61,6 +68,7 @@ def restart_with_tunables() -> None:
     as it is).
     """
     ask_libtpu()
+    ask_jax()
     if sys.platform != "linux" or _VARIABLE in os.environ:
         return
     os.environ[_VARIABLE] = ":".join(f"glibc.malloc.{name}={value}" for name, value in _WISH.items())

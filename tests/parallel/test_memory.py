@@ -26,8 +26,9 @@ def execv(monkeypatch):
 
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("GLIBC_TUNABLES", "")  # so that it is put back
-    monkeypatch.delenv("GLIBC_TUNABLES")
+    for name in ("GLIBC_TUNABLES", "JAX_CPU_ENABLE_ASYNC_DISPATCH"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
 
 
 def test_the_same_command_is_started_again_once(monkeypatch, execv):
@@ -35,6 +36,7 @@ def test_the_same_command_is_started_again_once(monkeypatch, execv):
     with pytest.raises(Restarted) as restarted:
         memory.restart_with_tunables()
     assert restarted.value.args == (sys.executable, sys.orig_argv, TUNABLES)
+    assert os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] == "false"
     memory.restart_with_tunables()  # the variable is set now
 
 
