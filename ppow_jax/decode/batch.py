@@ -6,7 +6,7 @@ written: a large batch is bound by both.
 
 The features that the target had while it wrote can be kept; then no text need be read again to train on it.
 
-Shape letters as in `loop`; R rows of a stretch.
+Shape letters as in `loop`; L rows of a stretch.
 """
 
 import functools
@@ -111,11 +111,11 @@ class _Book:
         more = slots - prompts.taps.shape[1]
         self._features = Features(*(np.pad(x, ((0, 0), (0, more), (0, 0))) for x in processes.host(prompts)))
 
-    def add(self, stretch: Features, where_R: np.ndarray, first: int, last: int) -> None:
-        """Adds rounds `first` up to `last` of some rows, `[rounds, R, ...]`: one position each."""
+    def add(self, stretch: Features, where_L: np.ndarray, first: int, last: int) -> None:
+        """Adds rounds `first` up to `last` of some rows, `[rounds, L, ...]`: one position each."""
         for whole, part in zip(self._features, processes.host(stretch), strict=True):
             for number in range(first, last):
-                whole[where_R, self._length_B[where_R] + number] = part[number - first]
+                whole[where_L, self._length_B[where_L] + number] = part[number - first]
 
     def close(self, count_B: np.ndarray) -> Features:
         """The features, with what lies beyond the texts set to 0."""
@@ -215,16 +215,16 @@ def _more_slots(drafting: Drafting | None) -> int:
 
 
 def _regroup(
-    state: State, rows_R: np.ndarray | None, slots: int, mesh: Mesh, drafting: Drafting | None
+    state: State, rows_L: np.ndarray | None, slots: int, mesh: Mesh, drafting: Drafting | None
 ) -> State:
     """Some rows of a state, None: all, with caches of `slots` slots. The old state is no more.
 
     Layer by layer, so that no two caches are held at once.
     """
     old, cache = state.cache, []
-    state = _rows_of(state._replace(cache=()), rows_R, mesh)
+    state = _rows_of(state._replace(cache=()), rows_L, mesh)
     for layer in old:
-        cache.append(_layer_of(layer, rows_R, slots, mesh))
+        cache.append(_layer_of(layer, rows_L, slots, mesh))
         jax.block_until_ready(cache[-1])
         for leaf in layer:
             leaf.delete()
@@ -234,24 +234,24 @@ def _regroup(
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _rows_of(tree: Any, rows_R: jax.Array | None, mesh: Mesh) -> Any:
+def _rows_of(tree: Any, rows_L: jax.Array | None, mesh: Mesh) -> Any:
     """The named rows of all leaves that have rows; None: all. Heads stay where they are."""
-    if rows_R is None:
+    if rows_L is None:
         return tree
-    spread = partition.batch_sharding(mesh, len(rows_R)).spec or (None,)
+    spread = partition.batch_sharding(mesh, len(rows_L)).spec or (None,)
 
     def take(leaf: jax.Array) -> jax.Array:
         if leaf.ndim == 0:
             return leaf
         layout = PartitionSpec(*spread, *[PartitionSpec.UNCONSTRAINED] * (leaf.ndim - 1))
-        return jax.lax.with_sharding_constraint(leaf[rows_R], NamedSharding(mesh, layout))
+        return jax.lax.with_sharding_constraint(leaf[rows_L], NamedSharding(mesh, layout))
 
     return jax.tree.map(take, tree)
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "mesh"))
-def _layer_of(layer: KeyValues, rows_R: jax.Array | None, slots: int, mesh: Mesh) -> KeyValues:
-    return kv_cache.grow(_rows_of((layer,), rows_R, mesh), slots)[0]
+def _layer_of(layer: KeyValues, rows_L: jax.Array | None, slots: int, mesh: Mesh) -> KeyValues:
+    return kv_cache.grow(_rows_of((layer,), rows_L, mesh), slots)[0]
 
 
 @functools.partial(
@@ -271,13 +271,13 @@ def _stretch(
 ) -> tuple[State, Features | None]:
     """Rounds until every text has ended or the slots are used up; at most `ROUNDS`.
 
-    With `by_column` the parameters are `_turned`. The features are `[ROUNDS, R, ...]`: of the token that
+    With `by_column` the parameters are `_turned`. The features are `[ROUNDS, L, ...]`: of the token that
     each round fed.
     """
     first = state.round
-    R, c = len(state.done), target.config
+    L, c = len(state.done), target.config
     widths = (len(c.taps) * c.width, c.width)
-    blank = Features(*(jnp.zeros((ROUNDS, R, width), dtype) for width in widths)) if dtype else None
+    blank = Features(*(jnp.zeros((ROUNDS, L, width), dtype) for width in widths)) if dtype else None
 
     def more(carry: tuple[State, Features | None]) -> jax.Array:
         s = carry[0]

@@ -167,10 +167,10 @@ def draft_timer(target: Target, drafting: Drafting, weights: Any, slots: int = _
 
     def once(drafts: Any, weights: Any) -> Any:
         tokens_BxJ = jnp.maximum(drafting.draft(weights, drafts, GREEDY, keys_B).tokens, 0)
-        way_BxE = jnp.broadcast_to(tokens_BxJ[:, -1:], (1, many))  # any tokens; the work is the same
+        way_BxM = jnp.broadcast_to(tokens_BxJ[:, -1:], (1, many))  # any tokens; the work is the same
         # taps that hang on the draft, or reading them would leave the loop
-        new = taps * way_BxE[..., None].astype(taps.dtype)
-        verified = VerifiedTokens(new, way_BxE, offset_B, offset_B * 0 + many - 1, True, tokens_BxJ)
+        new = taps * way_BxM[..., None].astype(taps.dtype)
+        verified = VerifiedTokens(new, way_BxM, offset_B, offset_B * 0 + many - 1, True, tokens_BxJ)
         return drafting.read(weights, drafts, verified)
 
     return _in_loop(once, _half_read(target, drafting, weights, slots), weights)
@@ -193,9 +193,9 @@ def parts_timer(target: Target, params: dict, drafting: Drafting, weights: Any, 
         inputs = (jnp.maximum(draft.tokens, 0)[:, None], positions_BxJ[:, None], *known, above_BxJxJ[:, None])
         out = target.apply({"params": params}, *inputs)
         best_BxJ = likeliest(target.apply({"params": params}, out.hidden[:, 0], method=Target.logits))
-        way_BxE = jnp.broadcast_to(best_BxJ[:, :1], (1, many))
-        taps_BxExC = out.taps[:, 0, jnp.minimum(jnp.arange(many), drafting.tokens - 1)]
-        verified = VerifiedTokens(taps_BxExC, way_BxE, offset_B, offset_B * 0 + many - 1, True, best_BxJ)
+        way_BxM = jnp.broadcast_to(best_BxJ[:, :1], (1, many))
+        taps_BxMxC = out.taps[:, 0, jnp.minimum(jnp.arange(many), drafting.tokens - 1)]
+        verified = VerifiedTokens(taps_BxMxC, way_BxM, offset_B, offset_B * 0 + many - 1, True, best_BxJ)
         return drafting.read(weights, carry[0], verified), out.new
 
     drafts = _half_read(target, drafting, weights, slots)

@@ -4,8 +4,8 @@ A round drafts a tree of tokens, lets the target score them together with the la
 tree's root, and keeps the way that the text takes through it plus one token of the target's own. Without a
 drafter the tree is its root: autoregressive decoding is the same loop.
 
-Shape letters: B rows, P padded prompt length, S cache slots, J tokens of a verification pass, D depth of the
-tree, E = D + 1 tokens that a round emits at most, L longest text to emit, V vocabulary.
+Shape letters: B rows, P padded prompt length, S cache slots, J tokens of a verification pass, M tokens that
+a round emits at most, T of the longest text to emit, V vocabulary.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ class Decoded(NamedTuple):
 class State(NamedTuple):
     """Between rounds. `known` counts the tokens of prompt and text; the last one is not cached yet."""
 
-    tokens: jax.Array  # [B, L + E]
+    tokens: jax.Array  # [B, T + M]
     count: jax.Array  # [B]
     limit: jax.Array  # [B], the longest text that its context has room for
     known: jax.Array  # [B]
@@ -85,12 +85,12 @@ def _keys_at(keys_B: jax.Array, position_B: jax.Array, use: int) -> jax.Array:
     return jax.vmap(lambda k, p: jax.random.fold_in(jax.random.fold_in(k, p), use))(keys_B, position_B)
 
 
-def _put(rows_BxL: jax.Array, values_BxE: jax.Array, at_B: jax.Array) -> jax.Array:
+def _put(rows_BxT: jax.Array, values_BxM: jax.Array, at_B: jax.Array) -> jax.Array:
     """Each row's values, from a place of its own on. As a scatter a TPU does that row by row."""
-    offset_BxL = jnp.arange(rows_BxL.shape[1]) - at_B[:, None]
-    for number in range(values_BxE.shape[1]):
-        rows_BxL = jnp.where(offset_BxL == number, values_BxE[:, number, None], rows_BxL)
-    return rows_BxL
+    offset_BxT = jnp.arange(rows_BxT.shape[1]) - at_B[:, None]
+    for number in range(values_BxM.shape[1]):
+        rows_BxT = jnp.where(offset_BxT == number, values_BxM[:, number, None], rows_BxT)
+    return rows_BxT
 
 
 def prefill(
@@ -144,7 +144,7 @@ def next_round(
     drafting: Drafting | None = None,
     weights: Any = None,
 ) -> tuple[State, Features]:
-    """Draft, verify, keep; with the features `[B, E, ...]` of the tokens that the round settled."""
+    """Draft, verify, keep; with the features `[B, M, ...]` of the tokens that the round settled."""
     offset_B = state.known - 1
     if drafting:
         keys_B = _keys_at(state.keys, state.known, 1)
@@ -256,13 +256,13 @@ def decode(
     Args:
       target: the module.
       params: its parameters.
-      prompt_BxP: int32 prompts, right-padded with any id; P + max_new_tokens + E slots are held.
+      prompt_BxP: int32 prompts, right-padded with any id; P + max_new_tokens + M slots are held.
       length_B: int32 prompt lengths, at least 1 and below the target's context.
       keys_B: random keys, one a row; unused at temperature 0.
       config: static settings.
       drafting: who drafts.
       weights: the drafter's.
-      watch: called after every round, prefill's first, while the loop runs: tokens int32 `[B, E]` and how
+      watch: called after every round, prefill's first, while the loop runs: tokens int32 `[B, M]` and how
         many of them each row kept, int32 `[B]`.
 
     Returns:
@@ -281,8 +281,8 @@ def decode(
         del _watchers[number]
 
 
-def _tell(number: np.ndarray, tokens_BxE: np.ndarray, kept_B: np.ndarray) -> None:
-    _watchers[int(number)](np.asarray(tokens_BxE), np.asarray(kept_B))
+def _tell(number: np.ndarray, tokens_BxM: np.ndarray, kept_B: np.ndarray) -> None:
+    _watchers[int(number)](np.asarray(tokens_BxM), np.asarray(kept_B))
 
 
 @functools.partial(jax.jit, static_argnames=("target", "config", "drafting"))
@@ -302,8 +302,8 @@ def _decode(
     def watched(state: State, kept_B: jax.Array) -> State:
         if watcher is not None:
             rows = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (depth + 1,)))
-            tokens_BxE = rows(state.tokens, state.count - kept_B)
-            io_callback(_tell, None, watcher, tokens_BxE, kept_B, ordered=True)
+            tokens_BxM = rows(state.tokens, state.count - kept_B)
+            io_callback(_tell, None, watcher, tokens_BxM, kept_B, ordered=True)
         return state
 
     def body(state: State) -> State:

@@ -1,7 +1,7 @@
 """Drafts without training: n-grams of the text itself, and of what the target says beside it.
 
-Shape letters: B rows, S positions, T tokens just read, J nodes of a tree, K window, N n-gram, W columns,
-G candidates, V vocabulary.
+Shape letters: B rows, T positions of a text, M tokens that a round emits at most, K tokens of a branch (one
+less than an n-gram), W columns, Q candidates, V vocabulary.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ NOTHING = -1  # a token that no text has
 
 
 class History(NamedTuple):
-    """Texts so far: tokens int32 `[B, S]`, `NOTHING` where none is known, and how many positions are,
+    """Texts so far: tokens int32 `[B, T]`, `NOTHING` where none is known, and how many positions are,
     `[B]`."""
 
     tokens: jax.Array
@@ -64,21 +64,21 @@ class Lookup:
 
     def read(self, weights: None, state: History | None, verified: VerifiedTokens) -> History:
         """See `Drafting`."""
-        at_BxT = verified.offset[:, None] + 1 + jnp.arange(verified.next.shape[1])
-        real_BxT = jnp.arange(verified.next.shape[1]) <= verified.last[:, None]
-        new_BxT = jnp.where(real_BxT, verified.next, NOTHING)
+        at_BxM = verified.offset[:, None] + 1 + jnp.arange(verified.next.shape[1])
+        real_BxM = jnp.arange(verified.next.shape[1]) <= verified.last[:, None]
+        new_BxM = jnp.where(real_BxM, verified.next, NOTHING)
         if state is None:
-            tokens = jnp.pad(new_BxT, ((0, 0), (1, 0)), constant_values=NOTHING)
+            tokens = jnp.pad(new_BxM, ((0, 0), (1, 0)), constant_values=NOTHING)
         else:
-            rows = jnp.arange(len(new_BxT))[:, None]
-            tokens = state.tokens.at[rows, at_BxT].set(new_BxT, mode="drop")
+            rows = jnp.arange(len(new_BxM))[:, None]
+            tokens = state.tokens.at[rows, at_BxM].set(new_BxM, mode="drop")
         return History(tokens, verified.offset + verified.last + 2)
 
     def draft(self, weights: None, state: History, sampling: Sampling, keys_B: jax.Array) -> Draft:
         """See `Drafting`."""
-        branches_BxGxK = jax.vmap(self._branches)(*state)
+        branches_BxQxK = jax.vmap(self._branches)(*state)
         last_Bx1 = jnp.take_along_axis(state.tokens, state.known[:, None] - 1, 1)
-        nodes = [branches_BxGxK[:, path[0], len(path) - 1] for path in self.shape.paths]
+        nodes = [branches_BxQxK[:, path[0], len(path) - 1] for path in self.shape.paths]
         tokens = jnp.concatenate([last_Bx1, jnp.stack(nodes, 1)], 1)
         return Draft(tokens, jnp.broadcast_to(jnp.array(self.shape.parents), tokens.shape))
 
@@ -87,24 +87,24 @@ class Lookup:
         more = slots - state.tokens.shape[1]
         return state._replace(tokens=jnp.pad(state.tokens, ((0, 0), (0, more)), constant_values=NOTHING))
 
-    def _branches(self, text_S: jax.Array, known: jax.Array) -> jax.Array:
-        """int32 `[G, K]` for one text."""
-        S = len(text_S)
-        position = jnp.arange(S)
-        matching, matched = jnp.ones(S, bool), jnp.zeros(S, jnp.int32)
+    def _branches(self, text_T: jax.Array, known: jax.Array) -> jax.Array:
+        """int32 `[Q, K]` for one text."""
+        T = len(text_T)
+        position = jnp.arange(T)
+        matching, matched = jnp.ones(T, bool), jnp.zeros(T, jnp.int32)
         for back in range(self.ngram):  # matched: tokens up to this position that are the text's last
-            wanted = jnp.where(known > back, text_S[known - 1 - back], NOTHING - 1)
-            matching &= jnp.pad(text_S, (back, 0), constant_values=NOTHING)[:S] == wanted
+            wanted = jnp.where(known > back, text_T[known - 1 - back], NOTHING - 1)
+            matching &= jnp.pad(text_T, (back, 0), constant_values=NOTHING)[:T] == wanted
             matched += matching
-        next_S = jnp.roll(text_S, -1)
-        value_S = jnp.where((position < known - 1) & (matched > 0), matched * S + position, -1)
+        next_T = jnp.roll(text_T, -1)
+        value_T = jnp.where((position < known - 1) & (matched > 0), matched * T + position, -1)
         found = []
         for _ in range(self.branches):
-            best = jnp.argmax(value_S)
+            best = jnp.argmax(value_T)
             period = jnp.maximum(known - 1 - best, 1)
-            branch_K = text_S[best + 1 + jnp.arange(self.window) % period]
-            found.append(jnp.where(value_S[best] >= 0, branch_K, NOTHING))
-            value_S = jnp.where(next_S == branch_K[0], -1, value_S)
+            branch_K = text_T[best + 1 + jnp.arange(self.window) % period]
+            found.append(jnp.where(value_T[best] >= 0, branch_K, NOTHING))
+            value_T = jnp.where(next_T == branch_K[0], -1, value_T)
         return jnp.stack(found)
 
 
@@ -113,8 +113,8 @@ class Pool(NamedTuple):
 
     Attributes:
       last: int32 `[B]`, the last known token.
-      window: int32 `[B, N - 1, W]`, guesses: row by row those of earlier rounds, the oldest first.
-      grams: int32 `[B, V, G, N - 1]`, of every token up to G continuations.
+      window: int32 `[B, K, W]`, guesses: row by row those of earlier rounds, the oldest first.
+      grams: int32 `[B, V, Q, K]`, of every token up to Q continuations.
       count: int32 `[B, V]`, continuations ever seen; the next replaces the oldest.
     """
 
@@ -135,8 +135,8 @@ class Lookahead:
     Attributes:
       vocab_size: V, of the target.
       columns: W.
-      ngram: N, at least 3.
-      candidates: G, branches a round from the pool.
+      ngram: K + 1, at least 3.
+      candidates: Q, branches a round from the pool.
     """
 
     vocab_size: int
@@ -171,15 +171,15 @@ class Lookahead:
             grams = jnp.full((B, self.vocab_size, self.candidates, rows), NOTHING)
             return Pool(last_B, window, grams, jnp.zeros((B, self.vocab_size), jnp.int32))
         said_BxW = verified.preferred[:, -self.columns :]
-        ngrams = jnp.concatenate([state.window, said_BxW[:, None]], 1)  # [B, N, W]
+        ngrams = jnp.concatenate([state.window, said_BxW[:, None]], 1)  # [B, K + 1, W]
         grams, count = jax.vmap(self._add)(state.grams, state.count, ngrams)
         return Pool(last_B, ngrams[:, 1:], grams, count)
 
     def draft(self, weights: None, state: Pool, sampling: Sampling, keys_B: jax.Array) -> Draft:
         """See `Drafting`."""
         B = len(state.last)
-        candidates_BxGxN = state.grams[jnp.arange(B), state.last]
-        parts = (state.last[:, None], candidates_BxGxN.reshape(B, -1), state.window.reshape(B, -1))
+        candidates_BxQxK = state.grams[jnp.arange(B), state.last]
+        parts = (state.last[:, None], candidates_BxQxK.reshape(B, -1), state.window.reshape(B, -1))
         tokens = jnp.concatenate(parts, 1)
         return Draft(tokens, jnp.broadcast_to(jnp.array(self._parents()), tokens.shape))
 
@@ -197,12 +197,12 @@ class Lookahead:
         parents += [0, *range(first, first + W - 1)]
         return parents + list(range(first, first + W * (length - 1)))
 
-    def _add(self, grams_VxGxN: jax.Array, count_V: jax.Array, ngrams_NxW: jax.Array) -> tuple:
+    def _add(self, grams_VxQxK: jax.Array, count_V: jax.Array, ngrams: jax.Array) -> tuple:
         """The pool of one text with one n-gram more for each column, unless it is there."""
         for column in range(self.columns):
-            first, rest = ngrams_NxW[0, column], ngrams_NxW[1:, column]
-            new = ~(grams_VxGxN[first] == rest).all(-1).any()
+            first, rest = ngrams[0, column], ngrams[1:, column]
+            new = ~(grams_VxQxK[first] == rest).all(-1).any()
             at = jnp.where(new, count_V[first] % self.candidates, self.candidates)
-            grams_VxGxN = grams_VxGxN.at[first, at].set(rest, mode="drop")
+            grams_VxQxK = grams_VxQxK.at[first, at].set(rest, mode="drop")
             count_V = count_V.at[first].add(new)
-        return grams_VxGxN, count_V
+        return grams_VxQxK, count_V

@@ -5,7 +5,7 @@ for each next token of the text to be in it. From that the rounds of every small
 for candidates that rounding alone parts: the beam is drafted for many anchors at once here, and for one in
 decoding.
 
-Shape letters: B texts, T positions, A anchors, D levels, M candidates, C taps width.
+Shape letters: B texts, T positions, A anchors, K levels of a tree, Q candidates, C taps width.
 """
 
 import functools
@@ -44,7 +44,7 @@ class Profile(NamedTuple):
     """What a beam of one width finds.
 
     Attributes:
-      needed: int32 `[B, A, D, D]`: at an anchor (the first is the position before the response), for trees
+      needed: int32 `[B, A, K, K]`: at an anchor (the first is the position before the response), for trees
         of at most i + 1 levels, the tokens that a tree must have to hold the text's next j + 1 tokens;
         `NEVER` where none does.
       start, end: as in `Texts`.
@@ -92,28 +92,28 @@ def _needed(
     prefix = text_prefix(drafter, weights, taps_BxTxC, tokens_BxT)
 
     def at(anchor_Bx1: jax.Array) -> jax.Array:
-        """int32 `[B, D, D]` of one anchor a text."""
+        """int32 `[B, K, K]` of one anchor a text."""
         start: Start = text_starts(prefix, tokens_BxT, anchor_Bx1)
         found = tree.candidates(drafter, weights, prefix.keys_values, start, depth, top_k, GREEDY)
-        ahead_BxD = anchor_Bx1 + 2 + jnp.arange(depth)
-        text_BxD = jnp.take_along_axis(tokens_BxT, jnp.minimum(ahead_BxD, T - 1), 1)
-        real_BxD = ahead_BxD < end_B[:, None]
-        return jax.vmap(functools.partial(_way, top_k=top_k))(found, text_BxD, real_BxD)
+        ahead_BxK = anchor_Bx1 + 2 + jnp.arange(depth)
+        text_BxK = jnp.take_along_axis(tokens_BxT, jnp.minimum(ahead_BxK, T - 1), 1)
+        real_BxK = ahead_BxK < end_B[:, None]
+        return jax.vmap(functools.partial(_way, top_k=top_k))(found, text_BxK, real_BxK)
 
     anchors_AxBx1 = jnp.minimum(jnp.arange(anchors)[:, None] + start_B - 1, T - 2)[..., None]
     needed = jax.lax.map(at, anchors_AxBx1, batch_size=_AT_ONCE)
     return needed.swapaxes(0, 1)
 
 
-def _way(found: tree.Candidates, text_D: jax.Array, real_D: jax.Array, top_k: int) -> jax.Array:
-    """int32 `[D, D]` of one anchor: see `Profile.needed`."""
-    depth, M = len(text_D), len(found.tokens)
+def _way(found: tree.Candidates, text_K: jax.Array, real_K: jax.Array, top_k: int) -> jax.Array:
+    """int32 `[K, K]` of one anchor: see `Profile.needed`."""
+    depth, Q = len(text_K), len(found.tokens)
     ends = top_k + top_k**2 * jnp.arange(depth)  # candidates of trees of 1, 2, ... levels
-    number, here, rows = jnp.arange(M), jnp.int32(0), []
+    number, here, rows = jnp.arange(Q), jnp.int32(0), []
     for level in range(depth):
-        holds = (found.parents == here) & (found.tokens == text_D[level])
+        holds = (found.parents == here) & (found.tokens == text_K[level])
         node = jnp.argmax(holds)
-        on_the_way = holds.any() & real_D[level]
+        on_the_way = holds.any() & real_K[level]
         score = found.scores[node]
         better_M = (found.scores > score) | ((found.scores == score) & (number < node))
         before_D = jnp.cumsum(better_M)[ends - 1]

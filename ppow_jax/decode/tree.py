@@ -1,6 +1,7 @@
 """Drafting trees with an EAGLE-3 drafter.
 
-Shape letters: B rows, J nodes, W windows that are continued on a level, N draft vocabulary, D width, S slots.
+Shape letters: B rows, J nodes, W windows that are continued on a level, Q candidates, N draft
+vocabulary.
 """
 
 from typing import NamedTuple
@@ -82,12 +83,12 @@ def _fixed(
                 index[n] = sum(log_q.shape[1] for log_q in log_qs) + inner.index(n)
             log_qs.append(log_q_BxWxN)
             logits_BxWxN = log_q_BxWxN + _noise(keys_B, inner, logits_BxWxN)
-        best_BxWxR = _best(logits_BxWxN, 1 + max(ranks[n] for n in level))
-        tokens += [weights.vocab[best_BxWxR[:, inner.index(parents[n]), ranks[n]]] for n in level]
+        best_BxWxQ = _best(logits_BxWxN, 1 + max(ranks[n] for n in level))
+        tokens += [weights.vocab[best_BxWxQ[:, inner.index(parents[n]), ranks[n]]] for n in level]
     drawn = None
     if sampled:
-        log_q_BxIxN = jnp.concatenate(log_qs, 1)
-        drawn = Drawn(log_q_BxIxN, jnp.array(index), jnp.array(shape.children), weights.vocab)
+        log_q_BxJxN = jnp.concatenate(log_qs, 1)
+        drawn = Drawn(log_q_BxJxN, jnp.array(index), jnp.array(shape.children), weights.vocab)
     return Draft(jnp.stack(tokens, 1), jnp.broadcast_to(jnp.array(parents), (B, shape.tokens)), drawn)
 
 
@@ -108,9 +109,9 @@ class Candidates(NamedTuple):
     """All nodes that a dynamic tree picks from, level by level; the root is not among them.
 
     Attributes:
-      tokens: int32 `[B, M]`, `top_k` of level 1, then `top_k ** 2` a level.
-      parents: int32 `[B, M]`, 0 is the root and i + 1 candidate i.
-      scores: float32 `[B, M]`, cumulative log-probability.
+      tokens: int32 `[B, Q]`, `top_k` of level 1, then `top_k ** 2` a level.
+      parents: int32 `[B, Q]`, 0 is the root and i + 1 candidate i.
+      scores: float32 `[B, Q]`, cumulative log-probability.
     """
 
     tokens: jax.Array
@@ -136,9 +137,9 @@ def candidates(
         logits_BxWxN = _logits(drafter, weights, at)
         greedy = sampling.temperature == 0
         log_q = jax.nn.log_softmax(logits_BxWxN) if greedy else log_probs(logits_BxWxN, sampling)
-        best_BxWxk, which_BxWxk = jax.lax.top_k(log_q, k)
-        scores = (score_BxW[..., None] + best_BxWxk).reshape(B, -1)
-        tokens = weights.vocab[which_BxWxk].reshape(B, -1)
+        best_BxWxQ, which_BxWxQ = jax.lax.top_k(log_q, k)
+        scores = (score_BxW[..., None] + best_BxWxQ).reshape(B, -1)
+        tokens = weights.vocab[which_BxWxQ].reshape(B, -1)
         levels.append(Candidates(tokens, jnp.repeat(chosen, k, 1), scores))
         if level + 1 < depth:
             score_BxW, on_BxW = jax.lax.top_k(scores, k)

@@ -9,8 +9,8 @@ the distribution `emission_law`, and averaged over the candidates it is the targ
 Leviathan et al. 2023, Chen et al. 2023; several candidates without replacement: Jeon et al. 2024, arXiv
 2402.14160, and Yang et al. 2024, arXiv 2401.06706).
 
-Shape letters: B rows, J nodes of a tree, D its depth, E = D + 1 tokens that a round emits at most,
-V vocabulary, N draft vocabulary, C candidates.
+Shape letters: B rows, J nodes of a tree, M tokens that a round emits at most, one more than the tree
+is deep, V vocabulary, N draft vocabulary, Q candidates.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Drawn(NamedTuple):
     Attributes:
       log_probs: float32 `[B, I, N]`, of the I nodes that have children.
       index: int32 `[J]`, which of the I a node is; anything where it has no children.
-      children: int32 `[J, C]`, the nodes below each, in the order in which they were drawn; then -1.
+      children: int32 `[J, Q]`, the nodes below each, in the order in which they were drawn; then -1.
       vocab: int32 `[N]`, target ids of the draft ids.
     """
 
@@ -55,8 +55,8 @@ class Walk(NamedTuple):
     """The way that the text took through a tree.
 
     Attributes:
-      nodes: int32 `[B, E]`, from the root, 0 beyond the last one.
-      tokens: int32 `[B, E]`, what came after each of these nodes; 0 beyond.
+      nodes: int32 `[B, M]`, from the root, 0 beyond the last one.
+      tokens: int32 `[B, M]`, what came after each of these nodes; 0 beyond.
       accepted: int32 `[B]`, drafted tokens that were kept: the round's tokens are one more.
     """
 
@@ -83,7 +83,7 @@ def walk(draft: Draft, depth: int, live_B: jax.Array, choose: Choose) -> Walk:
 
     Args:
       draft: the trees.
-      depth: D, of the deepest node.
+      depth: M - 1, of the deepest node.
       live_B: bool; the other rows accept nothing.
       choose: says what the text is.
     """
@@ -143,21 +143,21 @@ def _normed(x: jax.Array, otherwise: jax.Array) -> jax.Array:
 
 
 def offered_after(draft: Draft, node_B: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
-    """What `emission_probs` wants of drawn candidates after a node: Q `[B, V]` and the tokens `[B, C]`."""
+    """What `emission_probs` wants of drawn candidates after a node: Q `[B, V]` and the tokens `[B, Q]`."""
     drawn, rows = draft.drawn, jnp.arange(len(node_B))
     q_BxN = jnp.exp(drawn.log_probs[rows, drawn.index[node_B]])
     q_BxV = jnp.zeros((len(rows), vocab_size)).at[:, drawn.vocab].set(q_BxN)
-    below_BxC = drawn.children[node_B]
-    return q_BxV, jnp.where(below_BxC >= 0, draft.tokens[rows[:, None], below_BxC], -1)
+    below_BxQ = drawn.children[node_B]
+    return q_BxV, jnp.where(below_BxQ >= 0, draft.tokens[rows[:, None], below_BxQ], -1)
 
 
 def emitted(
-    tokens_BxE: jax.Array, accepted_B: jax.Array, room_B: jax.Array, stops: tuple[int, ...]
+    tokens_BxM: jax.Array, accepted_B: jax.Array, room_B: jax.Array, stops: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
     """How many of a round's tokens are kept, and whether the text ends with them.
 
     Args:
-      tokens_BxE: the first `accepted + 1` are the round's.
+      tokens_BxM: the first `accepted + 1` are the round's.
       accepted_B: drafted tokens that were kept.
       room_B: tokens that may still be emitted.
       stops: ids that end the text; the first of them is emitted, nothing after it.
@@ -165,7 +165,7 @@ def emitted(
     Returns:
       int32 `[B]` count (at most accepted + 1) and bool `[B]` stopped.
     """
-    is_stop = jnp.isin(tokens_BxE, jnp.asarray(stops))
+    is_stop = jnp.isin(tokens_BxM, jnp.asarray(stops))
     until_stop = accepted_prefix(~is_stop) + 1
     count = jnp.minimum(jnp.minimum(accepted_B + 1, until_stop), room_B)
     stopped = (until_stop <= count) | (count == room_B)

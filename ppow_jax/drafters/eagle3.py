@@ -338,7 +338,7 @@ def _last_layer(params: dict, config: DrafterConfig, target: TargetConfig, targe
     return taken
 
 
-def _repeat_heads(weight_GExD: jax.Array, heads: int, wanted: int) -> jax.Array:
+def _repeat_heads(weight_FExD: jax.Array, heads: int, wanted: int) -> jax.Array:
     """Key or value projection with each of its heads repeated: the same attention with more heads."""
-    by_head = weight_GExD.reshape(heads, -1, weight_GExD.shape[1])
-    return jnp.repeat(by_head, wanted // heads, axis=0).reshape(-1, weight_GExD.shape[1])
+    by_head = weight_FExD.reshape(heads, -1, weight_FExD.shape[1])
+    return jnp.repeat(by_head, wanted // heads, axis=0).reshape(-1, weight_FExD.shape[1])

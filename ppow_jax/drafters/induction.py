@@ -8,7 +8,7 @@ which tell what token p is, and its value the embedding of token p + 1. So a hea
 token just emitted attends where that token was read before, and carries what followed it to the output.
 docs/log.md has what that wins; training goes on from there with the same parameters as ever.
 
-Shape letters as in `drafter`; M = 2 D, what queries, keys and values read: embedding, then feature.
+Shape letters as in `eagle3`; I = 2 D, what queries, keys and values read: embedding, then feature.
 """
 
 import functools
@@ -32,8 +32,8 @@ class Moments(NamedTuple):
     Attributes:
       count: `[]`, of positions.
       square: `[]`, mean squares of fused features.
-      inputs: `[M]`, what a position's token (as a query sees it) and features (as a key does) look like.
-      products: `[M, M]`, of the same with itself.
+      inputs: `[I]`, what a position's token (as a query sees it) and features (as a key does) look like.
+      products: `[I, I]`, of the same with itself.
     """
 
     count: jax.Array

@@ -1,6 +1,6 @@
 """The key/value cache: an argument and a result, never hidden state.
 
-A cache holds, for every layer, keys `[B, G, E, S]` (or `in_blocks`) and values `[B, G, S, E]` of S slots. A
+A cache holds, for every layer, keys `[B, F, E, S]` (or `in_blocks`) and values `[B, F, S, E]` of S slots. A
 slot belongs to the position of the same number in its row; but where all rows go on in step, one token
 each, a round's tokens lie in the same slot of all of them (`decode.loop`). Models read the cache and return
 the keys and values of the tokens they were given; the caller writes those it wants to keep, so a rejected
@@ -21,9 +21,9 @@ class KeyValues(NamedTuple):
     transposed operand copies it first, a decoding step of 256 rows attends 3 times faster.
 
     Attributes:
-      keys: `[B, G, E, S]` of a prefix that all windows share, or the same in blocks (`cache.in_blocks`),
-        `[B, G, N, E, Z]`; `[B, G, W, E, K]` of windows.
-      values: `[B, G, S, E]`, or `[B, G, W, K, E]`.
+      keys: `[B, F, E, S]` of a prefix that all windows share, or the same in blocks (`cache.in_blocks`),
+        `[B, F, S / Z, E, Z]`; `[B, F, W, E, K]` of windows.
+      values: `[B, F, S, E]`, or `[B, F, W, K, E]`.
     """
 
     keys: jax.Array
@@ -123,15 +123,15 @@ def grow(cache: Cache, slots: int) -> Cache:
 
 
 def in_blocks(cache: Cache, size: int) -> Cache:
-    """The cache with keys `[B, G, N, E, Z]`, in N blocks of Z = `size` slots that divide its own.
+    """The cache with keys `[B, F, S / Z, E, Z]`, in blocks of Z = `size` slots that divide its own.
 
     With many rows a block, which lies in one piece, is read faster on a CPU (docs/performance.md). To such a
     cache `write` adds one slot at a time, the same for all rows.
     """
 
     def cut(keys: jax.Array) -> jax.Array:
-        B, G, E, S = keys.shape
-        return keys.reshape(B, G, E, S // size, size).swapaxes(2, 3)
+        B, F, E, S = keys.shape
+        return keys.reshape(B, F, E, S // size, size).swapaxes(2, 3)
 
     return tuple(KeyValues(cut(kv.keys), kv.values) for kv in cache)
 

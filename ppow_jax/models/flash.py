@@ -36,11 +36,11 @@ def applies(queries_BxWxKxHxE: jax.Array, own: KeyValues) -> bool:
 def causal(queries_Bx1xKxHxE: jax.Array, own: KeyValues, scale: float) -> jax.Array:
     """`layers.attend` of texts in which every token sees itself and those before it: `[B, 1, K, H * E]`."""
     B, _, K, _, _ = queries_Bx1xKxHxE.shape
-    keys_BxKxGxE, values_BxKxGxE = own.keys[:, :, 0].transpose(0, 3, 1, 2), own.values[:, :, 0].swapaxes(1, 2)
+    keys_BxKxFxE, values_BxKxFxE = own.keys[:, :, 0].transpose(0, 3, 1, 2), own.values[:, :, 0].swapaxes(1, 2)
     out = jax.nn.dot_product_attention(
         queries_Bx1xKxHxE[:, 0],
-        keys_BxKxGxE,
-        values_BxKxGxE,
+        keys_BxKxFxE,
+        values_BxKxFxE,
         scale=scale,
         is_causal=True,
         implementation="cudnn",

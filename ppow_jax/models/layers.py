@@ -2,7 +2,7 @@
 
 Shape letters, here and in every module that works on models: B batch rows, W windows (or any set of
 independent continuations of one row), K tokens of a window, S slots of the shared prefix, D model
-width, I input width of an attention layer, H query heads, G key/value heads, R = H / G, E head size,
+width, I input width of an attention layer, H query heads, F key/value heads, R = H / F, E head size,
 V vocabulary.
 
 There is one attention: the K tokens of each of W windows see a prefix that all windows of a row share
@@ -42,8 +42,8 @@ def product(x: jax.Array, weight_OxI: jax.Array) -> jax.Array:
         return jax.lax.dot_general(x, weight_OxI, (((x.ndim - 1,), (1,)), ((), ())))
     padded = 4 if rows <= 4 else -(-rows // 8) * 8
     flat = jnp.pad(x.reshape(rows, x.shape[-1]), ((0, padded - rows), (0, 0)))
-    out_OxR = jax.lax.optimization_barrier(jax.lax.dot_general(weight_OxI, flat, dimensions))
-    return out_OxR[:, :rows].T.reshape(*x.shape[:-1], -1)
+    out_OxL = jax.lax.optimization_barrier(jax.lax.dot_general(weight_OxI, flat, dimensions))
+    return out_OxL[:, :rows].T.reshape(*x.shape[:-1], -1)
 
 
 def likeliest(logits: jax.Array) -> jax.Array:
@@ -209,8 +209,8 @@ def _attend(
 ) -> jax.Array:
     """`attend`, all at once."""
     B, W, K, H, E = queries_BxWxKxHxE.shape
-    G = (prefix or own).keys.shape[1]
-    q = (queries_BxWxKxHxE * scale).reshape(B, W, K, G, H // G, E).transpose(0, 3, 1, 4, 2, 5)
+    F = (prefix or own).keys.shape[1]
+    q = (queries_BxWxKxHxE * scale).reshape(B, W, K, F, H // F, E).transpose(0, 3, 1, 4, 2, 5)
     parts = []  # (scores, values' product): the two softmaxes are merged without concatenating them
     if prefix is not None:
         s = _prefix_scores(q, prefix.keys)
@@ -230,7 +230,7 @@ def _attend(
 
 
 def _weighed(equation: str, values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The product of float32 attention weights `[B, G, W, R, K, S]` with values `[..., S, E]`, and their sum.
+    """The product of float32 attention weights `[B, F, W, R, K, S]` with values `[..., S, E]`, and their sum.
 
     On a TPU a large product takes as long as its weights' exponentials, and a sum by itself computes those
     again: there it comes from a column of ones behind the values (docs/scaling.md).
@@ -244,15 +244,15 @@ def _weighed(equation: str, values: jax.Array, weights: jax.Array) -> tuple[jax.
     return both[..., :E], both[..., E:]
 
 
-def _prefix_scores(q_BxGxWxRxKxE: jax.Array, keys: jax.Array) -> jax.Array:
-    """float32 scores `[B, G, W, R, K, S]` of a prefix's keys, in blocks or not."""
+def _prefix_scores(q_BxFxWxRxKxE: jax.Array, keys: jax.Array) -> jax.Array:
+    """float32 scores `[B, F, W, R, K, S]` of a prefix's keys, in blocks or not."""
     if keys.ndim == 4:
-        return jnp.einsum("bgwrke,bges->bgwrks", q_BxGxWxRxKxE, keys, preferred_element_type=jnp.float32)
-    B, G, N, E, _ = keys.shape
+        return jnp.einsum("bgwrke,bges->bgwrks", q_BxFxWxRxKxE, keys, preferred_element_type=jnp.float32)
+    B, F, blocks, E, _ = keys.shape
     # the queries, on the left, are repeated for every block: any other product copies the keys first
-    q = jnp.repeat(q_BxGxWxRxKxE.reshape(B, G, 1, -1, E), N, 2)
+    q = jnp.repeat(q_BxFxWxRxKxE.reshape(B, F, 1, -1, E), blocks, 2)
     s = jnp.matmul(q, keys, preferred_element_type=jnp.float32)
-    return s.swapaxes(2, 3).reshape(*q_BxGxWxRxKxE.shape[:-1], -1)
+    return s.swapaxes(2, 3).reshape(*q_BxFxWxRxKxE.shape[:-1], -1)
 
 
 class Attention(nn.Module):

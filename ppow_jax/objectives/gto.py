@@ -158,9 +158,9 @@ class GTO(Supervised):
         """That of `supervised`, and behind its windows those of groups with what their trees earn."""
         ours, memory, metrics = super().signal(models, batch, outputs, memory, step, key)
         keys = jax.random.split(jax.random.fold_in(key, 2))
-        grouped_BxMxm, real_BxM = pick_groups(keys[0], batch["assistant"], self.groups, self.group_size)
-        B, M, m = grouped_BxMxm.shape
-        anchors, real = grouped_BxMxm.reshape(B, M * m), jnp.repeat(real_BxM, m, 1)
+        grouped, real_groups = pick_groups(keys[0], batch["assistant"], self.groups, self.group_size)
+        B, groups, size = grouped.shape
+        anchors, real = grouped.reshape(B, groups * size), jnp.repeat(real_groups, size, 1)
         start = models.with_params(memory["start"])
         trees = self.draft(models, start, batch, outputs, anchors)
         matched = text_matches(trees, batch, anchors, real, self.shape.depth)
@@ -168,14 +168,14 @@ class GTO(Supervised):
         if self.temperature > 0:
             log_prob = score_trees(models, batch, trees, anchors, self.temperature)
         reward_BxAx2, expected_BxAx2 = self.rewards(trees, log_prob)
-        advantage, spread = self.advantages(reward_BxAx2.reshape(B, M, m, 2), real_BxM)
+        advantage, spread = self.advantages(reward_BxAx2.reshape(B, groups, size, 2), real_groups)
         length = path_lengths(trees.above, matched)[1].max(-1)[..., 0]  # of the current drafter's trees
         extra = Extra(
-            _joined(ours.extra.uniform, jax.random.uniform(keys[1], (B, M * m, 1, self.window))),
+            _joined(ours.extra.uniform, jax.random.uniform(keys[1], (B, groups * size, 1, self.window))),
             ours.extra.outside,
             _behind(ours, text_log_prob(start, batch, outputs, anchors, self.window)),
             _behind(ours, length.astype(jnp.int32)[..., None]),
-            _behind(ours, advantage.reshape(B, M * m, 1)),
+            _behind(ours, advantage.reshape(B, groups * size, 1)),
         )
         text = along_text(batch["tokens"], anchors, 2, self.window)[:, :, None]
         policy = real / jnp.maximum(real.sum(), 1)
@@ -195,7 +195,7 @@ class GTO(Supervised):
                 "tree_accepted": mean(expected_BxAx2[..., 0]),
                 "tree_accepted_start": mean(expected_BxAx2[..., 1]),
                 "tree_accepted_text": mean(length),
-                "group_spread": losses.masked_mean(spread, real_BxM),
+                "group_spread": losses.masked_mean(spread, real_groups),
             },
         )
 
@@ -222,12 +222,13 @@ class GTO(Supervised):
             return expected, expected
         return smooth_max(lengths, leaves(trees.parents), self.eta), expected
 
-    def advantages(self, rewards_BxMxmx2: jax.Array, real_BxM: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """float32 `[B, M, m]` advantages, and the standard deviation `[B, M]` of what they are made from."""
-        debiased = rewards_BxMxmx2[..., 0] - rewards_BxMxmx2[..., 1]
+    def advantages(self, rewards: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """float32 `[B, groups, size]` advantages, and `[B, groups]` the standard deviation of what they are
+        made from."""
+        debiased = rewards[..., 0] - rewards[..., 1]
         spread = debiased.std(-1)
         advantage = centred(debiased) / (spread[..., None] + self.spread_floor)
-        return advantage * real_BxM[..., None], spread
+        return advantage * real[..., None], spread
 
     def observe(self, models: Models, step: int, hidden: jax.Array, logits: jax.Array, inputs: Any) -> Stats:
         """That of `supervised`, and the log-probability of the text's token."""

@@ -1,7 +1,7 @@
 """What the target accepts of a rollout, and how likely it finds the windows.
 
-Shape letters: B rows, T text positions, A anchors, G windows a group, W = A G windows of a row, K window,
-D width.
+Shape letters: B rows, T text positions, A anchors, G windows a group, W = A G windows of a row, L some of
+them, K window, D width.
 """
 
 from typing import NamedTuple
@@ -78,9 +78,9 @@ def score_windows(
 
     def body(carry: tuple[jax.Array, WindowScores]) -> tuple[jax.Array, WindowScores]:
         i, scores = carry
-        picked_BxC = jax.lax.dynamic_slice_in_dim(order_BxW, i * chunk, chunk, axis=1)
-        anchors = jnp.take_along_axis(anchors_BxW, picked_BxC, 1)
-        tokens = jnp.take_along_axis(tokens_BxWxK, picked_BxC[..., None], 1)
+        picked_BxL = jax.lax.dynamic_slice_in_dim(order_BxW, i * chunk, chunk, axis=1)
+        anchors = jnp.take_along_axis(anchors_BxW, picked_BxL, 1)
+        tokens = jnp.take_along_axis(tokens_BxWxK, picked_BxL[..., None], 1)
         context = jnp.take_along_axis(hidden_BxTxD, anchors[..., None] + 1, 1)[:, :, None]
         if K > 1:
             here = partition.in_turn(params, i)
@@ -89,7 +89,7 @@ def score_windows(
         values = partition.share(B, target.config.vocab_size) * chunk * K
         scored = blocks.mapped(log_probs, blocks.count(values, chunk), context, tokens)
         found = WindowScores(*scored, context)
-        put = lambda all_, new: all_.at[rows, picked_BxC].set(new)  # noqa: E731
+        put = lambda all_, new: all_.at[rows, picked_BxL].set(new)  # noqa: E731
         return i + 1, jax.tree.map(put, scores, found)
 
     blank = jnp.zeros((B, W, K))

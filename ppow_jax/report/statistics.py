@@ -5,7 +5,7 @@ with replacement as many times as there are, a statistic is computed on each of 
 interval reaches from the 2.5th to the 97.5th percentile. A comparison computes both drafters' statistics on
 the same resamples, so that how hard a prompt is cancels out.
 
-Shape letters: P prompts, R resamples, K window.
+Shape letters: B prompts, U resamples, K window.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,8 +37,8 @@ class Simulated(NamedTuple):
     """What the exact simulation of a drafter found on a benchmark.
 
     Attributes:
-      prompts: `[P]` ids.
-      tokens, passes: `[P]`, tokens emitted and verification passes of each prompt.
+      prompts: `[B]` ids.
+      tokens, passes: `[B]`, tokens emitted and verification passes of each prompt.
       accepted, offered: `[K]`, rounds that accepted the draft at each position, and rounds that had text to
         compare it with.
     """
@@ -54,12 +54,12 @@ class Decoded(NamedTuple):
     """What decoding a benchmark's prompts for real found, for each of them.
 
     Attributes:
-      prompts: `[P]` ids.
-      tokens, seconds: `[P]`, of decoding with the drafter.
-      plain_tokens, plain_seconds: `[P]`, of autoregressive decoding in the same session.
-      emitted, passes: `[P]`, tokens emitted by verification passes, and their number.
-      identical: bool `[P]`, whether all texts are those of autoregressive decoding.
-      as_simulated: bool `[P]`, whether all rounds are those of the simulation; None: texts were sampled, and
+      prompts: `[B]` ids.
+      tokens, seconds: `[B]`, of decoding with the drafter.
+      plain_tokens, plain_seconds: `[B]`, of autoregressive decoding in the same session.
+      emitted, passes: `[B]`, tokens emitted by verification passes, and their number.
+      identical: bool `[B]`, whether all texts are those of autoregressive decoding.
+      as_simulated: bool `[B]`, whether all rounds are those of the simulation; None: texts were sampled, and
         there was nothing to compare with.
     """
 
@@ -127,23 +127,23 @@ def decoded_by_prompt(
     return Decoded(np.array(prompts), *times, emitted, passes, identical, rounds)
 
 
-# A statistic of what was measured, on resamples given as the times that each prompt was drawn: [R, P] -> [R].
+# A statistic of what was measured, on resamples given as the times that each prompt was drawn: [U, B] -> [U].
 Statistic = Callable[[Any, np.ndarray], np.ndarray]
 
 
-def tau(of: Simulated, drawn_RxP: np.ndarray) -> np.ndarray:
-    """float64 `[R]`: tokens emitted / verification passes over all rounds (micro-average)."""
-    return (drawn_RxP @ of.tokens) / (drawn_RxP @ of.passes)
+def tau(of: Simulated, drawn_UxB: np.ndarray) -> np.ndarray:
+    """float64 `[U]`: tokens emitted / verification passes over all rounds (micro-average)."""
+    return (drawn_UxB @ of.tokens) / (drawn_UxB @ of.passes)
 
 
-def speedup(of: Decoded, drawn_RxP: np.ndarray) -> np.ndarray:
-    """float64 `[R]`: tokens/s with the drafter / tokens/s of autoregressive decoding."""
-    fast = (drawn_RxP @ of.tokens) / (drawn_RxP @ of.seconds)
-    return fast / ((drawn_RxP @ of.plain_tokens) / (drawn_RxP @ of.plain_seconds))
+def speedup(of: Decoded, drawn_UxB: np.ndarray) -> np.ndarray:
+    """float64 `[U]`: tokens/s with the drafter / tokens/s of autoregressive decoding."""
+    fast = (drawn_UxB @ of.tokens) / (drawn_UxB @ of.seconds)
+    return fast / ((drawn_UxB @ of.plain_tokens) / (drawn_UxB @ of.plain_seconds))
 
 
 def resamples(prompts: int, seed: int = 0) -> np.ndarray:
-    """int `[R, P]`: how often each prompt is drawn in each resample."""
+    """int `[U, B]`: how often each prompt is drawn in each resample."""
     picks = np.random.default_rng(seed).integers(0, prompts, (RESAMPLES, prompts))
     rows = np.arange(RESAMPLES)[:, None] * prompts
     return np.bincount((picks + rows).ravel(), minlength=picks.size).reshape(picks.shape)
