@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from ppow_jax.drafters.eagle3 import Drafter, DrafterWeights
 from ppow_jax.models import blocks
@@ -193,13 +194,11 @@ def window_pass(
     """
     B, A = start.token.shape
     head = {"weight": partition.at_hand(weights.params["head"]["weight"])}
-    variables = {"params": weights.params | {"head": head}}
+    params = weights.params | {"head": head}
 
     def observe(step: int, hidden_BxAxGxD: jax.Array) -> tuple[jax.Array, Any]:
-        @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
         def some(hidden_BxLxGxD: jax.Array, given: Any) -> tuple[jax.Array, Any]:
-            logits = drafter.apply(variables, hidden_BxLxGxD, method="logits")
-            return choose(step, hidden_BxLxGxD, logits, given)
+            return _chosen(drafter, functools.partial(choose, step), params, hidden_BxLxGxD, given)
 
         values = partition.share(B, drafter.config.vocab_size) * A * hidden_BxAxGxD.shape[2]
         return blocks.mapped(some, blocks.count(values, A), hidden_BxAxGxD, given(step))
@@ -218,6 +217,43 @@ def window_pass(
         tokens_BxAxG, stats = observe(step, windows.hidden.reshape(B, A, G, -1))
         collected.append(stats)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, -1), *collected)
+
+
+def _chosen(
+    drafter: Drafter, choose: Callable[..., Any], params: dict, hidden: jax.Array, given: Any
+) -> tuple[jax.Array, Any]:
+    """`choose(hidden, logits, given)`; in the backward pass it is computed again from the logits.
+
+    They are the only array as wide as the vocabulary that is kept. `jax.checkpoint` would copy what it keeps.
+    """
+
+    def logits_of(params: dict, hidden: jax.Array) -> jax.Array:
+        return drafter.apply({"params": params}, hidden, method="logits")
+
+    # What `choose` closes over becomes an argument like others, as a custom derivative demands.
+    logits = jax.eval_shape(logits_of, params, hidden)
+    traced, shape = jax.make_jaxpr(choose, return_shape=True)(hidden, logits, given)
+
+    def chosen(closed_over: list, hidden: jax.Array, logits: jax.Array, given: Any) -> tuple[jax.Array, Any]:
+        run = jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, closed_over))
+        return jax.tree.unflatten(jax.tree.structure(shape), run(*jax.tree.leaves((hidden, logits, given))))
+
+    @jax.custom_vjp
+    def whole(params: dict, closed_over: list, hidden: jax.Array, given: Any) -> tuple[jax.Array, Any]:
+        return chosen(closed_over, hidden, logits_of(params, hidden), given)
+
+    def forward(params: dict, closed_over: list, hidden: jax.Array, given: Any) -> tuple[Any, tuple]:
+        logits, to_head = jax.vjp(logits_of, params, hidden)
+        return chosen(closed_over, hidden, logits, given), (closed_over, hidden, logits, given, to_head)
+
+    def backward(kept: tuple, wanted: Any) -> tuple:
+        *about, to_head = kept
+        of_closed_over, of_hidden, of_logits, of_given = jax.vjp(chosen, *about)[1](wanted)
+        of_params, through_logits = to_head(of_logits)
+        return of_params, of_closed_over, of_hidden + through_logits, of_given
+
+    whole.defvjp(forward, backward)
+    return whole(params, traced.consts, hidden, given)
 
 
 def text_ahead(tokens_BxT: jax.Array, anchors_BxA: jax.Array, step: int) -> jax.Array:

@@ -29,12 +29,15 @@ FEW_ROWS = 64  # of a product: see there
 _LONG, _PARTS = 1024, 8
 
 
+@jax.custom_vjp
 def product(x: jax.Array, weight_OxI: jax.Array) -> jax.Array:
     """`x @ weight.T`: `[..., I]` times a matrix `[O, I]` is `[..., O]`.
 
     For few rows, as in the verification of drafts, XLA's CPU backend is up to four times faster with the
     matrix on the left and a number of rows that is a multiple of eight, or four (docs/performance.md). The
-    barrier keeps the compiler from undoing that.
+    barrier keeps the compiler from undoing that. In the gradient of the matrix jax has that of the result on
+    the left, which the backend transposes first. With many rows, as of logits in training, that is the
+    largest array of all; then x is on the left here, and the product is transposed.
     """
     dimensions = (((1,), (1,)), ((), ()))
     rows = math.prod(x.shape[:-1])
@@ -44,6 +47,24 @@ def product(x: jax.Array, weight_OxI: jax.Array) -> jax.Array:
     flat = jnp.pad(x.reshape(rows, x.shape[-1]), ((0, padded - rows), (0, 0)))
     out_OxL = jax.lax.optimization_barrier(jax.lax.dot_general(weight_OxI, flat, dimensions))
     return out_OxL[:, :rows].T.reshape(*x.shape[:-1], -1)
+
+
+def _product_forward(x: jax.Array, weight_OxI: jax.Array) -> tuple[jax.Array, tuple]:
+    return product(x, weight_OxI), (x, weight_OxI)
+
+
+def _product_backward(read: tuple, given: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight_OxI = read
+    rows = tuple(range(x.ndim - 1))
+    dimensions = ((rows, rows), ((), ()))
+    if math.prod(x.shape[:-1]) > x.shape[-1]:
+        gradient_OxI = jax.lax.dot_general(x, given, dimensions).T
+    else:
+        gradient_OxI = jax.lax.dot_general(given, x, dimensions)
+    return given @ weight_OxI, gradient_OxI
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 def likeliest(logits: jax.Array) -> jax.Array:
@@ -56,6 +77,51 @@ def likeliest(logits: jax.Array) -> jax.Array:
     block = blocks.max(-1).argmax(-1)
     within = jnp.take_along_axis(blocks, block[..., None, None], -2)[..., 0, :].argmax(-1)
     return (block * blocks.shape[-1] + within).astype(jnp.int32)
+
+
+def inner(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Sum of a * b over the last axis, `[...]` of two `[..., N]`, in full precision.
+
+    Written as a matrix product: XLA's CPU backend takes 30 times as long for a sum over products
+    (docs/performance.md).
+    """
+    return jnp.einsum("...n,...n->...", a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.custom_jvp
+def logsumexp(logits: jax.Array) -> jax.Array:
+    """log of the sum of exp(logits), `[...]` of `[..., N]`. The gradient is one pass."""
+    return jax.nn.logsumexp(logits, axis=-1)
+
+
+@logsumexp.defjvp
+def _logsumexp_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (logits,), (given,) = primals, tangents
+    total = logsumexp(logits)
+    return total, jnp.sum(jnp.exp(logits - total[..., None]) * given, -1)
+
+
+def log_softmax(logits: jax.Array) -> jax.Array:
+    """Log-probabilities `[..., N]` of logits, by `logsumexp`."""
+    return logits - logsumexp(logits)[..., None]
+
+
+@jax.custom_vjp
+def at_ids(values: jax.Array, ids: jax.Array) -> jax.Array:
+    """`[...]`, one value of `[..., N]` each. Its gradient is a comparison, where jax would scatter."""
+    return jnp.take_along_axis(values, ids[..., None], -1)[..., 0]
+
+
+def _at_ids_forward(values: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple]:
+    return at_ids(values, ids), (ids, values.shape[-1])
+
+
+def _at_ids_backward(kept: tuple, given: jax.Array) -> tuple[jax.Array, None]:
+    ids, size = kept
+    return jnp.where(jnp.arange(size) == ids[..., None], given[..., None], 0.0), None
+
+
+at_ids.defvjp(_at_ids_forward, _at_ids_backward)
 
 
 class Linear(nn.Module):
@@ -87,9 +153,31 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.constant(1 - self.offset), (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.epsilon)
+        normed = _normed(x.astype(jnp.float32), self.epsilon)
         return (normed * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _normed(x: jax.Array, epsilon: float) -> jax.Array:
+    """x over its root mean square; a gradient of our own, for the sake of `inner`."""
+    return x * _inverse_size(x, epsilon)
+
+
+def _inverse_size(x: jax.Array, epsilon: float) -> jax.Array:
+    return jax.lax.rsqrt(inner(x, x)[..., None] / x.shape[-1] + epsilon)
+
+
+def _normed_forward(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    return _normed(x, epsilon), x
+
+
+def _normed_backward(epsilon: float, x: jax.Array, given: jax.Array) -> tuple[jax.Array]:
+    inverse = _inverse_size(x, epsilon)
+    normed = x * inverse
+    return (inverse * (given - normed * inner(given, normed)[..., None] / x.shape[-1]),)
+
+
+_normed.defvjp(_normed_forward, _normed_backward)
 
 
 def attend(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ppow_jax.models import blocks
 from ppow_jax.models.cache import Cache, as_prefix
-from ppow_jax.models.layers import likeliest
+from ppow_jax.models.layers import inner, likeliest
 from ppow_jax.models.target import Target, head_at_hand
 from ppow_jax.parallel import partition
 
@@ -101,7 +101,7 @@ def entropy_of(target: Target, params: dict, hidden_BxTxD: jax.Array) -> jax.Arr
 
     def some(logits_BxLxV: jax.Array) -> jax.Array:
         logp_BxLxV = jax.nn.log_softmax(logits_BxLxV)
-        return -jnp.sum(jnp.exp(logp_BxLxV) * logp_BxLxV, -1)
+        return -inner(jnp.exp(logp_BxLxV), logp_BxLxV)
 
     return _over_vocabulary(target, params, hidden_BxTxD, some)
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ppow_jax.drafters.eagle3 import Drafter, DrafterWeights, weights_of
+from ppow_jax.models.layers import at_ids, logsumexp
 from ppow_jax.models.target import Target, draft_head
 from ppow_jax.models.target_outputs import TargetOutputs
 
@@ -152,19 +153,26 @@ class Objective(Protocol):
         """
         ...
 
-    def inputs(self, models: Models, step: int, signal: Signal, batch: Batch, outputs: TargetOutputs) -> Any:
+    def prepare(self, models: Models, signal: Signal, batch: Batch, outputs: TargetOutputs) -> Any:
+        """What `inputs` and `observe` draw upon at all steps, as `distributions.along_windows`."""
+        return ()
+
+    def inputs(self, step: int, signal: Signal, prepared: Any) -> Any:
         """What `observe` is given of every anchor at a step of the windows; leaves `[B, A, ...]`."""
         ...
 
-    def observe(self, models: Models, step: int, hidden: jax.Array, logits: jax.Array, inputs: Any) -> Stats:
+    def observe(
+        self, models: Models, step: int, hidden: jax.Array, logits: jax.Array, inputs: Any, prepared: Any
+    ) -> Stats:
         """Numbers of every token at a step of the windows, by name, leaves `[B, L, G]`.
 
         Args:
-          models: target and drafter; the gradient is of the drafter's parameters.
+          models: target and drafter.
           step: of the windows, from 0.
           hidden: `[B, L, G, D]`, the drafter's hidden states.
           logits: float32 `[B, L, G, N]`, what they say; at step 0 a group shares them, `[B, L, 1, N]`.
           inputs: of these anchors, from `inputs`.
+          prepared: from `prepare`.
         """
         ...
 
@@ -231,4 +239,4 @@ def draft_ids(vocab_N: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Arr
 def prob_of(logits_BxLxGxN: jax.Array, vocab_N: jax.Array, tokens_BxLxG: jax.Array) -> jax.Array:
     """float32 `[B, L, G]`: the drafter's probabilities of target ids; 0 outside the draft vocabulary."""
     ids, inside = draft_ids(vocab_N, tokens_BxLxG)
-    return jnp.take_along_axis(jax.nn.softmax(logits_BxLxGxN), ids[..., None], -1)[..., 0] * inside
+    return jnp.exp(at_ids(logits_BxLxGxN, ids) - logsumexp(logits_BxLxGxN)) * inside

@@ -40,6 +40,7 @@ from ppow_jax.objectives.base import (
     prob_of,
     written,
 )
+from ppow_jax.objectives.distributions import along_windows
 from ppow_jax.objectives.ppow import check_gamma
 
 
@@ -112,23 +113,34 @@ class Expected(Objective):
             extra = {"log_normaliser": target_outputs.log_normaliser(*about)}
         return Signal(picked.anchors, tokens, weights, extra), memory, {}
 
-    def inputs(self, models: Models, step: int, signal: Signal, batch: Batch, outputs: TargetOutputs) -> Any:
-        """The text's token, and what predicts it: hidden states and, above temperature 0, log-normalisers."""
-        here = signal.anchors + step + 1
-        extra = {name: at(values, here) for name, values in signal.extra.items()}
-        return signal.tokens[:, :, 0, step], at(outputs.hidden, here), extra
+    def prepare(self, models: Models, signal: Signal, batch: Batch, outputs: TargetOutputs) -> Any:
+        """The target's distributions along the texts: the renormalised one and, above temperature 0, that of
+        verification."""
+        about = (models, outputs, signal.anchors, self.window)
+        renormalised = along_windows(*about, lambda target_logits, _: losses.renormalised(target_logits))
+        if self.temperature == 0:
+            return renormalised, None
 
-    def observe(self, models: Models, step: int, hidden: jax.Array, logits: jax.Array, inputs: Any) -> Stats:
+        def verifying(target_logits: jax.Array, positions: jax.Array) -> losses.TargetDistribution:
+            normaliser = at(signal.extra["log_normaliser"], positions)
+            return losses.unnormalised(target_logits, self.temperature, log_normaliser=normaliser)
+
+        return renormalised, along_windows(*about, verifying)
+
+    def inputs(self, step: int, signal: Signal, prepared: Any) -> Any:
+        """The text's token, and where the target's distributions are."""
+        return signal.tokens[:, :, 0, step], prepared[0].where[..., step]
+
+    def observe(
+        self, models: Models, step: int, hidden: jax.Array, logits: jax.Array, inputs: Any, prepared: Any
+    ) -> Stats:
         """The chance that a drafted token is accepted, and KL to the target."""
-        token_BxL, hidden_BxLxD, extra = inputs
-        target_logits = (hidden_BxLxD @ models.head_NxD.T)[:, :, None]
-        divergence = losses.kl(losses.renormalised(target_logits), logits)
+        (token_BxL, where_BxL), (renormalised, verifying) = inputs, prepared
+        divergence = losses.kl(renormalised.look_up(where_BxL), logits)
         if self.temperature == 0:
             chance = prob_of(logits, models.weights.vocab, token_BxL[..., None])
         else:
-            normaliser = extra["log_normaliser"][..., None]
-            target = losses.unnormalised(target_logits, self.temperature, log_normaliser=normaliser)
-            chance = losses.acceptance(target, logits)
+            chance = losses.acceptance(verifying.look_up(where_BxL), logits)
         return {"chance": chance, "kl": divergence}
 
     def summarise(self, stats: Stats, signal: Signal) -> dict[str, jax.Array]:

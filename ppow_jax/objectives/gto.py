@@ -43,6 +43,7 @@ from ppow_jax.drafters.windows import Start
 from ppow_jax.errors import ConfigError
 from ppow_jax.keys import key
 from ppow_jax.models import blocks, target_outputs
+from ppow_jax.models.layers import log_softmax
 from ppow_jax.models.target import Target, head_at_hand
 from ppow_jax.models.target_outputs import TargetOutputs
 from ppow_jax.objectives import losses
@@ -230,11 +231,13 @@ class GTO(Supervised):
         advantage = centred(debiased) / (spread[..., None] + self.spread_floor)
         return advantage * real[..., None], spread
 
-    def observe(self, models: Models, step: int, hidden: jax.Array, logits: jax.Array, inputs: Any) -> Stats:
+    def observe(
+        self, models: Models, step: int, hidden: jax.Array, logits: jax.Array, inputs: Any, prepared: Any
+    ) -> Stats:
         """That of `supervised`, and the log-probability of the text's token."""
-        stats = super().observe(models, step, hidden, logits, inputs)
+        stats = super().observe(models, step, hidden, logits, inputs, prepared)
         ids, _ = draft_ids(models.weights.vocab, inputs[0][..., None])
-        return stats | {"log_prob": log_prob_of(jax.nn.log_softmax(logits), ids)}
+        return stats | {"log_prob": log_prob_of(log_softmax(logits), ids)}
 
     def loss(self, stats: Stats, signal: Signal, summary: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
         """The losses of `supervised` plus omega times the clipped surrogate of the groups."""

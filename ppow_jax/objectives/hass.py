@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax.keys import key
+from ppow_jax.models.layers import log_softmax
 from ppow_jax.objectives.base import Stats
 from ppow_jax.objectives.losses import TargetDistribution
 from ppow_jax.objectives.supervised import Supervised
@@ -51,8 +52,8 @@ def top_k_loss(target: TargetDistribution, logits: jax.Array, top_k: int) -> jax
       logits: float32 `[..., N]`, the drafter's.
       top_k: of N tokens, all count where it is larger.
     """
-    best = jax.lax.top_k(target.logits, min(top_k, target.logits.shape[-1]))[1]
-    log_q = jax.nn.log_softmax(logits, axis=-1)
-    log_q = jnp.broadcast_to(log_q, jnp.broadcast_shapes(log_q.shape, target.logits.shape))
+    best = jax.lax.top_k(target.log_probs, min(top_k, target.log_probs.shape[-1]))[1]
+    log_q = log_softmax(logits)
+    log_q = jnp.broadcast_to(log_q, jnp.broadcast_shapes(log_q.shape, target.log_probs.shape))
     of_best = [jnp.take_along_axis(x, best, axis=-1) for x in (target.probs, log_q)]
     return -jnp.sum(of_best[0] * of_best[1], axis=-1)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from ppow_jax import keys
 from ppow_jax.errors import ConfigError
-from ppow_jax.models.layers import likeliest
+from ppow_jax.models.layers import inner, likeliest, log_softmax, logsumexp
 
 _LOG_ZERO = -1e30  # stands for log 0: finite, so that 0 * log 0 is 0 and no gradient is NaN
 _LOG_TINY = math.log(jnp.finfo(jnp.float32).tiny)
@@ -33,23 +33,18 @@ class TargetDistribution(NamedTuple):
     propose ("LK losses", arXiv 2602.23881, section 4.4).
 
     Attributes:
-      logits: float32 `[..., N]`, finite; softmax of them is `probs`. The temperature is in them.
+      log_probs: float32 `[..., N]`, log of `probs`; -1e30 stands for log 0.
       mass: float32 `[...]`, the probability that the target gives to the draft vocabulary; 1 where T is
         renormalised to it, 0 where a greedy target's token lies outside.
     """
 
-    logits: jax.Array
+    log_probs: jax.Array
     mass: jax.Array
 
     @property
     def probs(self) -> jax.Array:
         """float32 `[..., N]`, T given that the token lies in the draft vocabulary; sums to 1."""
-        return jax.nn.softmax(self.logits, axis=-1)
-
-    @property
-    def log_probs(self) -> jax.Array:
-        """float32 `[..., N]`, log of `probs`; -1e30 stands for log 0."""
-        return jax.nn.log_softmax(self.logits, axis=-1)
+        return jnp.exp(self.log_probs)
 
 
 def renormalised(target_logits: jax.Array, temperature: float = 1.0) -> TargetDistribution:
@@ -66,10 +61,10 @@ def renormalised(target_logits: jax.Array, temperature: float = 1.0) -> TargetDi
         raise ValueError(f"found the temperature {temperature}, expected at least 0")
     target_logits = jax.lax.stop_gradient(target_logits)
     if temperature == 0.0:
-        target_logits = jnp.where(_largest(target_logits), 0.0, _LOG_ZERO)
-    elif temperature != 1.0:
-        target_logits = target_logits / temperature
-    return TargetDistribution(target_logits, jnp.ones(target_logits.shape[:-1], jnp.float32))
+        log_probs = jnp.where(_largest(target_logits), 0.0, _LOG_ZERO)
+    else:
+        log_probs = log_softmax(target_logits / temperature)
+    return TargetDistribution(log_probs, jnp.ones(target_logits.shape[:-1], jnp.float32))
 
 
 def unnormalised(
@@ -104,7 +99,7 @@ def unnormalised(
     else:
         if log_normaliser is None:
             raise ValueError("found no log_normaliser, expected it at a temperature above 0")
-        inside = jax.nn.logsumexp(distribution.logits, axis=-1)
+        inside = jax.nn.logsumexp(target_logits / temperature, axis=-1)
         mass = jnp.minimum(jnp.exp(inside - log_normaliser), 1.0)
     mass = jnp.broadcast_to(mass, distribution.mass.shape)
     return distribution._replace(mass=jax.lax.stop_gradient(mass))
@@ -125,7 +120,7 @@ def cross_entropy(target: TargetDistribution, logits: jax.Array) -> jax.Array:
       target: the target's distribution.
       logits: float32 `[..., N]`, the drafter's; so in every loss below.
     """
-    return -jnp.sum(target.probs * jax.nn.log_softmax(logits, axis=-1), axis=-1)
+    return logsumexp(logits) - inner(target.probs, logits)
 
 
 def kl(target: TargetDistribution, logits: jax.Array) -> jax.Array:
@@ -133,8 +128,7 @@ def kl(target: TargetDistribution, logits: jax.Array) -> jax.Array:
 
     Its gradient is that of `cross_entropy`: they differ by the entropy of T.
     """
-    log_probs = target.log_probs
-    return jnp.sum(jnp.exp(log_probs) * (log_probs - jax.nn.log_softmax(logits, axis=-1)), axis=-1)
+    return inner(target.probs, target.log_probs - log_softmax(logits))
 
 
 def reverse_kl(target: TargetDistribution, logits: jax.Array) -> jax.Array:
@@ -143,8 +137,8 @@ def reverse_kl(target: TargetDistribution, logits: jax.Array) -> jax.Array:
     log T(x) counts as at least that of the smallest float32. The floor is ours: the divergence is infinite
     where q has probability and T has none, which at temperature 0 is everywhere.
     """
-    log_q = jax.nn.log_softmax(logits, axis=-1)
-    return jnp.sum(jnp.exp(log_q) * (log_q - jnp.maximum(target.log_probs, _LOG_TINY)), axis=-1)
+    log_q = log_softmax(logits)
+    return inner(jnp.exp(log_q), log_q - jnp.maximum(target.log_probs, _LOG_TINY))
 
 
 def jensen_shannon(target: TargetDistribution, logits: jax.Array) -> jax.Array:
@@ -152,15 +146,16 @@ def jensen_shannon(target: TargetDistribution, logits: jax.Array) -> jax.Array:
 
     Lin, "Divergence measures based on the Shannon entropy" (1991), with equal weights.
     """
-    log_p, log_q = target.log_probs, jax.nn.log_softmax(logits, axis=-1)
-    log_m = jnp.logaddexp(log_p, log_q) - math.log(2.0)
-    return 0.5 * jnp.sum(jnp.exp(log_p) * (log_p - log_m) + jnp.exp(log_q) * (log_q - log_m), axis=-1)
+    p, log_q = target.probs, log_softmax(logits)
+    q = jnp.exp(log_q)
+    log_m = jnp.log(jnp.maximum((p + q) / 2, jnp.finfo(jnp.float32).tiny))
+    return (inner(p, target.log_probs - log_m) + inner(q, log_q - log_m)) / 2
 
 
 def hard_cross_entropy(target: TargetDistribution, logits: jax.Array) -> jax.Array:
     """-log q(y), float32 `[...]`, y the target's likeliest token of the draft vocabulary."""
-    log_q = jax.nn.log_softmax(logits, axis=-1)
-    return -jnp.sum(jnp.where(_largest(target.logits), log_q, 0.0), axis=-1)
+    of_largest = jnp.sum(jnp.where(_largest(target.log_probs), logits, 0.0), axis=-1)
+    return logsumexp(logits) - of_largest
 
 
 # Losses of the acceptance probability: of q and T = mass * probs.
@@ -169,7 +164,7 @@ def hard_cross_entropy(target: TargetDistribution, logits: jax.Array) -> jax.Arr
 def acceptance(target: TargetDistribution, logits: jax.Array) -> jax.Array:
     """a = sum_x min(T(x), q(x)), float32 `[...]` in 0 .. mass."""
     truth = target.mass[..., None] * target.probs
-    return jnp.sum(jnp.minimum(truth, jax.nn.softmax(logits, axis=-1)), axis=-1)
+    return jnp.sum(jnp.minimum(truth, jnp.exp(log_softmax(logits))), axis=-1)
 
 
 def total_variation(target: TargetDistribution, logits: jax.Array) -> jax.Array:
@@ -180,7 +175,7 @@ def total_variation(target: TargetDistribution, logits: jax.Array) -> jax.Array:
     (1 - mass) + sum_x max(T(x) - q(x), 0), which is the same and does not cancel where T and q are close.
     """
     truth = target.mass[..., None] * target.probs
-    lacking = jnp.maximum(truth - jax.nn.softmax(logits, axis=-1), 0.0)
+    lacking = jnp.maximum(truth - jnp.exp(log_softmax(logits)), 0.0)
     return (1.0 - target.mass) + jnp.sum(lacking, axis=-1)
 
 
@@ -196,7 +191,7 @@ def neg_log_acceptance(target: TargetDistribution, logits: jax.Array) -> jax.Arr
     possible = target.mass > 0.0
     log_mass = jnp.log(jnp.where(possible, target.mass, 1.0))
     log_truth = target.log_probs + log_mass[..., None]
-    log_a = jax.nn.logsumexp(jnp.minimum(log_truth, jax.nn.log_softmax(logits, axis=-1)), axis=-1)
+    log_a = jax.nn.logsumexp(jnp.minimum(log_truth, log_softmax(logits)), axis=-1)
     return -jnp.where(possible, log_a, 0.0)
 
 

@@ -31,6 +31,7 @@ from ppow_jax.drafters import windows
 from ppow_jax.errors import ConfigError
 from ppow_jax.keys import key
 from ppow_jax.models import target_outputs
+from ppow_jax.models.layers import product
 from ppow_jax.models.target_outputs import TargetOutputs
 from ppow_jax.objectives import losses, rewards
 from ppow_jax.objectives.anchors import AnchorRule, Picked, blank_table, pick_anchors
@@ -149,13 +150,15 @@ class OPD(Objective):
         each = replayed.valid * importance_BxA[..., None, None]
         return each * (step_K < accepted), each * (step_K >= accepted) * self.decay**behind
 
-    def inputs(self, models: Models, step: int, signal: Signal, batch: Batch, outputs: TargetOutputs) -> Any:
+    def inputs(self, step: int, signal: Signal, prepared: Any) -> Any:
         """The target's hidden states that predict the drafted tokens."""
         return signal.extra[..., step, :]
 
-    def observe(self, models: Models, step: int, hidden: jax.Array, logits: jax.Array, inputs: Any) -> Stats:
+    def observe(
+        self, models: Models, step: int, hidden: jax.Array, logits: jax.Array, inputs: Any, prepared: Any
+    ) -> Stats:
         """Both losses of every token."""
-        target = losses.renormalised(inputs @ models.head_NxD.T, self.target_temperature)
+        target = losses.renormalised(product(inputs, models.head_NxD), self.target_temperature)
 
         def of(name: str) -> jax.Array:
             terms = losses.parse_losses(getattr(self, name), name)

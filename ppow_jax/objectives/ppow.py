@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from ppow_jax.errors import ConfigError
 from ppow_jax.keys import key
+from ppow_jax.models.layers import inner, log_softmax, product
 from ppow_jax.models.target_outputs import TargetOutputs
 from ppow_jax.objectives import losses, rewards
 from ppow_jax.objectives.advantages import ADVANTAGES, without_spread
@@ -30,6 +31,7 @@ from ppow_jax.objectives.base import (
     along_text,
     per_token,
 )
+from ppow_jax.objectives.distributions import along_windows
 from ppow_jax.objectives.rollout import Rollout, log_prob_of, roll
 from ppow_jax.objectives.verification import Verified, verify, windows_at_once
 
@@ -42,14 +44,15 @@ class Extra(NamedTuple):
       behaviour: float32 `[B, A, G, K]`, their log-probabilities when they were sampled.
       advantage: float32 `[B, A, G]`.
       valid: bool `[B, A, G, K]`, tokens that count.
-      context: `[B, A, G or 1, K, D]`, the target's hidden states that predict them.
+      context: `[B, A, G, K, D]`, the target's hidden states that predict them; None at temperature 0, where
+        they are the text's.
     """
 
     ids: jax.Array
     behaviour: jax.Array
     advantage: jax.Array
     valid: jax.Array
-    context: jax.Array
+    context: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +166,8 @@ class PPOW(Objective):
         if self.along_text:
             tokens = along_text(batch["tokens"], rollout.anchors, 2, self.window)[:, :, None]
         weights = {"policy": per_token(credited * importance), "kl": per_token(reached * importance)}
-        extra = Extra(rollout.ids, rollout.log_prob, advantage, verified.valid, verified.context)
+        context = verified.context if self.temperature > 0 else None
+        extra = Extra(rollout.ids, rollout.log_prob, advantage, verified.valid, context)
         signal = Signal(rollout.anchors, tokens, weights, extra)
         return signal, reward_metrics(rollout, verified, speedup, proximity)
 
@@ -179,17 +183,32 @@ class PPOW(Objective):
             credited &= reached | judged[..., None]
         return credited, verified.valid & reached
 
-    def inputs(self, models: Models, step: int, signal: Signal, batch: Batch, outputs: TargetOutputs) -> Any:
-        """Draft ids of the sampled tokens, and the target's hidden states that predict them."""
-        return signal.extra.ids[..., step], signal.extra.context[..., step, :]
+    def prepare(self, models: Models, signal: Signal, batch: Batch, outputs: TargetOutputs) -> Any:
+        """At temperature 0 the target's distribution along the texts."""
+        if self.temperature > 0:
+            return None
+        about = (models, outputs, signal.anchors, self.window)
+        return along_windows(*about, lambda target_logits, _: losses.renormalised(target_logits))
 
-    def observe(self, models: Models, step: int, hidden: jax.Array, logits: jax.Array, inputs: Any) -> Stats:
+    def inputs(self, step: int, signal: Signal, prepared: Any) -> Any:
+        """Draft ids of the sampled tokens; and where the target's distribution is, or the hidden states that
+        predict them."""
+        extra = signal.extra
+        predicts = prepared.where[..., step] if prepared else extra.context[..., step, :]
+        return extra.ids[..., step], predicts
+
+    def observe(
+        self, models: Models, step: int, hidden: jax.Array, logits: jax.Array, inputs: Any, prepared: Any
+    ) -> Stats:
         """Log-probability of each sampled token, entropy, and KL to the target."""
-        ids, context = inputs
-        logp = jax.nn.log_softmax(logits / self.rollout_temperature)
-        entropy = -jnp.sum(jnp.exp(logp) * logp, -1)
-        divergence = losses.kl(losses.renormalised(context @ models.head_NxD.T), logits)
-        stats = {"log_prob": log_prob_of(logp, ids), "entropy": entropy, "kl": divergence}
+        ids, predicts = inputs
+        if prepared:
+            target = prepared.look_up(predicts)
+        else:
+            target = losses.renormalised(product(predicts, models.head_NxD))
+        logp = log_softmax(logits / self.rollout_temperature)
+        entropy = -inner(jnp.exp(logp), logp)
+        stats = {"log_prob": log_prob_of(logp, ids), "entropy": entropy, "kl": losses.kl(target, logits)}
         return {name: jnp.broadcast_to(x, ids.shape) for name, x in stats.items()}
 
     def loss(self, stats: Stats, signal: Signal, summary: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:

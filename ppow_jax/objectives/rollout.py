@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax.drafters import windows
+from ppow_jax.models.layers import at_ids
 from ppow_jax.models.target_outputs import TargetOutputs
 from ppow_jax.objectives.base import Batch, Models
 
@@ -76,8 +77,9 @@ def roll(
 
 def log_prob_of(logp_BxAxGxN: jax.Array, ids_BxAxG: jax.Array) -> jax.Array:
     """`[B, A, G]`: each token's, of its own distribution or the one that its group shares `[B, A, 1, N]`."""
-    logp = jnp.broadcast_to(logp_BxAxGxN, (*ids_BxAxG.shape, logp_BxAxGxN.shape[-1]))
-    return jnp.take_along_axis(logp, ids_BxAxG[..., None], -1)[..., 0]
+    if logp_BxAxGxN.shape[:-1] == ids_BxAxG.shape:
+        return at_ids(logp_BxAxGxN, ids_BxAxG)
+    return jnp.take_along_axis(logp_BxAxGxN[:, :, 0], ids_BxAxG, -1)
 
 
 def draw(uniform_BxAxG: jax.Array, logp_BxAxGxN: jax.Array) -> jax.Array:

@@ -37,6 +37,7 @@ from ppow_jax.objectives.base import (
     prob_of,
     written,
 )
+from ppow_jax.objectives.distributions import along_windows
 from ppow_jax.objectives.losses import TargetDistribution
 
 _BY_BATCH = "lk_batch"
@@ -124,18 +125,26 @@ class Supervised(Objective):
             return {"likeliest": target_outputs.likeliest_tokens(*about)}
         return {"log_normaliser": target_outputs.log_normaliser(*about, self.target_temperature)}
 
-    def inputs(self, models: Models, step: int, signal: Signal, batch: Batch, outputs: TargetOutputs) -> Any:
-        """The text's token, a random number, and what predicts the token, `Extra.outside` with it."""
-        here = signal.anchors + step + 1
-        outside = {name: at(values, here) for name, values in signal.extra.outside.items()}
-        about = (signal.tokens[:, :, 0, step], signal.extra.uniform[:, :, 0, step])
-        return *about, at(outputs.hidden, here), outside
+    def prepare(self, models: Models, signal: Signal, batch: Batch, outputs: TargetOutputs) -> Any:
+        """The target's distribution along the texts."""
 
-    def observe(self, models: Models, step: int, hidden: jax.Array, logits: jax.Array, inputs: Any) -> Stats:
+        def of(target_logits: jax.Array, positions: jax.Array) -> TargetDistribution:
+            outside = {name: at(values, positions) for name, values in signal.extra.outside.items()}
+            return self.distribution(models, target_logits, outside)
+
+        return along_windows(models, outputs, signal.anchors, self.window, of)
+
+    def inputs(self, step: int, signal: Signal, prepared: Any) -> Any:
+        """The text's token, a random number, and where the target's distribution is."""
+        about = (signal.tokens[:, :, 0, step], signal.extra.uniform[:, :, 0, step])
+        return *about, prepared.where[..., step]
+
+    def observe(
+        self, models: Models, step: int, hidden: jax.Array, logits: jax.Array, inputs: Any, prepared: Any
+    ) -> Stats:
         """Losses, whether the drafter's likeliest token is the text's, and what the weights ask for."""
-        token_BxL, uniform_BxL, hidden_BxLxD, outside = inputs
-        target_logits = (hidden_BxLxD @ models.head_NxD.T)[:, :, None]
-        target = self.distribution(models, target_logits, outside)
+        token_BxL, uniform_BxL, where_BxL = inputs
+        target = prepared.look_up(where_BxL)
         vocab, token = models.weights.vocab, token_BxL[..., None]
         stats = {"hit": (vocab[likeliest(logits)] == token).astype(jnp.float32)}
         stats |= self.losses_of(target, logits)
@@ -162,14 +171,14 @@ class Supervised(Objective):
     def distribution(
         self, models: Models, target_logits: jax.Array, outside: dict[str, jax.Array]
     ) -> TargetDistribution:
-        """The target's distribution as the keys want it, from logits `[B, L, 1, N]`."""
+        """The target's distribution as the keys want it, from logits `[B, L, N]`."""
         if self.renormalise:
             return losses.renormalised(target_logits, self.target_temperature)
         if self.target_temperature == 0:
-            _, inside = draft_ids(models.weights.vocab, outside["likeliest"][..., None])
+            _, inside = draft_ids(models.weights.vocab, outside["likeliest"])
             return losses.unnormalised(target_logits, 0.0, argmax_inside=inside)
-        normaliser = outside["log_normaliser"][..., None]
-        return losses.unnormalised(target_logits, self.target_temperature, log_normaliser=normaliser)
+        about = (target_logits, self.target_temperature)
+        return losses.unnormalised(*about, log_normaliser=outside["log_normaliser"])
 
     def summarise(self, stats: Stats, signal: Signal) -> dict[str, jax.Array]:
         """The mean acceptance of each step, where a loss asks for it."""

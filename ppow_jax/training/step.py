@@ -191,12 +191,14 @@ def observe(
     prefix = windows.text_prefix(models.drafter, models.weights, outputs.taps, batch["tokens"])
     start = windows.text_starts(prefix, batch["tokens"], signal.anchors)
 
+    prepared = objective.prepare(models, signal, batch, outputs)
+
     def given(step: int) -> tuple[jax.Array, Any]:
-        return signal.tokens[..., step], objective.inputs(models, step, signal, batch, outputs)
+        return signal.tokens[..., step], objective.inputs(step, signal, prepared)
 
     def choose(step: int, hidden: jax.Array, logits: jax.Array, given: tuple[jax.Array, Any]):
         tokens, inputs = given
-        return tokens, objective.observe(models, step, hidden, logits, inputs)
+        return tokens, objective.observe(models, step, hidden, logits, inputs, prepared)
 
     about = (models.drafter, models.weights, prefix.keys_values, start)
     return windows.window_pass(*about, choose, objective.window, given, remat)

@@ -319,7 +319,8 @@ def test_parts_of_a_batch_add_up_and_the_start_stays(chain, drafters, batch):
     assert norm(changed["head"]) > 0.01
     assert abs(found[0][1]["policy_loss"]) > 0.05
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=5e-4)  # `fuse` of a chain's drafter is steep
+        atol = max(5e-4, 1e-6 * np.abs(a).max())  # `fuse` of a chain's drafter is steep
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=atol)
 
 
 def test_what_is_kept_of_the_start_is_a_copy(chain, drafters):

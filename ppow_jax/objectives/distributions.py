@@ -1,0 +1,75 @@
+"""The target's distribution over the draft vocabulary along windows of the text, for objectives that compare
+the drafter with it.
+
+Shape letters: B texts, T positions, A anchors, K steps of a window, L some positions or anchors, N draft
+vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from ppow_jax.models import blocks
+from ppow_jax.models.layers import product
+from ppow_jax.models.target_outputs import TargetOutputs
+from ppow_jax.objectives.base import Models, at
+from ppow_jax.objectives.losses import TargetDistribution
+from ppow_jax.parallel import partition
+
+# (target logits [B, L, N], their positions [B, L]) -> the distribution, leaves [B, L, ...]
+FromLogits = Callable[[jax.Array, jax.Array], TargetDistribution]
+
+
+@dataclasses.dataclass(frozen=True)
+class AlongWindows:
+    """The target's distributions along windows.
+
+    Attributes:
+      where: int32 `[B, A, K]`, where to look up that of each token.
+      look_up: that for the windows of a group, which share it: `where` of some anchors at a step `[B, L]` ->
+        leaves `[B, L, 1, ...]`.
+    """
+
+    where: jax.Array
+    look_up: Callable[[jax.Array], TargetDistribution]
+
+
+def along_windows(
+    models: Models, outputs: TargetOutputs, anchors_BxA: jax.Array, window: int, of: FromLogits
+) -> AlongWindows:
+    """The distributions of the tokens of windows of the text.
+
+    They are computed once for all steps, of every position of the texts or of those that the windows read,
+    whichever are fewer; or, where they would not fit at once, when they are looked up.
+
+    Args:
+      models: whose `head_NxD` is used.
+      outputs: the target's on the texts.
+      anchors_BxA: where the windows begin.
+      window: K.
+      of: makes a distribution of logits.
+    """
+    (B, A), T = anchors_BxA.shape, outputs.hidden.shape[1]
+    read_BxAxK = jnp.minimum(anchors_BxA[..., None] + 1 + jnp.arange(window), T - 1)
+
+    def compute(positions_BxL: jax.Array) -> TargetDistribution:
+        return of(product(at(outputs.hidden, positions_BxL), models.head_NxD), positions_BxL)
+
+    def per_group(found: TargetDistribution) -> TargetDistribution:
+        return jax.tree.map(lambda leaf: leaf[:, :, None], found)
+
+    rows = min(T, A * window)
+    if blocks.count(partition.share(B, len(models.head_NxD)) * rows, rows) > 1:
+        return AlongWindows(read_BxAxK, lambda where_BxL: per_group(compute(where_BxL)))
+    if A * window >= T:
+        table, where_BxAxK = compute(jnp.broadcast_to(jnp.arange(T), (B, T))), read_BxAxK
+    else:
+        table = compute(read_BxAxK.reshape(B, -1))
+        where_BxAxK = jnp.broadcast_to(jnp.arange(A * window).reshape(A, window), read_BxAxK.shape)
+
+    def look_up(where_BxL: jax.Array) -> TargetDistribution:
+        return per_group(jax.tree.map(lambda leaf: at(leaf, where_BxL), table))
+
+    return AlongWindows(where_BxAxK, look_up)

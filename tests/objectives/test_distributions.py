@@ -1,0 +1,42 @@
+"""The target's distributions along windows: the same wherever they are computed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from ppow_jax.models import blocks
+from ppow_jax.models.target_outputs import TargetOutputs
+from ppow_jax.objectives import losses
+from ppow_jax.objectives.base import models_of
+from ppow_jax.objectives.distributions import along_windows
+
+B, T = 2, 9
+HIDDEN = np.random.default_rng(0).normal(size=(B, T, small.TINY.width)).astype(np.float32)
+
+
+@pytest.mark.parametrize("how", ["every position", "those that are read", "when looked up"])
+def test_distributions_are_those_of_the_tokens_of_windows(tiny, how, monkeypatch):
+    A, K = (5, 3) if how == "every position" else (2, 3)
+    anchors = np.array([[4, 0, 7, 2, 6], [1, 3, 7, 0, 5]], np.int32)[:, :A]  # from 7 on beyond the text's end
+    if how == "when looked up":
+        monkeypatch.setitem(blocks.VALUES, "cpu", 8)
+    models = models_of(tiny.target, tiny.drafter, tiny.params, tiny.weights.params, tiny.weights.vocab)
+    outputs = TargetOutputs(jnp.zeros(()), jnp.asarray(HIDDEN), jnp.zeros((B, T)))
+    asked = []
+
+    def of(target_logits, positions):
+        asked.append(positions.shape)
+        return losses.renormalised(target_logits + positions[..., None] * jnp.arange(3.0).repeat(8))
+
+    found = along_windows(models, outputs, jnp.asarray(anchors), K, of)
+    for step in range(K):
+        log_probs = found.look_up(found.where[..., step]).log_probs
+        for b, a in np.ndindex(B, A):
+            position = min(anchors[b, a] + 1 + step, T - 1)
+            logits = HIDDEN[b, position] @ np.asarray(models.head_NxD).T + position * np.arange(3).repeat(8)
+            wanted = jax.nn.log_softmax(logits)
+            np.testing.assert_allclose(log_probs[b, a, 0], wanted, rtol=1e-5, atol=1e-5)
+    shapes = {"every position": [(B, T)], "those that are read": [(B, A * K)], "when looked up": [(B, A)] * K}
+    assert asked == shapes[how]
