@@ -1,6 +1,7 @@
 """Benchmarks: what things cost, beside what the machine could do at best.
 
   python -m ppow_jax.bench parts      a target step, a verification, a drafter step, the phases of training
+  python -m ppow_jax.bench train      a training step in parts, and beside those of other trainers
   python -m ppow_jax.bench load       reading a target: time, and host memory beyond the arrays themselves
   python -m ppow_jax.bench respond    batched writing against the matrix-product rate
   python -m ppow_jax.bench cost       what decoding is made of, and the shapes of drafts that it favours
@@ -30,7 +31,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ppow_jax import config, experiment
-from ppow_jax.bench import decoding, loading, parting, stages
+from ppow_jax.bench import decoding, loading, parting, stages, trainers
 from ppow_jax.bench.machine import Machine
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
@@ -55,8 +56,11 @@ _DECODERS = flags.DEFINE_string(
 _TORCH = flags.DEFINE_string(
     "torch_python",
     "",
-    "A Python that has torch, transformers, accelerate and gguf; empty: this one, if it has.",
+    "A Python with torch: for `decode` with transformers, accelerate and gguf too (empty: this one, if it "
+    "has them), for `train` with speculators and specforge.",
 )
+_SPECJAX = flags.DEFINE_string("specjax", "", "A checkout of SpecJAX, for `train`.")
+_TURNS = flags.DEFINE_integer("turns", 9, "Steps that each trainer of `train` takes.")
 _DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Of the target; empty: the config's.")
 _EXACT = flags.DEFINE_bool("exact", False, "As config.decode.exact, for `decode` and `parting`.")
 _ROWS = flags.DEFINE_integer("rows", 8, "Prompts that `parting` decodes side by side.")
@@ -66,6 +70,10 @@ _REPEATS = flags.DEFINE_integer("repeats", 3, "Batches that `respond` times, a r
 
 def _parts(made: Experiment, machine: Machine) -> None:
     stages.parts(made, machine)
+
+
+def _train(made: Experiment, machine: Machine) -> None:
+    trainers.compare(made, machine, _TORCH.value, _SPECJAX.value, _TURNS.value)
 
 
 def _respond(made: Experiment, machine: Machine) -> None:
@@ -88,7 +96,14 @@ def _parting(made: Experiment, machine: Machine) -> None:
     parting.compare(made, decoders, _ROWS.value, _PROMPTS.value, _COUNT.value, _TOKENS.value)
 
 
-COMMANDS = {"parts": _parts, "respond": _respond, "cost": _cost, "decode": _decode, "parting": _parting}
+COMMANDS = {
+    "parts": _parts,
+    "train": _train,
+    "respond": _respond,
+    "cost": _cost,
+    "decode": _decode,
+    "parting": _parting,
+}
 
 
 def _settings(command: str) -> config.Settings:

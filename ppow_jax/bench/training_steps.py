@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from ppow_jax.compile.operations import operations
 from ppow_jax.config import Settings, TrainSettings
 from ppow_jax.decode import cost
+from ppow_jax.drafters import windows
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.target_outputs import outputs_of
 from ppow_jax.objectives.anchors import AnchorRule, pick_anchors
@@ -21,7 +23,7 @@ from ppow_jax.objectives.verification import Verified, verify, windows_at_once
 from ppow_jax.parallel import partition
 from ppow_jax.training import loop
 from ppow_jax.training.drafters import Trained
-from ppow_jax.training.step import Recipe, make_signal, make_update
+from ppow_jax.training.step import Recipe, State, gradient, make_signal, make_update
 
 _REPEATS = 3
 _GAMMA = 0.12  # the work does not depend on it
@@ -44,15 +46,8 @@ def phases(experiment: Experiment, run: TrainSettings, trained: Trained) -> Phas
 
     Anchors are uniform: other rules score a text once in many steps, which is left out.
     """
-    objective = run.method
-    if hasattr(objective, "anchor_rule"):
-        objective = dataclasses.replace(objective, anchor_rule=AnchorRule())
-    run = dataclasses.replace(run, method=objective)
-    recipe = loop.recipe(experiment, run, trained.drafter, 1, _GAMMA)
-    params = jax.tree.map(jnp.copy, trained.params)  # an update donates them
-    batch, key = random_texts(experiment, run.batch_size), jax.random.key(0)
-    sizes = Sizes(run.batch_size, experiment.settings.data.length)
-    state = loop.place(experiment, recipe, params, trained.vocab, sizes)
+    recipe, state, batch = set_up(experiment, run, trained)
+    objective, key = recipe.objective, jax.random.key(0)
     frozen = (state["vocab"], experiment.target_params, batch)
     learner, memory = {k: state[k] for k in ("params", "opt_state")}, state["memory"]
     inside, rounds = {}, objective.rounds(run.batch_size)
@@ -78,6 +73,72 @@ def phases(experiment: Experiment, run: TrainSettings, trained: Trained) -> Phas
     whole = {"signal": (asks, cost.median_seconds(make, _REPEATS))}
     asks = operations(update.trace(learner, *frozen, made).jaxpr)
     return whole | inside | {"update": (asks, cost.median_seconds(once, _REPEATS))}
+
+
+def set_up(experiment: Experiment, run: TrainSettings, trained: Trained) -> tuple[Recipe, State, Batch]:
+    """What a run's steps are made of, its state before the first, and a batch of `random_texts`; with uniform
+    anchors."""
+    objective = run.method
+    if hasattr(objective, "anchor_rule"):
+        objective = dataclasses.replace(objective, anchor_rule=AnchorRule())
+    recipe = loop.recipe(experiment, dataclasses.replace(run, method=objective), trained.drafter, 1, _GAMMA)
+    params = jax.tree.map(jnp.copy, trained.params)  # an update donates them
+    sizes = Sizes(run.batch_size, experiment.settings.data.length)
+    state = loop.place(experiment, recipe, params, trained.vocab, sizes)
+    return recipe, state, random_texts(experiment, run.batch_size)
+
+
+def parts(experiment: Experiment, run: TrainSettings, trained: Trained) -> Phases:
+    """Of a supervised update: the prefix, the windows, head and losses, the optimiser.
+
+    The times of all but the last are differences of gradients: of what the prefix gives, of the windows'
+    hidden states, and of the losses, each with its forward pass.
+    """
+    recipe, state, batch = set_up(experiment, run, trained)
+    frozen, objective = (state["vocab"], experiment.target_params, batch), recipe.objective
+    key = jax.random.key(0)
+    signal, _, _ = make_signal(recipe)(state["params"], *frozen, state["memory"], jnp.int32(1), key)
+
+    def total(params: dict, vocab: jax.Array, target_params: dict, batch: Batch, windows_too: bool):
+        models = recipe.models(target_params, params, vocab)
+        outputs = outputs_of(recipe.target, target_params, batch)
+        prefix = windows.text_prefix(models.drafter, models.weights, outputs.taps, batch["tokens"])
+        if not windows_too:
+            return sum(jnp.sum(x) for x in jax.tree.leaves(prefix))
+        start = windows.text_starts(prefix, batch["tokens"], signal.anchors)
+
+        def choose(step: int, hidden: jax.Array, logits: jax.Array, given: jax.Array):
+            return given, hidden.sum(-1)
+
+        about = (models.drafter, models.weights, prefix.keys_values, start, choose, objective.window)
+        return jnp.sum(windows.window_pass(*about, lambda step: signal.tokens[..., step], recipe.remat))
+
+    @jax.jit
+    def losses(params: dict, vocab: jax.Array, target_params: dict, batch: Batch) -> dict:
+        models = recipe.models(target_params, params, vocab)
+        outputs = outputs_of(recipe.target, target_params, batch)
+        return gradient(recipe, models, params, signal, batch, outputs)[1]
+
+    @jax.jit
+    def optimise(params: dict, opt_state: Any, grads: dict) -> tuple:
+        updates, opt_state = recipe.optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    of = jax.jit(jax.grad(total), static_argnums=4)
+    about = (state["params"], *frozen)
+    asked, prefix = _phase(of, (*about, False))
+    _, whole = _phase(of, (*about, True))
+    all_asked, everything = _phase(losses, about)
+    B, A, _, K = signal.tokens.shape
+    tokens, c = B * A * K, recipe.drafter.config
+    # of the drafter three products, and the target's of what the windows read or of the whole text
+    head = 2.0 * (3 * tokens + min(tokens, batch["tokens"].size)) * c.width * c.vocab_size
+    return {
+        "prefix": (asked, prefix),
+        "windows": (all_asked - asked - head, max(whole - prefix, 1e-9)),
+        "head and losses": (head, max(everything - whole, 1e-9)),
+        "optimiser": _phase(optimise, (state["params"], state["opt_state"], losses(*about))),
+    }
 
 
 def random_texts(experiment: Experiment, rows: int) -> Batch:
@@ -119,20 +180,20 @@ def _inside_ppow(
         vocab: jax.Array,
         target_params: dict,
         batch: Batch,
-        windows: Rollout,
+        rolled: Rollout,
         key: jax.Array,
     ) -> Verified:
         models = recipe.models(target_params, params, vocab)
         outputs = outputs_of(recipe.target, target_params, batch)
-        return verify(models, batch, outputs, windows, key, o.temperature, o.scores_windows)
+        return verify(models, batch, outputs, rolled, key, o.temperature, o.scores_windows)
 
     frozen = (params, vocab, target_params, batch)
-    windows = rollout(*frozen, key)
-    accepted = verification(*frozen, windows, key).accepted
-    scored = windows.real[..., None] & ((accepted == 0) | (o.temperature > 0))
-    B, A, G, K = windows.tokens.shape
+    rolled = rollout(*frozen, key)
+    accepted = verification(*frozen, rolled, key).accepted
+    scored = rolled.real[..., None] & ((accepted == 0) | (o.temperature > 0))
+    B, A, G, K = rolled.tokens.shape
     rounds = -(-int(scored.sum((1, 2)).max()) // windows_at_once(B, A, G, K))
     return {
         "rollout": _phase(rollout, (*frozen, key)),
-        "verification": _phase(verification, (*frozen, windows, key), rounds),
+        "verification": _phase(verification, (*frozen, rolled, key), rounds),
     }, rounds
