@@ -31,6 +31,29 @@ def test_an_unfinished_stage_may_go_on_with_another_learning_rate(tmp_path):
         run.plan(lower, tmp_path)
 
 
+def test_an_unfinished_stage_may_go_on_in_other_parts(tmp_path):
+    """Of its batches, as where memory is short."""
+    begun(tmp_path, changed(tmp_path), "train/supervise", finished=False)
+    assert "train/supervise" in run.plan(changed(tmp_path, train__supervise__accumulate=2), tmp_path)
+
+
+def test_a_unit_that_is_done_again_counts_its_time_anew_and_one_that_goes_on_does_not(tmp_path):
+    chosen = changed(tmp_path)
+    for finished, seconds in ((False, 7.0), (True, 0.0)):
+        run._mark(chosen, tmp_path, "evaluate", finished=finished, seconds=7.0)
+        assert run._seconds(tmp_path, "evaluate") == seconds
+
+
+def test_what_is_trained_is_evaluated_and_exported_again(tmp_path):
+    """Even where nothing else says that the report is of before."""
+    chosen = changed(tmp_path)
+    all_done(tmp_path, chosen)
+    records = json.loads((tmp_path / "stages.json").read_text())
+    records["train/cst"]["finished"] = False
+    (tmp_path / "stages.json").write_text(json.dumps(records))
+    assert run.plan(chosen, tmp_path) == ["train/cst", "evaluate", "export"]
+
+
 def test_nothing_else_of_a_begun_stage_may_change(tmp_path):
     begun(tmp_path, changed(tmp_path), "train/supervise", finished=False)
     both = changed(tmp_path, train__supervise__optimizer__learning_rate=1e-4, train__supervise__window=3)

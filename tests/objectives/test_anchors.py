@@ -1,12 +1,18 @@
 """Anchors: confidence by hand, scores by a loop, how often each is drawn, and what it then counts."""
 
 import itertools
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ppow_jax.objectives import anchors as anchor_rules
+from ppow_jax.objectives import expected, supervised
+from ppow_jax.objectives.base import models_of
+from ppow_jax.objectives.expected import Expected
+from ppow_jax.objectives.supervised import Supervised
 
 
 def test_confidence_by_hand():
@@ -102,3 +108,32 @@ def test_all_anchors_of_a_row_count_alike_where_none_is_left_out():
     _, real, importance = anchor_rules.sample_anchors(jax.random.key(5), weights, 4)
     assert real.tolist() == [[True, True, True, False]]
     np.testing.assert_allclose(importance, [[1.0, 1.0, 1.0, 0.0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_importance_is_that_of_corrected_rules_alone(corrected, monkeypatch):
+    """Two of six anchors by a uniform rule: each would count 3."""
+    rule = anchor_rules.AnchorRule("uniform", corrected=corrected)
+    batch = {"assistant": np.ones((1, 8), bool)}
+    about = (rule, None, batch, None, {}, 1, jax.random.key(0), 2, 3)
+    picked, _ = anchor_rules.pick_anchors(*about)
+    assert picked.real.all()
+    assert (np.asarray(picked.importance) == 1).all() == (not corrected)
+
+
+@pytest.mark.parametrize(("objective", "names"), [
+    (Supervised(2, 3), ("valid",)), (Expected(2, 3), ("inside", "kl")),
+])  # fmt: skip
+def test_what_an_anchor_counts_is_in_the_weights(objective, names, monkeypatch, tiny):
+    """The first anchor three times what the second counts, at every step."""
+    picked = anchor_rules.Picked(jnp.array([[3, 1]]), jnp.ones((1, 2), bool), jnp.array([[3.0, 1.0]]))
+    for module in (supervised, expected):
+        monkeypatch.setattr(module, "pick_anchors", lambda *_: (picked, {}))
+    models = models_of(tiny.target, tiny.drafter, tiny.params, tiny.weights.params, tiny.weights.vocab)
+    batch = {"tokens": jnp.zeros((1, 9), int), "assistant": jnp.ones((1, 9), bool)}
+    outputs = types.SimpleNamespace(hidden=None)
+    signal, _, _ = objective.signal(models, batch, outputs, {}, 1, jax.random.key(0))
+    for name in names:
+        weights = np.asarray(signal.weights[name])[0, :, 0]
+        np.testing.assert_allclose(weights[0], 3 * weights[1], rtol=1e-6)
+        assert (weights > 0).all()

@@ -187,3 +187,26 @@ def test_it_learns_what_the_target_accepts(chain, letters, batch):
     assert rewards[0] == pytest.approx(0.2, abs=1e-3)
     assert rewards[-1] > 0.9 and all(np.diff(rewards) > -1e-3)
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_a_window_ends_where_the_target_stops_writing(chain, drafter, batch):
+    """Behind a gap that somebody else wrote nothing is accepted, though the target writes there again."""
+    batch = batch | {"assistant": batch["assistant"].copy()}
+    batch["assistant"][0, 8] = False
+    signal = signal_of(chain, drafter, Expected(T - 2, K), batch)
+    inside = np.asarray(signal.weights["inside"])[0, :, 0] > 0
+    for anchor, found in zip(np.asarray(signal.anchors)[0].tolist(), inside, strict=True):
+        steps = anchor + 2 + np.arange(K)
+        assert found.tolist() == ((steps < 8) | (anchor + 2 > 8) & (steps < T)).tolist() or not found.any()
+    assert inside.sum(1).min() < K
+
+
+def test_where_the_kl_is_taken_is_not_learnt(chain, drafter, batch):
+    """The chance that a context is accepted weighs the KL, and no gradient goes through it."""
+    objective = Expected(4, K, kl_positions="reached", kl_weight=1.0, reward_weight=0.0)
+    signal = signal_of(chain, drafter, objective, batch)
+    stats = {"chance": jnp.full(signal.weights["kl"].shape, 0.5), "kl": jnp.ones(signal.weights["kl"].shape)}
+    loss = lambda stats: objective.loss(stats, signal, {"reached": jnp.float32(1.0)})[0]  # noqa: E731
+    gradient = jax.grad(loss)(stats)
+    assert not np.asarray(gradient["chance"]).any()
+    assert np.asarray(gradient["kl"]).any()

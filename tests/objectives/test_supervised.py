@@ -206,3 +206,25 @@ def test_weights_that_follow_from_what_the_drafter_says(signal_and_value, batch,
     plain = expected(signal, batch, everything, cross_entropy_at(1.0), decay)
     assert abs(want - plain) > 1e-2 * plain
     assert float(loss) == pytest.approx(want, rel=1e-4)
+
+
+def test_the_mass_is_that_at_the_targets_temperature(tiny, batch):
+    """Of the whole vocabulary at temperature 0.7: what lies outside of the draft vocabulary is missing."""
+    objective = Supervised(4, K, losses="total_variation", renormalise=False, target_temperature=0.7)
+    models = models_of(tiny.target, tiny.drafter, tiny.params, tiny.weights.params, tiny.weights.vocab)
+    outputs = outputs_of(tiny.target, tiny.params, batch)
+    signal = objective.signal(models, batch, outputs, {}, 1, KEY)[0]
+    prepared = objective.prepare(models, signal, batch, outputs)
+    found = prepared.look_up(prepared.where[..., 0])
+    for b, a in np.ndindex(signal.anchors.shape):
+        target, _ = reference.target_text(tiny.params, small.TINY, batch["tokens"][b].tolist())
+        probs = softmax(target[min(int(signal.anchors[b, a]) + 1, T - 1)] / 0.7)[small.DRAFT_VOCAB]
+        assert float(found.mass[b, a, 0]) == pytest.approx(probs.sum(), rel=1e-4)
+
+
+def test_dpace_has_its_smoothing(signal_and_value):
+    values = []
+    for alpha in (0.1, 0.9):
+        _, (loss, _) = signal_and_value(Supervised(8, K, step_weights="dpace", dpace_alpha=alpha))
+        values.append(float(loss))
+    assert abs(values[0] - values[1]) > 1e-3
