@@ -15,6 +15,7 @@ import pytest
 sys.path.append(str(pathlib.Path(__file__).parents[1]))  # for configs/
 sys.path.append(str(pathlib.Path(__file__).parent / "helpers"))
 
+import quick
 import runs
 import small
 
@@ -26,15 +27,10 @@ from ppow_jax.training.step import Recipe, make_step
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The fast tests compile much and run little: XLA optimises nothing in them. The slow ones are as in use.
-
-    jax 0.10 has two generators of code for CPUs, of which the older one takes half the time.
-    """
+    """The fast tests compile much and run little: XLA optimises nothing in them. The slow ones are as in use,
+    but for processes that they start many of."""
     if config.option.markexpr == "not slow":
-        flags = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-        if jax.__version_info__ < (0, 11):
-            flags.append("--xla_cpu_use_fusion_emitters=false")
-        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick.FLAGS}"
 
 
 @pytest.fixture(scope="session")

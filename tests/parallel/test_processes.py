@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import pytest
+import quick
 import runs
 import torn
 
@@ -65,10 +66,9 @@ def start(
     command = [sys.executable, "-m", "ppow_jax.main", "--config=configs/tiny.py", f"--workdir={workdir}"]
     about = {
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{quick.FLAGS} --xla_force_host_platform_device_count={devices}",
     }
     return subprocess.Popen(
         command + [f"--config.{key}={value}" for key, value in flags.items()],

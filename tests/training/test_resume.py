@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import quick
 import runs
 
 from ppow_jax.parallel.checkpoint import Checkpoints
@@ -197,6 +198,7 @@ def start(workdir: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen:
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+        "XLA_FLAGS": quick.FLAGS,
     }
     return subprocess.Popen(
         [
