@@ -115,16 +115,17 @@ def _start(
     """All that take part, ready; ours at the config's anchors and, where supervised, with every position of a
     text as one too, as the others do it."""
     settings, found = experiment.settings, []
-    runs = dict(chosen)
+    runs, ours = dict(settings.train), list(chosen)
     for name, run in chosen.items():
         if isinstance(run.method, Supervised):
             every = dataclasses.replace(run.method, anchors=settings.data.length - 2)
-            runs[f"{name}_all"] = dataclasses.replace(run, method=every)
-    started = [run for run in runs.values() if isinstance(run.method, Supervised)]
+            ours.append(f"{name}_all")
+            runs[ours[-1]] = dataclasses.replace(run, method=every)
+    started = [runs[name] for name in ours if isinstance(runs[name].method, Supervised)]
     values = to_dict(dataclasses.replace(settings, train=runs, runs=()))
     file = directory / "config.json"
     file.write_text(json.dumps(values))
-    for name in runs:
+    for name in ours:
         command = [sys.executable, "-m", "ppow_jax.bench.own_worker", str(file), name]
         found.append(_ready(f"ours, {name}", command))
     if not started or not (torch_python or specjax):

@@ -105,13 +105,13 @@ def parts(experiment: Experiment, run: TrainSettings, trained: Trained) -> Phase
         prefix = windows.text_prefix(models.drafter, models.weights, outputs.taps, batch["tokens"])
         if not windows_too:
             return sum(jnp.sum(x) for x in jax.tree.leaves(prefix))
-        start = windows.text_starts(prefix, batch["tokens"], signal.anchors)
-
-        def choose(step: int, hidden: jax.Array, logits: jax.Array, given: jax.Array):
-            return given, hidden.sum(-1)
-
-        about = (models.drafter, models.weights, prefix.keys_values, start, choose, objective.window)
-        return jnp.sum(windows.window_pass(*about, lambda step: signal.tokens[..., step], recipe.remat))
+        about = (models.drafter, models.weights, prefix.keys_values)
+        reading = windows.begin(*about, windows.text_starts(prefix, batch["tokens"], signal.anchors))
+        found = reading.hidden.sum()
+        for step in range(objective.window - 1):
+            reading = windows.advance(*about, reading, signal.tokens[:, :, 0, step])
+            found += reading.hidden.sum()
+        return found
 
     @jax.jit
     def losses(params: dict, vocab: jax.Array, target_params: dict, batch: Batch) -> dict:
