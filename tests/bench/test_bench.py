@@ -192,7 +192,10 @@ def test_it_needs_no_checkout(tmp_path):
     [
         (("cost",), "cost: found no --workdir, expected one of a run with a trained drafter"),
         (("parts", "--workdir=."), "config.json: not there, expected the workdir of a run"),
-        (("race",), "found 'race', expected one of load, parts, respond, cost, decode, parting; see --help"),
+        (
+            ("race",),
+            "found 'race', expected one of load, parts, train, respond, cost, decode, parting; see --help",
+        ),
     ],
 )
 def test_what_a_command_lacks_is_named(tmp_path, arguments, message):

@@ -105,7 +105,8 @@ def test_parts_of_a_batch_add_up(chain, batch):
     changed = jax.tree.map(jnp.subtract, found[0][0]["params"], weights.params)
     assert norm(changed["head"]) > 0.01
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=5e-4)  # `fuse` of a chain's drafter is steep
+        atol = max(5e-4, 1e-6 * np.abs(a).max())  # `fuse` of a chain's drafter is steep
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=atol)
 
 
 def test_by_itself_it_learns_the_likeliest_tokens_and_forgets_the_rest(chain, batch):
