@@ -315,7 +315,7 @@ def objective_class(name: str, where: str = "objective") -> type:
     taken = {field.name for field in dataclasses.fields(TrainSettings)}
     complaint = f"{where}: found {name!r}, {expected}"
     found = keys.section_class(OBJECTIVES.get(name, name), complaint, taken)
-    methods = ("check", "rounds", "init", "signal", "inputs", "observe", "summarise", "loss")
+    methods = ("check", "rounds", "init", "signal", "prepare", "inputs", "observe", "summarise", "loss")
     missing = [m for m in methods if not callable(getattr(found, m, None))]
     missing += [] if any(f.name == "window" for f in dataclasses.fields(found)) else ["window"]
     if missing:

@@ -60,7 +60,7 @@ _TORCH = flags.DEFINE_string(
     "has them), for `train` with speculators and specforge.",
 )
 _SPECJAX = flags.DEFINE_string("specjax", "", "A checkout of SpecJAX, for `train`.")
-_TURNS = flags.DEFINE_integer("turns", 9, "Steps that each trainer of `train` takes.")
+_TURNS = flags.DEFINE_integer("turns", 9, "Steps that each trainer of `train` takes.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Of the target; empty: the config's.")
 _EXACT = flags.DEFINE_bool("exact", False, "As config.decode.exact, for `decode` and `parting`.")
 _ROWS = flags.DEFINE_integer("rows", 8, "Prompts that `parting` decodes side by side.")

@@ -9,7 +9,6 @@ import json
 import pathlib
 import sys
 import tempfile
-import time
 
 from ppow_jax.parallel import memory
 
@@ -21,7 +20,8 @@ import jax.numpy as jnp
 
 from ppow_jax import config, experiment
 from ppow_jax.bench import training_steps
-from ppow_jax.bench.machine import Machine, fresh_drafter
+from ppow_jax.bench.machine import fresh_drafter
+from ppow_jax.bench.trainer_worker import answer, matrix_rate
 from ppow_jax.compile.operations import operations
 from ppow_jax.training.step import make_signal, make_step, make_update
 
@@ -50,24 +50,16 @@ def _answer(made: experiment.Experiment, name: str, answers: object) -> None:
 
     frozen = (state["vocab"], made.target_params, batch)
     about = (state["params"], *frozen, state["memory"], jnp.int32(1), made.key(name))
-    traced = make_signal(recipe).trace(*about)
-    signal, learner = traced.out_info[0], {k: state[k] for k in ("params", "opt_state")}
-    update = make_update(recipe).trace(learner, *frozen, signal)
-    asked = operations(traced.jaxpr) + operations(update.jaxpr)
-    made_signal = make_signal(recipe)(*about[:4], jax.tree.map(jnp.copy, state["memory"]), *about[5:])[0]
-    counted = max(int((x > 0).sum()) for x in made_signal.weights.values())
-    for _ in range(3):
-        once()
-    memory.forget_peak()
+    make = make_signal(recipe)
+    traced, learner = make.trace(*about), {k: state[k] for k in ("params", "opt_state")}
+    update = make_update(recipe).trace(learner, *frozen, traced.out_info[0])
+    rounds = recipe.objective.rounds(run.batch_size)  # of a loop that data end; at most
+    asked = operations(traced.jaxpr, rounds) + operations(update.jaxpr)
+    signal, kept, _ = make(*about)
+    state["memory"] = kept  # what it was given is donated
+    counted = max(int((x > 0).sum()) for x in signal.weights.values())
     about = {"version": f"jax {jax.__version__}", "positions": counted, "operations": asked}
-    about["rate"] = Machine().matrix_rate()
-    print(json.dumps(about), file=answers, flush=True)
-    for _ in sys.stdin:
-        began = time.perf_counter()
-        loss = once()
-        seconds = time.perf_counter() - began
-        answer = {"seconds": seconds, "bytes": memory.peak_bytes(), "loss": loss}
-        print(json.dumps(answer), file=answers, flush=True)
+    answer(once, about | {"rate": matrix_rate("jax")}, answers)
 
 
 if __name__ == "__main__":

@@ -242,9 +242,9 @@ def specforge(given: dict[str, Any], directory: str) -> tuple[Step, int, str]:
 TRAINERS = {"specjax": specjax, "speculators": speculators, "specforge": specforge}
 
 
-def matrix_rate(trainer: str) -> float:
-    """Operations a second of a large float32 matrix product."""
-    if trainer == "specjax":
+def matrix_rate(library: str) -> float:
+    """Operations a second of a large float32 matrix product of jax or torch."""
+    if library == "jax":
         import jax
         import jax.numpy as jnp
 
@@ -272,12 +272,24 @@ def main() -> None:
         given = {name: file[name] for name in file.files}
     given["shape"] = json.loads(str(given["shape"]))
     step, positions, version = TRAINERS[trainer](given, *directory or [""])
+    about = {"version": version, "positions": positions}
+    about["rate"] = matrix_rate("jax" if trainer == "specjax" else "torch")
+    answer(step, about, answers)
+
+
+def answer(step: Step, about: dict[str, Any], answers: Any) -> None:
+    """Says that it is ready, then takes a step for every line of the input, until that ends.
+
+    Args:
+      step: what is timed; its first calls are not.
+      about: what is said at the beginning.
+      answers: the file to write to.
+    """
     for _ in range(3):  # compilation, and the first touch of all memory
         step()
     status = pathlib.Path("/proc/self/status")
     with contextlib.suppress(OSError):  # the peak counts from now on, where the system can
         status.with_name("clear_refs").write_text("5")
-    about = {"version": version, "positions": positions, "rate": matrix_rate(trainer)}
     print(json.dumps(about), file=answers, flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()

@@ -6,6 +6,7 @@ Shape letters: B texts, T positions, K steps of a window, D width, N draft vocab
 import dataclasses
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -75,8 +76,20 @@ class Contender:
 
 
 def compare(experiment: Experiment, machine: Machine, torch_python: str, specjax: str, repeats: int) -> None:
-    """Prints the parts of our steps, then all steps beside each other."""
+    """Prints the parts of our steps, then all steps beside each other.
+
+    Raises:
+      UserError: no training run, no such Python or checkout, or a worker that ends.
+    """
     chosen = training_steps.kinds(experiment.settings)
+    if not chosen:
+        raise UserError("train: found no run in config.train, expected at least one")
+    if torch_python and not shutil.which(torch_python):
+        raise UserError(f"--torch_python: found {torch_python!r}, expected a Python that can be run")
+    if specjax and not (pathlib.Path(specjax) / "specjax").is_dir():
+        raise UserError(f"--specjax: found {specjax!r}, expected a checkout, with a folder specjax in it")
+    if (torch_python or specjax) and not any(type(run.method) is Supervised for run in chosen.values()):
+        raise UserError("train: found no run of `supervised`, expected one to set other trainers beside")
     for name, run in chosen.items():
         if isinstance(run.method, Supervised):
             _show_parts(experiment, machine, name, run)
@@ -112,26 +125,25 @@ def _start(
     torch_python: str,
     specjax: str,
 ) -> list[Contender]:
-    """All that take part, ready; ours at the config's anchors and, where supervised, with every position of a
-    text as one too, as the others do it."""
+    """All that take part, ready: our runs at their own anchors; the first supervised one also with every
+    position of a text as an anchor, as the others do it."""
     settings, found = experiment.settings, []
     runs, ours = dict(settings.train), list(chosen)
-    for name, run in chosen.items():
-        if isinstance(run.method, Supervised):
-            every = dataclasses.replace(run.method, anchors=settings.data.length - 2)
-            ours.append(f"{name}_all")
-            runs[ours[-1]] = dataclasses.replace(run, method=every)
-    started = [runs[name] for name in ours if isinstance(runs[name].method, Supervised)]
+    supervised = [name for name, run in chosen.items() if type(run.method) is Supervised][:1]
+    for name in supervised:
+        every = dataclasses.replace(chosen[name].method, anchors=settings.data.length - 2)
+        ours.append(f"{name}_all")
+        runs[ours[-1]] = dataclasses.replace(chosen[name], method=every)
     values = to_dict(dataclasses.replace(settings, train=runs, runs=()))
     file = directory / "config.json"
     file.write_text(json.dumps(values))
     for name in ours:
         command = [sys.executable, "-m", "ppow_jax.bench.own_worker", str(file), name]
         found.append(_ready(f"ours, {name}", command))
-    if not started or not (torch_python or specjax):
+    if not supervised or not (torch_python or specjax):
         log.info("train: no other trainer beside (--torch_python, --specjax)")
         return found
-    shape, run = fresh_drafter(experiment).drafter.config, started[0]
+    shape, run = fresh_drafter(experiment).drafter.config, chosen[supervised[0]]
     B, T, K = run.batch_size, settings.data.length, run.method.window
     inputs = directory / "inputs.npz"
     _write_inputs(inputs, shape, B, T, K)

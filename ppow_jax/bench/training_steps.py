@@ -92,7 +92,8 @@ def parts(experiment: Experiment, run: TrainSettings, trained: Trained) -> Phase
     """Of a supervised update: the prefix, the windows, head and losses, the optimiser.
 
     The times of all but the last are differences of gradients: of what the prefix gives, of the windows'
-    hidden states, and of the losses, each with its forward pass.
+    hidden states, and of the losses, each with its forward pass. Operations of the head hold where its logits
+    and the texts' distributions fit at once (`blocks.VALUES`); what is computed again counts as windows'.
     """
     recipe, state, batch = set_up(experiment, run, trained)
     frozen, objective = (state["vocab"], experiment.target_params, batch), recipe.objective

@@ -41,7 +41,7 @@ def _count(jaxpr: Any, rounds: int) -> float:
 def _product(equation: Any) -> float:
     (contracted, _), (batch, _) = equation.params["dimension_numbers"]
     left, right = (operand.aval.shape for operand in equation.invars)
-    if len(left) == len(right) == len(contracted) + len(batch):  # of vectors: `layers.inner`
+    if len(left) == len(right) == len(contracted) + len(batch):  # of vectors, as in `layers.inner`
         return 0.0
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
 

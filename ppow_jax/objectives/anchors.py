@@ -36,7 +36,12 @@ class AnchorRule:
         choices=("uniform", "adaw", "rounds"),
     )
     warmup_steps: int = key(20, "training steps with uniform anchors before the rule applies")
-    rescore_every: int = key(50, "steps for which a text's scores stay valid", at_least=1)
+    rescore_every: int = key(
+        500,
+        "Steps for which a text's scores stay valid. ADAW's change little from drafter to drafter "
+        "(docs/log.md); where rounds begin changes more.",
+        at_least=1,
+    )
     corrected: bool = key(False, "Importance weights: the loss then estimates the one with uniform anchors.")
 
 

@@ -18,6 +18,10 @@ from ppow_jax.objectives.base import Models, at
 from ppow_jax.objectives.losses import TargetDistribution
 from ppow_jax.parallel import partition
 
+# Distributions are kept if an array of them takes no more memory than so many blocks; others are computed
+# where they are read.
+_KEPT_BLOCKS = 2
+
 # (target logits [B, L, N], their positions [B, L]) -> the distribution, leaves [B, L, ...]
 FromLogits = Callable[[jax.Array, jax.Array], TargetDistribution]
 
@@ -61,7 +65,7 @@ def along_windows(
         return jax.tree.map(lambda leaf: leaf[:, :, None], found)
 
     rows = min(T, A * window)
-    if blocks.count(partition.share(B, len(models.head_NxD)) * rows, rows) > 1:
+    if blocks.count(partition.share(B, len(models.head_NxD)) * rows, rows) > _KEPT_BLOCKS:
         return AlongWindows(read_BxAxK, lambda where_BxL: per_group(compute(where_BxL)))
     if A * window >= T:
         table, where_BxAxK = compute(jnp.broadcast_to(jnp.arange(T), (B, T))), read_BxAxK

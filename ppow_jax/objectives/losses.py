@@ -34,24 +34,22 @@ class TargetDistribution(NamedTuple):
 
     Attributes:
       log_probs: float32 `[..., N]`, log of `probs`; -1e30 stands for log 0.
+      probs: float32 `[..., N]`, T given that the token lies in the draft vocabulary; sums to 1. Beside their
+        logarithms, so that windows look them up instead of computing them again.
       mass: float32 `[...]`, the probability that the target gives to the draft vocabulary; 1 where T is
         renormalised to it, 0 where a greedy target's token lies outside.
     """
 
     log_probs: jax.Array
+    probs: jax.Array
     mass: jax.Array
-
-    @property
-    def probs(self) -> jax.Array:
-        """float32 `[..., N]`, T given that the token lies in the draft vocabulary; sums to 1."""
-        return jnp.exp(self.log_probs)
 
 
 def renormalised(target_logits: jax.Array, temperature: float = 1.0) -> TargetDistribution:
     """The target restricted to the draft vocabulary and renormalised, as EAGLE-3 trains.
 
     Args:
-      target_logits: float32 `[..., N]`, the target's logits of the draft vocabulary.
+      target_logits: `[..., N]`, the target's logits of the draft vocabulary, of any float dtype.
       temperature: at least 0; 0 gives all probability to the largest logit, the first of equals.
 
     Raises:
@@ -59,12 +57,13 @@ def renormalised(target_logits: jax.Array, temperature: float = 1.0) -> TargetDi
     """
     if temperature < 0.0:
         raise ValueError(f"found the temperature {temperature}, expected at least 0")
-    target_logits = jax.lax.stop_gradient(target_logits)
+    target_logits = jax.lax.stop_gradient(target_logits).astype(jnp.float32)
     if temperature == 0.0:
         log_probs = jnp.where(_largest(target_logits), 0.0, _LOG_ZERO)
     else:
         log_probs = log_softmax(target_logits / temperature)
-    return TargetDistribution(log_probs, jnp.ones(target_logits.shape[:-1], jnp.float32))
+    mass = jnp.ones(target_logits.shape[:-1], jnp.float32)
+    return TargetDistribution(log_probs, jnp.exp(log_probs), mass)
 
 
 def unnormalised(
@@ -80,7 +79,7 @@ def unnormalised(
     still draw q to the likeliest token within. SpecForge leaves such positions out: a weight `mass > 0` does.
 
     Args:
-      target_logits: float32 `[..., N]`, the target's logits of the draft vocabulary.
+      target_logits: `[..., N]`, the target's logits of the draft vocabulary, of any float dtype.
       temperature: at least 0, as in `renormalised`.
       log_normaliser: float32 `[...]`, logsumexp over all V tokens of the target's logits / temperature. A
         temperature above 0 needs it.
@@ -99,7 +98,7 @@ def unnormalised(
     else:
         if log_normaliser is None:
             raise ValueError("found no log_normaliser, expected it at a temperature above 0")
-        inside = jax.nn.logsumexp(target_logits / temperature, axis=-1)
+        inside = logsumexp(target_logits.astype(jnp.float32) / temperature)
         mass = jnp.minimum(jnp.exp(inside - log_normaliser), 1.0)
     mass = jnp.broadcast_to(mass, distribution.mass.shape)
     return distribution._replace(mass=jax.lax.stop_gradient(mass))

@@ -90,7 +90,7 @@ class OPD(Objective):
     target_temperature: float = key(1.0, "of the target's distribution; 0: its likeliest token alone")
     updates: int = key(1, "optimiser steps on each rollout", at_least=1)
     anchor_rule: AnchorRule = dataclasses.field(
-        default_factory=lambda: AnchorRule(rule="rounds", warmup_steps=0)
+        default_factory=lambda: AnchorRule(rule="rounds", warmup_steps=0, rescore_every=50)
     )
 
     def __post_init__(self) -> None:

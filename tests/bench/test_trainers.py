@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import pytest
 import runs
@@ -75,3 +76,22 @@ def test_the_parts_of_a_step(tmp_path):
     layer = 3 * c.width * c.heads * c.head_size + 3 * c.width * c.mlp_hidden  # queries, output and MLP
     assert found["windows"][0] > 3 * 2 * rows * layer
     assert found["optimiser"][0] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("no-python", ""), "--torch_python: found 'no-python', expected a Python that can be run"),
+        (("", "none"), "--specjax: found 'none', expected a checkout, with a folder specjax in it"),
+    ],
+)
+def test_paths_of_other_trainers_are_looked_at_first(tmp_path, given, message):
+    made = types.SimpleNamespace(settings=runs.make_settings(tmp_path))
+    with pytest.raises(UserError, match=message):
+        trainers.compare(made, None, *given, repeats=1)
+
+
+def test_other_trainers_want_a_supervised_run_beside_them(tmp_path):
+    made = types.SimpleNamespace(settings=runs.make_settings(tmp_path, runs=("ppow",)))
+    with pytest.raises(UserError, match="found no run of `supervised`, expected one"):
+        trainers.compare(made, None, sys.executable, "", repeats=1)
