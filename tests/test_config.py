@@ -288,7 +288,8 @@ def test_an_objective_from_outside_the_package(monkeypatch):
         "Own": "module:Class of a frozen dataclass",
         ":Own": "module:Class of a frozen dataclass",
         ".elsewhere:Own": "module:Class of a frozen dataclass",
-        "elsewhere:Blank": "has no check, rounds, init, signal, prepare, inputs, observe, summarise",
+        "elsewhere:Blank": "has no check, rounds, init, signal, prepare, inputs, observe, summarise, loss, "
+        "window",
         "elsewhere:Clash": "its field 'seed' has a name that is taken: rename it",
         "elsewhere:Owing": "its field 'due' has no default",
     }.items():
