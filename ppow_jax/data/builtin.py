@@ -17,21 +17,14 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+from ppow_jax.data.prompt import Prompt
+
 KINDS = ("maths", "code", "chat")
 SPLITS = ("train", "eval")
 _TRAIN_COUNTS = {"maths": 2400, "code": 1600, "chat": 1600}
 _EVAL_COUNT = 200  # of each kind
 _HOLD_OUT_EVERY = 5
 _TRIES = 20  # attempts at a first turn not seen before, until its template sits out a round
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The user's side of one conversation."""
-
-    id: str
-    category: str
-    turns: tuple[str, ...]
 
 
 @dataclass(frozen=True)

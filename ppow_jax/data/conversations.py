@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ppow_jax.data.builtin import Prompt
+from ppow_jax.data.prompt import Prompt
 from ppow_jax.data.prompts import read_jsonl
 from ppow_jax.errors import UserError
 from ppow_jax.targets.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ppow_jax.data import builtin
-from ppow_jax.data.builtin import Prompt
+from ppow_jax.data.prompt import Prompt
 from ppow_jax.errors import ConfigError, UserError
 
 # Features of TFDS datasets that hold what a user would ask, most specific first.

@@ -12,8 +12,8 @@ import numpy as np
 
 from ppow_jax.config import Settings
 from ppow_jax.data import records
-from ppow_jax.data.builtin import Prompt
 from ppow_jax.data.conversations import Conversation, import_responses
+from ppow_jax.data.prompt import Prompt
 from ppow_jax.data.prompts import load, parse
 from ppow_jax.decode.batch import decode_batch, rows_for
 from ppow_jax.decode.loop import DecodeConfig

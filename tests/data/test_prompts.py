@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils import file_utils
 
 from ppow_jax.data import prompts
-from ppow_jax.data.builtin import Prompt
+from ppow_jax.data.prompt import Prompt
 from ppow_jax.errors import ConfigError, UserError
 
 KEY = "respond.prompts"

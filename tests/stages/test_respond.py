@@ -12,8 +12,8 @@ import pytest
 import runs
 
 from ppow_jax.data import records
-from ppow_jax.data.builtin import Prompt
 from ppow_jax.data.conversations import Conversation, spans
+from ppow_jax.data.prompt import Prompt
 from ppow_jax.errors import UserError
 from ppow_jax.models.target import Target
 from ppow_jax.stages import respond
