@@ -171,6 +171,11 @@ class TrainSettings:
         "Parts of a batch that go through the drafter one after the other: less memory, the same gradient.",
         at_least=1,
     )
+    average: float = key(
+        0.0,
+        "The drafter is a running mean of the parameters with this decay an update; 0: the last ones.",
+        at_most=0.9999,
+    )
     seed: int = key(0, "of this run, added to config.seed", at_least=None)
     optimizer: OptimizerSettings = section(OptimizerSettings)
     method: Any = None

@@ -90,7 +90,7 @@ def test_a_key_that_two_runs_share_is_set_by_either():
 def test_unknown_key_at_any_depth():
     message = refusal(changed(train__supervise__stepz=3))
     assert message.startswith("config.train.supervise.stepz: unknown key; expected one of anchors, window,")
-    assert "(the objective 'supervised'), accumulate, batch_size" in message
+    assert "(the objective 'supervised'), accumulate, average, batch_size" in message
     assert refusal(changed(colour="red")).startswith("config.colour: unknown key; expected one of seed,")
     deep = refusal(changed(train__ppow__anchor_rule__warmup=3))
     assert deep.startswith(

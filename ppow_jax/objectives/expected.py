@@ -10,6 +10,11 @@ min(T, q) that a sampled token is accepted stands in the place of q, along texts
 exact for the first token, and for those after it but for their contexts, which are the target's samples and
 not the accepted drafts.
 
+A greedy decoder goes by ranks and not by probabilities: a chain keeps the text's token if it is the
+likeliest, a tree if it is among the first few of its level. With `rank` r, and z the drafter's logits, the
+chance of x is sigmoid((z(x) - z(r-th likeliest token besides x)) / softness): near 1 where x is well among
+the r likeliest, 1/2 at the border.
+
 Shape letters: B texts, T positions, A anchors, K window, N draft vocabulary, D width; L some of the anchors.
 """
 
@@ -19,8 +24,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ppow_jax.errors import ConfigError
 from ppow_jax.keys import key, section
 from ppow_jax.models import target_outputs
+from ppow_jax.models.layers import at_ids, likeliest
 from ppow_jax.models.target_outputs import TargetOutputs
 from ppow_jax.objectives import losses, rewards
 from ppow_jax.objectives import weights as window_weights
@@ -36,6 +43,7 @@ from ppow_jax.objectives.base import (
     Stats,
     along_text,
     at,
+    draft_ids,
     per_step,
     prob_of,
     written,
@@ -62,6 +70,12 @@ class Expected(Objective):
         "after it.",
         at_most=1.0,
     )
+    rank: int = key(
+        0,
+        "At temperature 0 a token is accepted 0: with the drafter's probability of it; r: as far as it is "
+        "among the drafter's r likeliest, 1 for chains, more for trees.",
+    )
+    softness: float = key(1.0, "of that border, in logits", above=0)
     kl_weight: float = key(0.3, "of the KL to the target")
     kl_positions: str = key(
         "all",
@@ -75,6 +89,17 @@ class Expected(Objective):
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
         rewards.reward_function(self.reward)
+        if self.rank and self.temperature:
+            raise ConfigError(
+                f"rank: found {self.rank}, expected 0 above temperature 0, where drafts are sampled"
+            )
+
+    def check(self, draft_vocabulary: int) -> None:
+        """The drafter has tokens besides the text's."""
+        if self.rank >= draft_vocabulary:
+            raise ConfigError(
+                f"rank: found {self.rank}, expected less than the draft vocabulary of {draft_vocabulary}"
+            )
 
     def init(self, sizes: Sizes, params: dict) -> Memory:
         """Of the rule for anchors."""
@@ -137,7 +162,11 @@ class Expected(Objective):
         """The chance that a drafted token is accepted, and KL to the target."""
         (token_BxL, where_BxL), (renormalised, verifying) = inputs, prepared
         divergence = losses.kl(renormalised.look_up(where_BxL), logits)
-        if self.temperature == 0:
+        if self.rank:
+            chance = chance_by_rank(
+                logits, models.weights.vocab, token_BxL[..., None], self.rank, self.softness
+            )
+        elif self.temperature == 0:
             chance = prob_of(logits, models.weights.vocab, token_BxL[..., None])
         else:
             chance = losses.acceptance(verifying.look_up(where_BxL), logits)
@@ -171,3 +200,16 @@ class Expected(Objective):
             "kl": kl,
             "accepted": jnp.sum(chances * weights["inside"]),
         }
+
+
+def chance_by_rank(
+    logits_BxLxGxN: jax.Array, vocab_N: jax.Array, tokens_BxLxG: jax.Array, rank: int, softness: float
+) -> jax.Array:
+    """float32 `[B, L, G]`: how well target ids are among the `rank` likeliest tokens, see the module; 0
+    outside the draft vocabulary."""
+    ids, inside = draft_ids(vocab_N, tokens_BxLxG)
+    own = jnp.arange(logits_BxLxGxN.shape[-1]) == ids[..., None]
+    others = jnp.where(own, -jnp.inf, jax.lax.stop_gradient(logits_BxLxGxN))
+    border = likeliest(others) if rank == 1 else jax.lax.top_k(others, rank)[1][..., -1]
+    gap = at_ids(logits_BxLxGxN, ids) - at_ids(logits_BxLxGxN, border)
+    return jax.nn.sigmoid(gap / softness) * inside

@@ -16,7 +16,7 @@ from ppow_jax.drafters.eagle3 import Drafter, weights_of
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.target_outputs import taps_of
 from ppow_jax.parallel import partition, processes
-from ppow_jax.training.step import State
+from ppow_jax.training.step import State, drafter_params
 
 _ANCHORS = 16  # a text, evenly spread
 
@@ -47,7 +47,7 @@ def acceptance(
     shape = chain(K)
 
     def measure(state: State) -> dict[str, float]:
-        weights = weights_of(state["params"], experiment.target_params, state["vocab"])
+        weights = weights_of(drafter_params(state), experiment.target_params, state["vocab"])
         metrics = {}
         for name, (items, chosen) in samples.items():
             emitted, lengths = [], []

@@ -24,7 +24,7 @@ from ppow_jax.parallel.checkpoint import Checkpoints
 from ppow_jax.parallel.console import log
 from ppow_jax.training import curves, drafters
 from ppow_jax.training.metrics import Writer, duration
-from ppow_jax.training.step import Recipe, State, Step, make_optimizer, make_step
+from ppow_jax.training.step import Recipe, State, Step, drafter_params, make_optimizer, make_step
 
 # A run of so many minutes is timed over so many steps and seconds, whichever is more, but no more than the
 # last; the first ones, which compile, are left out.
@@ -98,7 +98,8 @@ def _walk(
         waited = time.monotonic() - began
         state, metrics = step(number, state, batch)
         metrics = dict(metrics) | {"seconds_waiting_for_data": round(waited, 4)}
-        last = number == steps
+        if last := number == steps:
+            state = state | {"params": jax.tree.map(jnp.copy, drafter_params(state))}
         if number * every.curve_points // steps > (number - 1) * every.curve_points // steps:
             metrics |= measure(state)
         writer.write(number, metrics)
@@ -132,7 +133,7 @@ def recipe(
         settings.method,
         experiment.target,
         drafter,
-        make_optimizer(settings.optimizer, steps * settings.method.updates),
+        make_optimizer(settings.optimizer, steps * settings.method.updates, settings.average),
         settings.accumulate,
         experiment.settings.drafter.remat,
         experiment.tokenizer.stop_ids,

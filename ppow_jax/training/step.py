@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,19 @@ Learner = dict[str, Any]  # params and opt_state: what an update changes, and ma
 Step = Callable[[int, State, Batch], tuple[State, Mapping[str, Any]]]
 
 
-def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
-    """AdamW, linear warm-up, cosine decay, global-norm clipping; `steps` counts updates."""
+class Average(NamedTuple):
+    """The running mean of the parameters, which an optimiser keeps beside its own state."""
+
+    params: dict
+
+
+def make_optimizer(
+    settings: OptimizerSettings, steps: int, average: float = 0.0
+) -> optax.GradientTransformation:
+    """AdamW, linear warm-up, cosine decay, global-norm clipping; `steps` counts updates.
+
+    With an `average` above 0 the last of its states is an `Average` with that decay an update.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=settings.learning_rate,
@@ -39,10 +50,25 @@ def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTra
         decay_steps=steps,
         end_value=settings.learning_rate * settings.final_fraction,
     )
-    return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm),
-        optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=settings.weight_decay),
-    )
+    clip = optax.clip_by_global_norm(settings.clip_norm)
+    adamw = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=settings.weight_decay)
+    return optax.chain(clip, adamw, *[_averaging(average)] * (average > 0))
+
+
+def _averaging(decay: float) -> optax.GradientTransformation:
+    """Changes no update; its state is the `Average` of the parameters after each, from those at the start."""
+
+    def update(updates: dict, state: Average, params: dict) -> tuple[dict, Average]:
+        after = optax.apply_updates(params, updates)
+        return updates, Average(optax.incremental_update(after, state.params, 1 - decay))
+
+    return optax.GradientTransformation(lambda params: Average(jax.tree.map(jnp.copy, params)), update)
+
+
+def drafter_params(state: State) -> dict:
+    """The parameters that a drafter decodes with: the average where one is kept, else those being trained."""
+    last = state["opt_state"][-1]
+    return last.params if isinstance(last, Average) else state["params"]
 
 
 @dataclasses.dataclass(frozen=True)

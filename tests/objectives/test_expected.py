@@ -9,9 +9,10 @@ import pytest
 import small
 from phases import GAMMA, KEY, batch_of, differentiate, judge, norm, run, small_ppow
 
+from ppow_jax.errors import ConfigError
 from ppow_jax.models.target_outputs import outputs_of
 from ppow_jax.objectives.base import Signal, models_of
-from ppow_jax.objectives.expected import Expected
+from ppow_jax.objectives.expected import Expected, chance_by_rank
 
 T, K = 16, 3
 
@@ -94,6 +95,55 @@ def test_above_temperature_0_the_chance_is_that_of_speculative_sampling(chain, d
         before = batch["tokens"][b, int(signal.anchors[b, a]) + 1]
         found.append(np.minimum(p[before], drafter[2][before]).sum())
     assert float(metrics["reward"]) == pytest.approx(np.mean(found), rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_chance_by_rank_is_that_of_the_gap_to_the_border(rank):
+    """Against sorting in NumPy; the gradient is on the token and on the border alone."""
+    rng = np.random.default_rng(rank)
+    logits, vocab = rng.normal(size=(2, 5, 1, 7)).astype(np.float32), np.arange(7) * 2
+    ids = rng.integers(7, size=(2, 5, 1))
+
+    def total(logits):
+        return chance_by_rank(logits, jnp.asarray(vocab), jnp.asarray(vocab[ids]), rank, 0.5)
+
+    found, slope = total(logits), jax.grad(lambda x: total(x).sum())(jnp.asarray(logits))
+    for at in np.ndindex(ids.shape):
+        others = [i for i in np.argsort(-logits[at]) if i != ids[at]]
+        gap = logits[at][ids[at]] - logits[at][others[rank - 1]]
+        want = 1 / (1 + np.exp(-gap / 0.5))
+        assert float(found[at]) == pytest.approx(want, rel=1e-5)
+        assert (float(found[at]) > 0.5) == (ids[at] in np.argsort(-logits[at])[:rank])
+        slopes = np.zeros(7)
+        slopes[ids[at]], slopes[others[rank - 1]] = 1, -1
+        np.testing.assert_allclose(slope[at], slopes * want * (1 - want) / 0.5, atol=1e-6)
+    outside = jnp.ones_like(jnp.asarray(ids))  # an id that the draft vocabulary has not
+    assert not chance_by_rank(jnp.asarray(logits), jnp.asarray(vocab), outside, rank, 0.5).any()
+
+
+def test_windows_are_rewarded_by_rank(chain, drafter, letters, batch):
+    """With a hard border the accepted length counts tokens among the three likeliest, by hand."""
+    objective = Expected(4, K, kl_weight=0.0, reward="length", rank=3, softness=1e-3)
+    ((loss, metrics), _), signal = value(chain, drafter, objective, batch)
+    lengths = []
+    for b, a in np.argwhere(np.asarray(signal.weights["inside"])[:, :, 0, 0] > 0):
+        t, k = int(signal.anchors[b, a]), 0
+        while k < K and t + 2 + k < T and batch["assistant"][b, t + 2 + k]:
+            drafted = letters[np.argsort(-drafter[2][batch["tokens"][b, t + 1 + k]])[:3]]
+            if batch["tokens"][b, t + 2 + k] not in drafted:
+                break
+            k += 1
+        lengths.append(k)
+    assert 0 < np.mean(lengths) < K
+    assert float(metrics["accepted"]) == pytest.approx(np.mean(lengths), rel=1e-4)
+    assert float(loss) == pytest.approx(-np.mean(lengths), rel=1e-4)
+
+
+def test_a_rank_that_cannot_be():
+    with pytest.raises(ConfigError, match="rank: found 2, expected 0 above temperature 0"):
+        Expected(rank=2, temperature=1.0)
+    with pytest.raises(ConfigError, match="rank: found 8, expected less than the draft vocabulary of 8"):
+        Expected(rank=8).check(8)
 
 
 def test_smoothing_lets_tokens_behind_a_refusal_teach():
