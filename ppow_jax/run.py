@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from ppow_jax import experiment
-from ppow_jax.config import Settings, to_dict
+from ppow_jax.config import Settings, to_dict, training_run
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.parallel import files, memory, partition, processes
@@ -150,7 +150,7 @@ def plan(settings: Settings, workdir: pathlib.Path) -> list[str]:
     todo = []
     for unit in units(settings):
         record = begun.get(unit)
-        changed = _differences(record["settings"], _relevant(settings, unit)) if record else []
+        changed = _differences(_completed(record["settings"]), _relevant(settings, unit)) if record else []
         fatal = [] if unit in _REPEATABLE else changed
         if record and not record["finished"]:
             own = tuple(f"train.{unit.partition('/')[2]}.{key}" for key in _MAY_CHANGE)
@@ -181,6 +181,23 @@ def _relevant(settings: Settings, unit: str) -> dict[str, Any]:
     elif stage == "export":
         found["drafter of"] = settings.exported()
     return json.loads(json.dumps(found))
+
+
+def _completed(old: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they were noted, with the defaults of keys that there were none of at that time."""
+    values = to_dict(Settings())
+    defaults = {name: values.get(name) for name in old}
+    if "train" in old:
+        defaults["train"] = {
+            name: training_run(run["objective"]).to_dict() for name, run in old["train"].items()
+        }
+    return _overlaid(json.loads(json.dumps(defaults)), old)
+
+
+def _overlaid(under: Any, over: Any) -> Any:
+    if not (isinstance(under, dict) and isinstance(over, dict)):
+        return over
+    return under | {key: _overlaid(under.get(key), value) for key, value in over.items()}
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -77,6 +77,28 @@ def test_the_units_are_the_stages_with_one_for_each_run(tmp_path):
     assert run.units(chosen) == ["respond", "train/supervise", "train/ppow", "export"]
 
 
+def test_keys_that_have_come_since_had_their_defaults(tmp_path):
+    chosen = changed(tmp_path)
+    all_done(tmp_path, chosen)
+    records = json.loads((tmp_path / "stages.json").read_text())
+    for unit, section, key in (
+        ("respond", "respond", "temperature"),
+        ("train/cst", "data", "feature_dtype"),
+        ("train/cst", "train", "cst"),
+    ):
+        if key == "cst":
+            del records[unit]["settings"]["train"]["cst"]["average"]
+        else:
+            del records[unit]["settings"][section][key]
+    (tmp_path / "stages.json").write_text(json.dumps(records))
+    assert run.plan(chosen, tmp_path) == []
+    warm = changed(tmp_path, respond__temperature=0.5)
+    with pytest.raises(ConfigError, match=r"respond\.temperature: found 0\.5, but .* begun .* with 0\.0"):
+        run.plan(warm, tmp_path)
+    with pytest.raises(ConfigError, match=r"train\.cst\.average: found 0\.5, but .* begun .* with 0\.0"):
+        run.plan(changed(tmp_path, train__cst__average=0.5), tmp_path)
+
+
 def all_done(workdir, chosen):
     """A workdir in which all units are finished."""
     for name in ("evaluate", "export"):
