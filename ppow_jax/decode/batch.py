@@ -24,7 +24,7 @@ from ppow_jax.models.cache import KeyValues
 from ppow_jax.models.layers import FEW_ROWS
 from ppow_jax.models.target import Target
 from ppow_jax.models.target_outputs import Features
-from ppow_jax.parallel import partition, processes
+from ppow_jax.parallel import memory, partition, processes
 
 # Tokens of prompts that a device reads at once: what they leave behind stays in a CPU's cache; accelerators
 # gather weights for every part.
@@ -228,6 +228,7 @@ def _regroup(
         jax.block_until_ready(cache[-1])
         for leaf in layer:
             leaf.delete()
+        memory.give_back()
     if drafting:
         state = state._replace(drafts=drafting.grow(state.drafts, slots))
     return state._replace(cache=tuple(cache))
