@@ -50,7 +50,10 @@ def batch_writing(experiment: Experiment, machine: Machine, size: int, tokens: i
     """
     work, size = Work(experiment.target.config), size or experiment.settings.respond.batch_size
     prompts = [p for kind in builtin.KINDS for p in builtin.generate(kind, "train")[: 4 * size]]
-    batches = respond.batches_of(prompts, respond.lengths_of(experiment, prompts, tokens), size, tokens)
+    selection = respond.select(experiment, prompts, tokens)
+    if not selection.prompts:
+        raise selection.refusal("--tokens")
+    batches = respond.batches_of(selection.prompts, selection.lengths, size, tokens)
     middle = batches[len(batches) // 2]  # of twelve
     prompt_BxP, length_B = respond.pad([experiment.tokenizer.first_turn(p.turns[0]) for p in middle], size)
     keys_B = jax.random.split(jax.random.key(0), size)

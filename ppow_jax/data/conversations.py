@@ -2,13 +2,16 @@
 
 import dataclasses
 import itertools
-from typing import Any
+import reprlib
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ppow_jax.data import rows
 from ppow_jax.data.prompt import Prompt
-from ppow_jax.data.prompts import read_jsonl
+from ppow_jax.data.prompts import of_rows
 from ppow_jax.errors import UserError
+from ppow_jax.parallel.console import log
 from ppow_jax.targets.tokenizer import Tokenizer
 
 _SAMPLE = 64  # imported rows whose ids are decoded and encoded again
@@ -62,46 +65,105 @@ def spans(assistant_T: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
-def import_responses(path: str, tokenizer: Tokenizer, vocab_size: int) -> list[Conversation]:
-    """Conversations from a JSONL file with `turns`, `response_ids` and, optionally, `finished`.
+class Answered(NamedTuple):
+    """A row of a file of responses.
 
-    `response_ids` holds one list of ids a turn, the end-of-turn token left out; `finished` says
-    whether that token followed. Turns beyond the responses are dropped.
+    Attributes:
+      place: where it stands, for messages.
+      prompt: what was asked.
+      responses: the ids of each answer, at most one a turn.
+      finished: of each, whether the end-of-turn token followed; None: not said.
+    """
+
+    place: str
+    prompt: Prompt
+    responses: list[list[int]]
+    finished: list[bool | None]
+
+
+def read_responses(path: str, key: str, warn: bool = True) -> list[Answered]:
+    """The rows of a file of prompts (`data.dialogue`) with `response_ids` and, optionally, `finished`.
+
+    Args:
+      path: of the file.
+      key: the config key that it came from, for messages.
+      warn: whether the log says which rows are left out.
 
     Raises:
-      UserError: no rows, malformed fields, ids outside the vocabulary, or ids of another tokenizer.
+      UserError: no rows, or a malformed one.
     """
-    key = "respond.responses"
-    conversations = []
-    for number, row in enumerate(read_jsonl(path, key), 1):
-        turns, responses = row.get("turns"), row.get("response_ids")
-        lists = isinstance(turns, list) and isinstance(responses, list) and responses
-        if not lists or not all(isinstance(t, str) for t in turns):
-            raise UserError(f"{path}: object {number} lacks 'turns' or 'response_ids'")
-        finished = row.get("finished", [True] * len(responses))
+    found = []
+    for row, prompt in of_rows(rows.read(path, key), key, path, warn):
+        responses, finished = row.values.get("response_ids"), row.values.get("finished")
+        listed = isinstance(responses, list) and responses
+        if not listed or not all(isinstance(ids, list) for ids in responses):
+            raise UserError(
+                f"{row.place}: found {reprlib.repr(responses)} as 'response_ids', expected one list of token "
+                "ids a turn"
+            )
+        if len(responses) > len(prompt.turns):
+            raise UserError(
+                f"{row.place}: found {len(responses)} lists in 'response_ids' but {len(prompt.turns)} turns, "
+                "expected at most one list a turn"
+            )
+        for i in itertools.chain.from_iterable(responses):
+            if type(i) is not int or i < 0:  # true and false are ints too
+                raise UserError(f"{row.place}: found {reprlib.repr(i)} as a token id, expected 0 or more")
         paired = isinstance(finished, list) and len(finished) == len(responses)
-        if not paired or not all(isinstance(r, list) for r in responses):
+        if finished is not None and not (paired and all(isinstance(f, bool) for f in finished)):
             raise UserError(
-                f"{path}: object {number}: expected one list of ids a turn in 'response_ids' and, if "
-                "there, one true or false for each in 'finished'"
+                f"{row.place}: found {reprlib.repr(finished)} as 'finished', expected true or false for each "
+                "list in 'response_ids': whether the end-of-turn token followed"
             )
-        ids = list(itertools.chain.from_iterable(responses))
-        wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i < vocab_size]
-        if wrong:
-            raise UserError(
-                f"{path}: object {number} has the token id {wrong[0]!r}, expected ids below "
-                f"{vocab_size}; was it written by another model?"
-            )
-        prompt = Prompt(str(row.get("id", number)), str(row.get("category", "")), tuple(turns))
-        conversation = Conversation(prompt)
-        for turn, response in enumerate(responses[: len(prompt.turns)]):
-            conversation.ask(conversation.question(tokenizer, turn))
-            conversation.answer(response + [tokenizer.stop_ids[0]] * bool(finished[turn]))
-        conversations.append(conversation)
-    if not conversations:
+        found.append(Answered(row.place, prompt, responses, finished or [None] * len(responses)))
+    if not found:
         raise UserError(f"{key}: {path!r} holds no responses; expected at least one")
+    return found
+
+
+def import_responses(path: str, tokenizer: Tokenizer, vocab_size: int) -> list[Conversation]:
+    """Conversations from a file that `read_responses` reads.
+
+    An answer ends with the end-of-turn token unless it was not finished; it may have that token itself. Turns
+    that have no answer are dropped.
+
+    Raises:
+      UserError: as `read_responses`; ids outside the vocabulary, an end-of-turn token within an answer or
+        behind one that was not finished, or ids of another tokenizer.
+    """
+    conversations, unanswered = [], 0
+    for place, prompt, responses, finished in read_responses(path, "respond.responses", warn=False):
+        conversation = Conversation(prompt)
+        unanswered += len(prompt.turns) - len(responses)
+        for turn, (ids, ended) in enumerate(zip(responses, finished, strict=True)):
+            wrong = next((i for i in ids if i >= vocab_size), None)
+            if wrong is not None:
+                raise UserError(
+                    f"{place}: found the token id {reprlib.repr(wrong)}, expected ids below {vocab_size}; "
+                    "was it written by another model?"
+                )
+            stops = [at for at, i in enumerate(ids) if i in tokenizer.stop_ids]
+            if stops and (stops[0] < len(ids) - 1 or ended is False):
+                raise UserError(
+                    f"{place}: found the end-of-turn token {ids[stops[0]]} as number {stops[0] + 1} of the "
+                    f"{len(ids)} ids of answer {turn + 1}, expected it at the end of a finished one, or not "
+                    "at all"
+                )
+            conversation.ask(conversation.question(tokenizer, turn))
+            conversation.answer(ids + [tokenizer.stop_ids[0]] * (not stops and ended is not False))
+        conversations.append(conversation)
     _check_tokenizer(path, conversations, tokenizer)
+    if unanswered:
+        log.info("respond: %d turns in %s have no answer there; they are dropped", unanswered, path)
     return conversations
+
+
+def cut(conversations: list[Conversation], length: int) -> int:
+    """Cuts conversations to so many tokens; returns how many were longer."""
+    longer = [c for c in conversations if len(c.tokens) > length]
+    for conversation in longer:
+        del conversation.tokens[length:], conversation.assistant[length:]
+    return len(longer)
 
 
 def _check_tokenizer(path: str, conversations: list[Conversation], tokenizer: Tokenizer) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -71,11 +71,15 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Prompts with the target's greedy answers, which lie in a directory."""
+    """Prompts with the target's greedy answers, which lie in a directory.
+
+    `left_out` says how many prompts and turns have none (`respond.write`).
+    """
 
     name: str
     prompts: Sequence[Prompt]
     directory: pathlib.Path
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def features(self) -> pathlib.Path:

@@ -1,6 +1,6 @@
 """A report's sentences and tables as text, for Markdown, HTML and the terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ppow_jax.training import metrics
@@ -80,7 +80,25 @@ def introduction(report: Report) -> list[str]:
         f"{report['window']}{trees}. Speed: decoded for real, {report['decode_shape']}, temperature "
         f"{how['temperature']:g}{warped}, against autoregressive decoding of the same prompts in "
         f"turn.{_predicted(report)} Measured gamma {report['gamma_measured']:.3f}.{compared}",
+        *_left_out(report),
     ]
+
+
+_LEFT_OUT = {
+    "beyond_context": "prompts beyond the target's context",
+    "beyond_data_length": "prompts beyond data.length",
+    "turns_not_asked": "later turns beyond the target's context",
+    "imported_cut": "imported texts cut to the target's context",
+}
+
+
+def _left_out(report: Report) -> Iterator[str]:
+    """What is missing from the training texts and from the benchmarks, a sentence each."""
+    counts = report.get("left_out") or {}
+    for name, found in (("training texts", counts.get("respond")), *counts.get("evaluate", {}).items()):
+        missing = [f"{n} {_LEFT_OUT[what]}" for what, n in (found or {}).items() if n]
+        if missing:
+            yield f"Not in {name}: {', '.join(missing)}."
 
 
 def _predicted(report: Report) -> str:

@@ -31,7 +31,7 @@ _SAMPLES, _SAMPLE_TOKENS = 5, 40  # prompts whose windows the report shows, and 
 
 
 def check(settings: Settings) -> None:
-    """Benchmarks that can be read, and shapes of drafts that there are.
+    """Benchmarks whose files can be read, and shapes of drafts that there are.
 
     Raises:
       UserError: naming the key.
@@ -54,12 +54,20 @@ def check(settings: Settings) -> None:
 
 
 def check_target(experiment: Experiment) -> None:
-    """Shapes of drafts that ask for no more tokens than the drafters have.
+    """Prompts that the target's context has room for; shapes of drafts that ask for no more tokens than the
+    drafters have.
 
     Raises:
-      ConfigError: naming the key.
+      UserError: naming the key.
     """
     settings = experiment.settings
+    benchmarks = prompts.load(settings.evaluate.prompts, "evaluate.prompts", warn=False)
+    for name, asked in benchmarks.items():
+        selection = respond.select(experiment, asked, settings.evaluate.max_new_tokens)
+        if not selection.prompts:
+            raise selection.refusal(f"evaluate.prompts: {name}")
+        if said := selection.said():
+            log.warning("evaluate.prompts: %s: prompts left out: %s", name, said)
     shapes_by_key = {"evaluate.tree": settings.evaluate.tree, "decode.shape": settings.decode.shape}
     for name in settings.chosen():
         has = drafters.shape_of(experiment, name).vocab_size
@@ -85,7 +93,7 @@ def run(experiment: Experiment) -> None:
     gamma = cost.measure_gamma(experiment.target, experiment.target_params, first.drafter, first.weights)
     benchmarks = []
     measured: dict[str, dict[str, statistics.Measured]] = {c.run: {} for c in candidates}
-    for name, asked in prompts.load(settings.evaluate.prompts, "evaluate.prompts").items():
+    for name, asked in prompts.load(settings.evaluate.prompts, "evaluate.prompts", warn=False).items():
         benchmarks.append(write_texts(experiment, name, asked))
         for run, found in measuring.measure(experiment, candidates, shape, benchmarks[-1]).items():
             measured[run][name] = found
@@ -111,6 +119,10 @@ def run(experiment: Experiment) -> None:
         "control": control,
         "drafters": {c.run: _about(settings, c) | results[c.run] for c in candidates},
         "runs": contents.repetitions(results, measured, groups, control),
+        "left_out": {
+            "respond": processes.agreed(files.read_json(experiment.workdir / respond.LEFT_OUT)),
+            "evaluate": {b.name: b.left_out for b in benchmarks},
+        },
         "stages": contents.stages(experiment.workdir),
     }
     best = max(candidates, key=lambda c: results[c.run]["mean"]["tau"])
@@ -217,9 +229,11 @@ def find_candidates(experiment: Experiment) -> list[Candidate]:
 def write_texts(experiment: Experiment, name: str, benchmark: list[prompts.Prompt]) -> Benchmark:
     """Lets the target answer a benchmark's prompts, turn by turn and greedily, unless it has before."""
     settings, target = experiment.settings.evaluate, experiment.target.config
-    identity = [settings.max_new_tokens, target.dtype, target.taps, [(p.id, p.turns) for p in benchmark]]
+    asked = [(p.id, p.turns, p.system) if p.system else (p.id, p.turns) for p in benchmark]
+    identity = [settings.max_new_tokens, target.dtype, target.taps, asked]
     mark = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     found = Benchmark(name, benchmark, experiment.workdir / "evaluate" / f"{name}-{mark}")
     about = (found.directory, settings.max_new_tokens, 0.0, settings.batch_size)
-    respond.write(experiment, benchmark, *about, label=f"evaluate {name}", kept=found.features)
-    return found
+    selection = respond.select(experiment, benchmark, settings.max_new_tokens)
+    left_out = respond.write(experiment, selection, *about, label=f"evaluate {name}", kept=found.features)
+    return dataclasses.replace(found, left_out=left_out)

@@ -6,13 +6,14 @@ the batch in flight and repeats exactly that batch.
 
 import pathlib
 import time
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from ppow_jax.config import Settings
 from ppow_jax.data import records
-from ppow_jax.data.conversations import Conversation, import_responses
+from ppow_jax.data.conversations import Conversation, cut, import_responses, read_responses, spans
 from ppow_jax.data.prompt import Prompt
 from ppow_jax.data.prompts import load, parse
 from ppow_jax.decode.batch import decode_batch, rows_for
@@ -20,7 +21,7 @@ from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.decode.sampling import Sampling
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment
-from ppow_jax.parallel import partition, preemption, processes
+from ppow_jax.parallel import files, partition, preemption, processes
 from ppow_jax.parallel.console import log
 from ppow_jax.stages import features
 from ppow_jax.training.metrics import duration
@@ -29,32 +30,46 @@ _IMPORT_ROWS = 128  # a shard
 # Tokens of a text, the prompt's first turn and an answer, that the batch size is meant for.
 _TEXT = {"cpu": 256, "default": 2048}
 _BUCKET = 8  # prompts are padded to a multiple of this, so that few shapes are compiled
+LEFT_OUT = "responses.json"  # in the workdir: what was left out or cut
 
 
 def check(settings: Settings) -> None:
-    """Something to answer or to take over.
+    """Something to answer or to take over, in files that can be read.
 
     Raises:
-      ConfigError: there is nothing.
+      UserError: there is nothing, or a file is malformed.
     """
-    found = settings.respond.prompts
-    if not parse(found, "respond.prompts") and not settings.respond.responses:
-        raise ConfigError(f"config.respond.prompts: found {found!r}, expected NAME=SOURCE pairs")
+    prompts, responses = settings.respond.prompts, settings.respond.responses
+    if not parse(prompts, "respond.prompts") and not responses:
+        raise ConfigError(f"config.respond.prompts: found {prompts!r}, expected NAME=SOURCE pairs")
+    load(prompts, "respond.prompts")
+    if responses:
+        read_responses(responses, "respond.responses")
 
 
 def run(experiment: Experiment) -> None:
-    """Writes `responses/`: imported conversations first, then answers to the prompts."""
+    """Writes `responses/`: imported conversations first, then answers to the prompts.
+
+    `responses.json` says what was left out or cut.
+    """
     settings, data = experiment.settings.respond, experiment.settings.data
-    directory = experiment.workdir / "responses"
+    directory, target = experiment.workdir / "responses", experiment.target.config
     imported = []
     if settings.responses:
-        vocab = experiment.target.config.vocab_size
-        imported = import_responses(settings.responses, experiment.tokenizer, vocab)
+        imported = import_responses(settings.responses, experiment.tokenizer, target.vocab_size)
     answered = {c.prompt.id for c in imported}
-    loaded = load(settings.prompts, "respond.prompts")
+    loaded = load(settings.prompts, "respond.prompts", warn=False)
     unanswered = [p for source in loaded.values() for p in source if p.id not in answered]
     if not imported and not unanswered:
         raise UserError("respond: neither respond.prompts nor respond.responses gives any text")
+    longest = data.length - 2  # a text without two written tokens teaches nothing
+    selection = select(experiment, unanswered, settings.max_new_tokens, longest)
+    if not imported and not selection.prompts:
+        raise selection.refusal("respond.prompts")
+    shortened = cut(imported, target.context)
+    if shortened:
+        log.info("respond: %d texts of %s are cut to the %d tokens of the target's context",
+                 shortened, settings.responses, target.context)  # fmt: skip
     chunks = [imported[i : i + _IMPORT_ROWS] for i in range(0, len(imported), _IMPORT_ROWS)]
     done = set(records.shards(directory))
     for i, chunk in enumerate(chunks):
@@ -62,48 +77,92 @@ def run(experiment: Experiment) -> None:
             records.write_shard(directory, f"import-{i:05}", (c.record() for c in chunk))
     if imported:
         log.info("respond: %d conversations taken from %s", len(imported), settings.responses)
-    write(
+    left_out = write(
         experiment,
-        unanswered,
+        selection,
         directory,
         settings.max_new_tokens,
         settings.temperature,
         settings.batch_size,
-        longest=data.length - 2,  # a text without two written tokens teaches nothing
         kept=features.directory(experiment) if data.cache_features else None,
         feature_dtype=data.feature_dtype,
     )
+    files.write_json(experiment.workdir / LEFT_OUT, left_out | {"imported_cut": shortened})
+
+
+class Selection(NamedTuple):
+    """Which prompts there is room for.
+
+    Attributes:
+      prompts: those.
+      lengths: tokens of every prompt's first turn, by id.
+      left_out: how many there is no room for, by what they exceed: `beyond_context`, `beyond_data_length`.
+      limits: what each of these names is, as text.
+    """
+
+    prompts: list[Prompt]
+    lengths: dict[str, int]
+    left_out: dict[str, int]
+    limits: dict[str, str]
+
+    def said(self) -> str:
+        """What is left out, for the log."""
+        return ", ".join(f"{n} {self.limits[what]}" for what, n in self.left_out.items() if n)
+
+    def refusal(self, key: str) -> UserError:
+        """The error that nothing is left."""
+        return UserError(f"{key}: all {len(self.lengths)} prompts are left out: {self.said()}")
+
+
+def select(
+    experiment: Experiment, prompts: list[Prompt], max_new_tokens: int, longest: int | None = None
+) -> Selection:
+    """Leaves out the prompts whose first turn, with an answer, does not fit into the target's context.
+
+    Those of more than `longest` tokens too. They would also set the size of a whole batch: reading 64 prompts
+    of 4,400 tokens takes 45 GB of attention scores.
+    """
+    context = experiment.target.config.context
+    lengths = {p.id: len(Conversation(p).question(experiment.tokenizer, 0)) for p in prompts}
+    limits = {
+        "beyond_context": f"of more than {max(0, context - max_new_tokens)} tokens, which with max_new_tokens "
+        f"{max_new_tokens} exceed the target's context of {context} (lower it, or use shorter prompts)",
+        "beyond_data_length": f"of more than {longest} tokens, which with two of an answer exceed "
+        "config.data.length (raise it, or use shorter prompts)",
+    }
+    kept, left_out = [], dict.fromkeys(limits, 0)
+    for prompt in prompts:
+        if longest is not None and lengths[prompt.id] > longest:
+            left_out["beyond_data_length"] += 1
+        elif lengths[prompt.id] + max_new_tokens > context:
+            left_out["beyond_context"] += 1
+        else:
+            kept.append(prompt)
+    return Selection(kept, lengths, left_out, limits)
 
 
 def write(
     experiment: Experiment,
-    prompts: list[Prompt],
+    selection: Selection,
     directory: pathlib.Path,
     max_new_tokens: int,
     temperature: float,
     batch_size: int,
     label: str = "respond",
-    longest: int | None = None,
     kept: pathlib.Path | None = None,
     feature_dtype: str = "float32",
-) -> None:
-    """Answers prompts, one shard a batch; batches that are there already are left alone.
-
-    Prompts of more than `longest` tokens are left out. They would also set the size of a whole batch:
-    reading 64 prompts of 4,400 tokens takes 45 GB of attention scores.
+) -> dict[str, int]:
+    """Answers the prompts that there is room for, one shard a batch; batches that are there are left alone.
 
     Features are written in `feature_dtype` to the directory `kept`, a shard of the same name for each; None:
     they are not kept.
 
-    Raises:
-      UserError: a prompt that does not fit into the target's context.
+    Returns:
+      `selection.left_out`, and `turns_not_asked`: how many later turns did not fit into the target's context.
     """
-    lengths = lengths_of(experiment, prompts, max_new_tokens)
-    fitting = [p for p in prompts if longest is None or lengths[p.id] <= longest]
-    if len(fitting) < len(prompts):
-        log.info("%s: %d prompts of more than %d tokens left out: config.data.length", label,
-                 len(prompts) - len(fitting), longest)  # fmt: skip
-    batches = batches_of(fitting, lengths, batch_size, max_new_tokens)
+    if said := selection.said():
+        log.info("%s: prompts left out: %s", label, said)
+    batches = batches_of(selection.prompts, selection.lengths, batch_size, max_new_tokens)
     done = set(processes.agreed(records.shards(directory)))
     todo = [(i, batch) for i, batch in enumerate(batches) if f"write-{i:05}" not in done]
     began, tokens = time.monotonic(), 0
@@ -127,19 +186,20 @@ def write(
         )
         preemption.leave(f"{label} is written up to batch {len(batches) - len(todo) + n} of {len(batches)}")
     processes.together(f"{label} is written")
+    not_asked = _turns_not_asked(directory, len(batches), selection.prompts)
+    if not_asked:
+        log.info("%s: %d later turns were not asked: with an answer they exceed the target's context of %d",
+                 label, not_asked, experiment.target.config.context)  # fmt: skip
+    return selection.left_out | {"turns_not_asked": not_asked}
 
 
-def lengths_of(experiment: Experiment, prompts: list[Prompt], max_new_tokens: int) -> dict[str, int]:
-    """Tokens of every prompt's first turn, by id."""
-    context = experiment.target.config.context
-    lengths = {p.id: len(experiment.tokenizer.first_turn(p.turns[0])) for p in prompts}
-    for name, length in lengths.items():
-        if length + max_new_tokens > context:
-            raise UserError(
-                f"prompt {name!r} has {length} tokens; with {max_new_tokens} new ones that is more "
-                f"than the target's context of {context}: shorten or drop it"
-            )
-    return lengths
+def _turns_not_asked(directory: pathlib.Path, batches: int, prompts: list[Prompt]) -> int:
+    """By what was written, so that a run that goes on counts what was before."""
+    turns = sum(len(p.turns) for p in prompts)
+    if turns == len(prompts):
+        return 0
+    written = records.Records(directory, [f"write-{i:05}" for i in range(batches)])
+    return turns - sum(len(spans(written[i]["assistant"])) for i in range(len(written)))
 
 
 def batches_of(
