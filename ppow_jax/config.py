@@ -77,9 +77,9 @@ class RespondSettings:
     prompts: str = key(
         "maths=builtin:maths/train,code=builtin:code/train,chat=builtin:chat/train",
         "NAME=SOURCE pairs separated by commas. SOURCE: builtin:KIND/SPLIT (maths, code, chat; train, eval), "
-        "a JSONL path, or tfds:NAME/SPLIT, each with an optional [:N].",
+        "a JSONL, JSON or Parquet file, tfds:NAME/SPLIT or hub:ORG/NAME/SPLIT, with an optional [M:N].",
     )
-    responses: str = key("", "JSONL of responses that the same target wrote elsewhere, or empty")
+    responses: str = key("", "file of responses that the same target wrote elsewhere, or empty")
     max_new_tokens: int = key(128, "a turn", at_least=1)
     temperature: float = key(0.0, "of the target; 0: greedy")
     batch_size: int = key(192, "prompts", at_least=1)

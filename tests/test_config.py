@@ -247,9 +247,11 @@ def test_a_missing_file_of_prompts_is_found_before_a_target_is_loaded():
         evaluate.check(settings)
 
 
-def test_what_looks_odd_but_is_possible():
+def test_what_looks_odd_but_is_possible(tmp_path):
     """Answers from elsewhere alone; zeros switch terms off; one axis takes the rest."""
-    respond.check(config.from_config(changed(respond__prompts="", respond__responses="answers.jsonl")))
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"turns": ["a"], "response_ids": [[1]]}\n')
+    respond.check(config.from_config(changed(respond__prompts="", respond__responses=str(path))))
     config.from_config(changed(train__ppow__proximity_weight=0, train__ppow__kl_weight=0.0, data__holdout=0))
     config.from_config(changed(mesh__data=1, mesh__tensor=-1, train__ppow__gamma="measured"))
     config.from_config(changed(train__cst__steps=0, train__cst__minutes=1.5))

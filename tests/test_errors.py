@@ -123,7 +123,7 @@ def test_a_missing_target_and_a_missing_prompt_file(tmp_path):
     line = complaint(command(*base, "--config.target.path=none.gguf"), 1)
     assert line.startswith("ppow_jax: target.path: no file 'none.gguf'; expected a Hugging Face directory")
     line = complaint(command(*base, "--config.respond.prompts=p=none.jsonl"), 1)
-    assert line == "ppow_jax: respond.prompts: no file 'none.jsonl'; expected a JSONL file"
+    assert line.startswith("ppow_jax: respond.prompts: no file 'none.jsonl'; expected JSON Lines")
 
 
 @pytest.mark.parametrize(("error", "status"), [(UserError, 1), (ConfigError, 2)])
@@ -189,7 +189,8 @@ def test_mistakes_leave_earlier_work_intact(finished, workdir):
     assert "no file" in rerun(finished, workdir, **again, evaluate__prompts="e=none.jsonl")
     long = runs.write_jsonl(workdir.parent / "long.jsonl", [{"id": "x", "turns": ["a" * 600]}])
     message = rerun(finished, workdir, **again, evaluate__prompts=f"e={long}")
-    assert "prompt 'x' has 602 tokens" in message and "context of 512" in message
+    assert message.startswith("evaluate.prompts: e: all 1 prompts are left out: 1 of more than 496 tokens")
+    assert "exceed the target's context of 512" in message
     message = rerun(finished, workdir, train__supervise__steps=31)
     assert message.startswith("config.train.supervise.steps: found 31, but stage 'train/supervise' was begun")
     assert all(before.values()) and work(workdir) == before
@@ -343,5 +344,5 @@ def test_responses_with_ids_out_of_range_end_the_command(tmp_path):
         f"--config.respond.responses={path}",
         environment={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
     )
-    assert "object 1 has the token id 49000, expected ids below 31" in complaint(done, 1)
+    assert "r.jsonl:1: found the token id 49000, expected ids below 31" in complaint(done, 1)
     assert not (tmp_path / "w" / "responses").exists()

@@ -18,6 +18,7 @@ import numpy as np
 
 from ppow_jax.bench.machine import show
 from ppow_jax.data import prompts
+from ppow_jax.data.conversations import Conversation
 from ppow_jax.decode import cost, shapes
 from ppow_jax.decode.drafting import Drafting, Eagle, Together
 from ppow_jax.decode.loop import DecodeConfig
@@ -140,7 +141,8 @@ def _needed(
 def _prompts(experiment: Experiment, about: Race) -> list[list[int]]:
     """Prompts of the bucket of lengths that most have."""
     sources = prompts.load(about.prompts, "prompts")
-    ids = {name: [experiment.tokenizer.first_turn(p.turns[0]) for p in of] for name, of in sources.items()}
+    tokenizer = experiment.tokenizer
+    ids = {name: [Conversation(p).question(tokenizer, 0) for p in of] for name, of in sources.items()}
     common = collections.Counter(bucket(len(i)) for of in ids.values() for i in of).most_common(1)[0][0]
     return [i for of in ids.values() for i in [i for i in of if bucket(len(i)) == common][: about.count]]
 

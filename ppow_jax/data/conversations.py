@@ -149,7 +149,10 @@ def import_responses(path: str, tokenizer: Tokenizer, vocab_size: int) -> list[C
                     f"{len(ids)} ids of answer {turn + 1}, expected it at the end of a finished one, or not "
                     "at all"
                 )
-            conversation.ask(conversation.question(tokenizer, turn))
+            try:
+                conversation.ask(conversation.question(tokenizer, turn))
+            except UserError as e:  # a chat template that refuses it
+                raise UserError(f"{place}: {e}") from e
             conversation.answer(ids + [tokenizer.stop_ids[0]] * (not stops and ended is not False))
         conversations.append(conversation)
     _check_tokenizer(path, conversations, tokenizer)

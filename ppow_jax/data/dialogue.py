@@ -67,7 +67,7 @@ def read(row: Mapping[str, Any], place: str) -> Dialogue:
     if name is None and any(name in row for name in FIELDS):
         raise LeftOut("where the user says nothing")
     if name is None:
-        found = ", ".join(map(str, row))[:200] or "none"
+        found = ", ".join(str(name) for name in row if name not in ("id", "category"))[:200] or "none"
         raise UserError(f"{place}: found the fields {found}; expected one of {', '.join(FIELDS)}")
     system = [_text(row[key], f"{place}: {key!r}") for key in _SYSTEM if row.get(key) is not None]
     value = row[name]

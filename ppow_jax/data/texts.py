@@ -10,6 +10,7 @@ import numpy as np
 from ppow_jax.config import DataSettings
 from ppow_jax.data import records
 from ppow_jax.errors import UserError
+from ppow_jax.parallel.console import log
 
 _ENDLESS = 2**40  # batches
 
@@ -55,15 +56,22 @@ class Texts(Sequence):
 def split(responses: records.Records, length: int, holdout: int) -> tuple[list[int], list[int]]:
     """Indices of (training, held-out) records; those without two written tokens are left out.
 
-    The held-out texts are spread evenly over the records.
+    The held-out texts are spread evenly over the records. The log says how many are left out, and how many
+    are longer than `length`.
 
     Raises:
       UserError: fewer usable texts than `holdout` + 1.
     """
-    usable = []
+    usable, longer = [], 0
     for i in range(len(responses)):
-        if responses[i]["assistant"][:length].sum() >= 2:
+        record = responses[i]
+        longer += len(record["tokens"]) > length
+        if record["assistant"][:length].sum() >= 2:
             usable.append(i)
+    unusable = len(responses) - len(usable)
+    if longer or unusable:
+        log.info("data: of %d responses %d are longer than data.length %d and cut; %d without two written "
+                 "tokens in it are left out", len(responses), longer, length, unusable)  # fmt: skip
     if len(usable) <= holdout:
         raise UserError(
             f"config.data.holdout: found {len(usable)} usable responses, expected more than "

@@ -121,12 +121,21 @@ def select(
 
     Those of more than `longest` tokens too. They would also set the size of a whole batch: reading 64 prompts
     of 4,400 tokens takes 45 GB of attention scores.
+
+    Raises:
+      UserError: the target's chat template refuses a prompt.
     """
     context = experiment.target.config.context
-    lengths = {p.id: len(Conversation(p).question(experiment.tokenizer, 0)) for p in prompts}
+    lengths = {}
+    for prompt in prompts:
+        try:
+            lengths[prompt.id] = len(Conversation(prompt).question(experiment.tokenizer, 0))
+        except UserError as e:  # a chat template that refuses it
+            raise UserError(f"prompt {prompt.id!r}: {e}") from e
     limits = {
-        "beyond_context": f"of more than {max(0, context - max_new_tokens)} tokens, which with max_new_tokens "
-        f"{max_new_tokens} exceed the target's context of {context} (lower it, or use shorter prompts)",
+        "beyond_context": f"of more than {max(0, context - max_new_tokens)} tokens, which with "
+        f"max_new_tokens {max_new_tokens} exceed the target's context of {context} (lower it, or use shorter "
+        "prompts)",
         "beyond_data_length": f"of more than {longest} tokens, which with two of an answer exceed "
         "config.data.length (raise it, or use shorter prompts)",
     }

@@ -52,6 +52,17 @@ def test_split_counts_written_tokens_within_the_length_only():
         texts.split(rows, 4, 1)
 
 
+def test_split_says_what_it_leaves_out_or_cuts(caplog):
+    rows = [*written(3), record([9], [0]), record([9, 1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, 1, 1])]
+    with caplog.at_level("INFO", logger="ppow_jax"):
+        assert texts.split(written(3), 6, 0) == ([0, 1, 2], []) and not caplog.records
+        assert texts.split(rows, 6, 0) == ([0, 1, 2], [])
+    assert [r.getMessage() for r in caplog.records] == [
+        "data: of 5 responses 1 are longer than data.length 6 and cut; 2 without two written tokens in it are "
+        "left out"
+    ]
+
+
 def test_draft_vocabulary_by_hand():
     rows = [
         record([7, 7, 7, 5, 5, 2], [0, 0, 0, 1, 1, 1]),  # the user's 7s do not count

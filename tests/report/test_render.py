@@ -98,6 +98,21 @@ def test_what_the_shape_was_chosen_for_stands_beside_what_was_measured():
     assert "tau 2.500 and speedup 1.25x" in text and "measured 2.00x in the mean" in text
 
 
+def test_what_is_left_out_is_said_where_there_is_any():
+    nothing = {"beyond_context": 0, "turns_not_asked": 0}
+    left_out = {
+        "respond": {"beyond_context": 0, "beyond_data_length": 3, "turns_not_asked": 0, "imported_cut": 2},
+        "evaluate": {"chat": nothing, "maths": nothing | {"beyond_context": 1, "turns_not_asked": 4}},
+    }
+    text = render.markdown(reports.report(left_out=left_out))
+    assert (
+        "Not in training texts: 3 prompts beyond data.length, 2 imported texts cut to the target's context.\n"
+        "Not in maths: 1 prompts beyond the target's context, 4 later turns beyond the target's context.\n"
+    ) in text
+    for none in (left_out | {"respond": None, "evaluate": {"chat": nothing}}, {}):
+        assert "Not in" not in render.markdown(reports.report(left_out=none))
+
+
 @pytest.mark.parametrize("control", [None, "supervise"])
 def test_the_terminals_table_fits_80_columns(control):
     made = reports.report(control)

@@ -1,6 +1,7 @@
 """The stage: report.json's contract, what is measured again and what is not, and the windows it shows."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import runs
 
+from ppow_jax.data.conversations import Conversation
 from ppow_jax.data.prompts import Prompt
 from ppow_jax.decode import shapes
 from ppow_jax.decode.rounds import Round
@@ -17,7 +19,7 @@ from ppow_jax.errors import UserError
 from ppow_jax.parallel import preemption
 from ppow_jax.report import contents, measure, samples
 from ppow_jax.report.samples import as_text
-from ppow_jax.stages import evaluate
+from ppow_jax.stages import evaluate, respond
 from ppow_jax.training import drafters
 
 BENCHMARK = {
@@ -38,6 +40,11 @@ def test_a_run_writes_every_field_of_the_contract(finished):
     assert found["gamma_measured"] > 0
     assert set(found["drafters"]) == {"supervise", "cst"}
     assert found["control"] == "cst" and found["runs"] == {} and found["tree"] is None
+    nothing = {"beyond_context": 0, "beyond_data_length": 0, "turns_not_asked": 0}
+    assert found["left_out"] == {
+        "respond": nothing | {"imported_cut": 0},
+        "evaluate": {"maths": nothing, "chat": nothing},
+    }
     assert {"respond", "train/supervise", "train/cst"} <= set(found["stages"])
     assert all(of["seconds"] > 0 and of["peak_bytes"] > 2**26 for of in found["stages"].values())
     for name, drafter in found["drafters"].items():
@@ -228,6 +235,46 @@ def measured(finished):
     (directory,) = (finished.workdir / "evaluate").glob("chat-*")
     prompts = [Prompt(f"c{i}", "", ("?",)) for i in range(4)]
     return experiment, evaluate.find_candidates(experiment), measure.Benchmark("chat", prompts, directory)
+
+
+def test_prompts_beyond_the_context_show_before_any_work(tmp_path, caplog):
+    """300 tokens and 256 of an answer are beyond the chain's 512."""
+    rows = [{"id": "ok", "turns": ["a"]}, {"id": "long", "turns": ["a" * 300]}]
+    some = runs.write_jsonl(tmp_path / "some.jsonl", rows)
+    none = runs.write_jsonl(tmp_path / "none.jsonl", rows[1:])
+    changes = dict(evaluate__prompts=f"e={some}", evaluate__max_new_tokens=256)
+    experiment = runs.build(tmp_path / "w", **changes)
+    with caplog.at_level("WARNING", logger="ppow_jax"):
+        evaluate.check_target(experiment)
+    assert "evaluate.prompts: e: prompts left out: 1 of more than 256 tokens, which with" in caplog.text
+    changes["evaluate__prompts"] = f"e={some},f={none}"
+    with pytest.raises(
+        UserError, match=r"^evaluate.prompts: f: all 1 prompts are left out: 1 of more than 256"
+    ):
+        evaluate.check_target(runs.build(tmp_path / "w", **changes))
+
+
+def test_a_benchmark_says_what_it_leaves_out(tmp_path, monkeypatch):
+    experiment = runs.build(tmp_path / "w")
+    monkeypatch.setattr(respond, "converse", lambda experiment, prompts, *about: [
+        Conversation(p, [1, 2], [False, True], {"taps": np.zeros((2, 1)), "hidden": np.zeros((2, 1))})
+        for p in prompts
+    ])  # fmt: skip
+    prompts = [Prompt("a", "", ("a", "b", "c")), Prompt("b", "", ("b" * 600,))]
+    found = evaluate.write_texts(experiment, "x", prompts)
+    assert found.left_out == {"beyond_context": 1, "beyond_data_length": 0, "turns_not_asked": 2}
+    assert [turn.prompt for turn in found.turns()] == []  # of one token each
+
+
+def test_texts_depend_on_the_system_message_and_old_ones_are_found_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(respond, "write", lambda *about, **more: {})
+    experiment = runs.build(tmp_path / "w")
+    plain = evaluate.write_texts(experiment, "x", [Prompt("a", "", ("a",))])
+    briefed = evaluate.write_texts(experiment, "x", [Prompt("a", "", ("a",), "Be brief.")])
+    taps = experiment.target.config.taps
+    identity = json.dumps([16, "float32", taps, [("a", ("a",))]])  # as it was before there were any
+    assert plain.directory.name == f"x-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    assert briefed.directory != plain.directory
 
 
 def test_drafters_of_other_shapes_are_measured_side_by_side(measured):

@@ -5,6 +5,8 @@ The target is the Markov chain, so that greedy text is known: after each letter 
 
 import dataclasses
 import itertools
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -17,7 +19,7 @@ from ppow_jax.data.prompt import Prompt
 from ppow_jax.errors import UserError
 from ppow_jax.models.target import Target
 from ppow_jax.stages import respond
-from ppow_jax.targets import markov, tokenizer
+from ppow_jax.targets import markov
 
 USER, ASSISTANT, END = (markov.SPECIALS.index(x) for x in ("<user>", "<assistant>", "<end>"))
 BEST = markov.transition(0).argmax(1)
@@ -74,7 +76,7 @@ def test_batches_are_cut_by_turns_and_length(experiment):
         Prompt("b", "", ("ab",)),
         Prompt("a", "", ("ba",)),
     ]
-    batches = respond.batches_of(prompts, respond.lengths_of(experiment, prompts, 8), 2, 8)
+    batches = respond.batches_of(prompts, respond.select(experiment, prompts, 8).lengths, 2, 8)
     assert [[p.id for p in batch] for batch in batches] == [["a", "b"], ["long", "two"]]
 
 
@@ -205,22 +207,110 @@ def test_a_full_context_ends_a_dialogue_early(experiment):
     assert len(spans(np.array(other.assistant))) == 3
 
 
-def test_a_prompt_longer_than_the_context_is_refused_before_any_is_answered(tmp_path):
-    rows = [{"id": "ok", "turns": ["a"]}, {"id": "giant", "turns": ["b" * 500]}]
-    path = runs.write_jsonl(tmp_path / "p.jsonl", rows)
-    with pytest.raises(UserError, match="prompt 'giant' has 502 tokens; with 16 new ones that is more than"):
-        sampled(tmp_path / "w", respond__prompts=f"p={path}", respond__batch_size=1)
-    assert not (tmp_path / "w" / "responses").exists()
+def with_context(experiment, context: int):
+    target = Target(dataclasses.replace(experiment.target.config, context=context))
+    return dataclasses.replace(experiment, target=target)
 
 
-def test_a_prompt_that_leaves_no_room_in_a_training_text_is_left_out(tmp_path, caplog):
-    rows = [{"id": i, "turns": ["b" * n]} for i, n in (("fits", 28), ("long", 29), ("short", 1))]
-    path = runs.write_jsonl(tmp_path / "p.jsonl", rows)
+def respond_to(experiment, context: int, rows: list[dict], length: int = 256, **changes) -> dict[str, int]:
+    """Runs respond on prompts, with answers of 12 tokens; what is in responses.json."""
+    path = runs.write_jsonl(experiment.workdir / "p.jsonl", rows)
+    changes = dict(prompts=f"p={path}", max_new_tokens=12) | changes
+    chosen = dataclasses.replace(
+        experiment.settings,
+        respond=dataclasses.replace(experiment.settings.respond, **changes),
+        data=dataclasses.replace(experiment.settings.data, length=length, cache_features=False),
+    )
+    respond.run(dataclasses.replace(with_context(experiment, context), settings=chosen))
+    return json.loads((experiment.workdir / "responses.json").read_text())
+
+
+def test_prompts_that_there_is_no_room_for_are_left_out_and_counted(experiment, caplog):
+    """A first turn has two tokens more than its text; 64 - 12 tokens fit into the context, 58 into a text."""
+    rows = [{"id": str(n), "turns": ["b" * n]} for n in (57, 56, 51, 50, 1)]
     with caplog.at_level("INFO", logger="ppow_jax"):
-        sampled(tmp_path / "w", respond__prompts=f"p={path}", data__length=32)
-    written = records.Records(tmp_path / "w" / "responses")
-    assert sorted(written[i]["id"] for i in range(len(written))) == ["fits", "short"]  # 28 + 2 and BOS, EOS
-    assert "1 prompts of more than 30 tokens left out: config.data.length" in caplog.text
+        left_out = respond_to(experiment, 64, rows, length=60)
+    assert set(stored(experiment.workdir)) == {"50", "1"}
+    assert left_out == {"beyond_context": 2, "beyond_data_length": 1, "turns_not_asked": 0, "imported_cut": 0}
+    assert (
+        "respond: prompts left out: 2 of more than 52 tokens, which with max_new_tokens 12 exceed the t"
+        in (caplog.text)
+    )
+    assert (
+        "1 of more than 58 tokens, which with two of an answer exceed config.data.length (raise"
+        in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("context", "length", "message"),
+    [
+        (
+            512,
+            12,
+            "2 of more than 10 tokens, which with two of an answer exceed config.data.length (raise it,",
+        ),
+        (
+            24,
+            256,
+            "2 of more than 12 tokens, which with max_new_tokens 12 exceed the target's context of 24 (low",
+        ),
+        (10, 256, "2 of more than 0 tokens, which with max_new_tokens 12 exceed the target's context of 10"),
+    ],
+)
+def test_prompts_of_which_none_has_room(experiment, context, length, message):
+    with pytest.raises(UserError) as caught:
+        respond_to(experiment, context, [{"turns": ["a" * n]} for n in (12, 30)], length)
+    assert str(caught.value).startswith(f"respond.prompts: all 2 prompts are left out: {message}")
+    assert not (experiment.workdir / "responses").exists()
+
+
+def test_turns_that_are_not_asked_are_counted_also_by_a_run_that_goes_on(experiment, caplog):
+    """The first turn has 39 tokens, its second question 28 and the answer 12: one more than the context."""
+    rows = [{"turns": ["a" * 25, "b" * 25, "c"]}, {"turns": ["a", "b", "c"]}]
+    for _ in range(2):  # the second time all is there
+        with caplog.at_level("INFO", logger="ppow_jax"):
+            assert respond_to(experiment, 78, rows)["turns_not_asked"] == 2
+        assert (
+            "respond: 2 later turns were not asked: with an answer they exceed the target's context of 78"
+            in (caplog.text)
+        )
+        caplog.clear()
+
+
+def test_imported_texts_end_with_the_context(experiment, tmp_path, caplog):
+    row = {"id": "long", "turns": ["a"], "response_ids": [[10, 11] * 60]}
+    path = runs.write_jsonl(
+        tmp_path / "r.jsonl", [row, {"id": "short", "turns": ["a"], "response_ids": [[10]]}]
+    )
+    with caplog.at_level("INFO", logger="ppow_jax"):
+        left_out = respond_to(experiment, 64, [], 200, prompts="", responses=str(path))
+    found = stored(experiment.workdir)
+    assert len(found["long"]["tokens"]) == len(found["long"]["assistant"]) == 64
+    assert found["long"]["assistant"].sum() == 61
+    assert found["short"]["tokens"].tolist() == [USER, *ids("a"), ASSISTANT, 10, END]
+    assert left_out["imported_cut"] == 1
+    assert f"respond: 1 texts of {path} are cut to the 64 tokens of the target's context" in caplog.text
+
+
+def test_an_import_without_an_id_answers_no_prompt(experiment, tmp_path):
+    """Its number was an id before, and prompts are often numbered from 1."""
+    path = runs.write_jsonl(tmp_path / "r.jsonl", [{"turns": ["a"], "response_ids": [[10]]}])
+    respond_to(experiment, 64, [{"id": 1, "turns": ["a"]}], responses=str(path))
+    assert set(stored(experiment.workdir)) == {"respond.responses/1", "1"}
+
+
+def test_all_files_are_read_before_a_target_is_loaded(tmp_path):
+    good = runs.write_jsonl(tmp_path / "good", [{"id": "x", "turns": ["a"], "response_ids": [[10]]}])
+    bad = runs.write_jsonl(tmp_path / "bad", [{"turns": ["a"], "response_ids": [[True]]}, {"id": 1}])
+    respond.check(runs.make_settings(tmp_path, respond__prompts=f"p={good}", respond__responses=str(good)))
+    for changes, message in (
+        (dict(respond__prompts=f"p={bad}"), "bad:2: found the fields none"),
+        (dict(respond__responses=str(bad)), "bad:2: found the fields none"),
+        (dict(respond__responses=str(tmp_path)), "respond.responses: .* is a directory"),
+    ):
+        with pytest.raises(UserError, match=message):
+            respond.check(runs.make_settings(tmp_path, **changes))
 
 
 def test_padding_repeats_the_shortest_prompt():
@@ -266,56 +356,3 @@ def test_imported_responses_alone(tmp_path):
     path = runs.write_jsonl(tmp_path / "r.jsonl", IMPORTED)
     sampled(tmp_path / "w", respond__responses=str(path), respond__prompts="")
     assert set(stored(tmp_path / "w")) == {"t3", "t5", "new"}
-
-
-def bpe() -> tokenizer.Tokenizer:
-    """Tokens a, b, ab, <end>: the text ab is the one token ab."""
-    return tokenizer.from_gguf(
-        {
-            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
-            "tokenizer.ggml.tokens": ["a", "b", "ab", "<end>"], "tokenizer.ggml.merges": ["a b"],
-            "tokenizer.ggml.token_type": [1, 1, 1, 3], "tokenizer.ggml.eos_token_id": 3,
-            "tokenizer.ggml.bos_token_id": 3,
-            "tokenizer.chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
-        }
-    )  # fmt: skip
-
-
-def test_responses_of_another_tokenizer_are_refused(tmp_path):
-    own = [{"turns": ["a"], "response_ids": [[2, 0]]}] * 3
-    foreign = [{"turns": ["a"], "response_ids": [[0, 1]]}] * 4  # decodes to ab, which is one token
-    path = runs.write_jsonl(tmp_path / "r.jsonl", own + foreign[:1])
-    assert len(respond.import_responses(str(path), bpe(), 4)) == 4
-    runs.write_jsonl(path, own + foreign)
-    with pytest.raises(UserError, match=r"only 3 of 7 responses keep their ids .* another tokenizer's"):
-        respond.import_responses(str(path), bpe(), 4)
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"turns": ["a"], "response_ids": [[10, 31]]}, "object 1 has the token id 31, expected ids below 31"),
-        ({"turns": ["a"], "response_ids": [[-1]]}, "object 1 has the token id -1"),
-        ({"turns": ["a"], "response_ids": [["x"]]}, "object 1 has the token id 'x'"),
-        ({"turns": ["a"], "response_ids": [10, 11]}, "object 1: expected one list .*'response_ids'"),
-        ({"turns": ["a"], "response_ids": []}, "object 1 lacks 'turns' or 'response_ids'"),
-        ({"turns": "a", "response_ids": [[10]]}, "object 1 lacks 'turns' or 'response_ids'"),
-        ({"turns": [3], "response_ids": [[10]]}, "object 1 lacks 'turns' or 'response_ids'"),
-        ({"turns": ["a"], "response_ids": [[10]], "finished": []}, "object 1: expected .*'finished'"),
-        ({"response_ids": [[10]]}, "object 1 lacks 'turns' or 'response_ids'"),
-    ],
-)
-def test_malformed_responses_are_named(experiment, tmp_path, row, message):
-    path = runs.write_jsonl(tmp_path / "r.jsonl", [row])
-    with pytest.raises(UserError, match=message) as caught:
-        respond.import_responses(str(path), experiment.tokenizer, 31)
-    assert str(path) in str(caught.value)
-
-
-def test_an_empty_responses_file_is_refused_and_an_empty_response_is_not(experiment, tmp_path):
-    path = runs.write_jsonl(tmp_path / "r.jsonl", [])
-    with pytest.raises(UserError, match="holds no responses"):
-        respond.import_responses(str(path), experiment.tokenizer, 31)
-    runs.write_jsonl(path, [{"turns": ["a"], "response_ids": [[]], "finished": [False]}])
-    (found,) = respond.import_responses(str(path), experiment.tokenizer, 31)
-    assert not any(found.assistant)
