@@ -34,6 +34,7 @@ def said(role: str, content, **more) -> dict:
         ({"messages": [said("developer", "A"), said("system", "B"), USER]}, (("hi",), "A\n\nB", ())),
         ({"messages": [SYSTEM, USER], "system_prompt": "A"}, (("hi",), "A\n\nBe brief.", ())),
         ({"messages": [REPLY, USER]}, (("hi",), "", ())),  # a greeting
+        ({"messages": [REPLY, USER, REPLY], "tools": "[]"}, (("hi",), "", ("yo",))),
         ({"messages": [USER, AGAIN, REPLY, REPLY]}, (("hi\n\nmore",), "", ("yo\n\nyo",))),
         ({"messages": [USER, said("assistant", None)]}, (("hi",), "", ())),
         ({"messages": [USER, said("assistant", " ")]}, (("hi",), "", ())),

@@ -1,5 +1,7 @@
 """Responses that were written elsewhere: what is taken, and what is refused with its line."""
 
+import dataclasses
+
 import pytest
 import runs
 
@@ -116,6 +118,14 @@ def test_malformed_responses_are_named_with_the_line(path, row, message):
     with pytest.raises(UserError) as caught:
         imported(path, {"id": "ok", "turns": ["a"], "response_ids": [[A]]}, {"turns": ["a"]} | row)
     assert str(caught.value).startswith(f"{path}:2: {message}") and len(str(caught.value)) < 300
+
+
+def test_a_row_that_the_chat_template_refuses_is_named(path):
+    template = "{% if messages[0]['content'] == 'b' %}{{ raise_exception('no b') }}{% endif %}x"
+    strict = dataclasses.replace(TOKENIZER, template=template)
+    runs.write_jsonl(path, [{"turns": [x], "response_ids": [[A]]} for x in "ab"])
+    with pytest.raises(UserError, match=rf"^{path}:2: chat template: no b$"):
+        import_responses(str(path), strict, 4)
 
 
 def test_files_are_checked_without_a_tokenizer(path):

@@ -58,8 +58,8 @@ def test_split_says_what_it_leaves_out_or_cuts(caplog):
         assert texts.split(written(3), 6, 0) == ([0, 1, 2], []) and not caplog.records
         assert texts.split(rows, 6, 0) == ([0, 1, 2], [])
     assert [r.getMessage() for r in caplog.records] == [
-        "data: of 5 responses 1 are longer than data.length 6 and cut; 2 without two written tokens in it are "
-        "left out"
+        "data: of 5 responses 1 are longer than data.length 6 and cut; 2 without two written tokens in it "
+        "are left out"
     ]
 
 

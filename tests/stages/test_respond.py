@@ -6,7 +6,6 @@ The target is the Markov chain, so that greedy text is known: after each letter 
 import dataclasses
 import itertools
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -263,6 +262,15 @@ def test_prompts_of_which_none_has_room(experiment, context, length, message):
         respond_to(experiment, context, [{"turns": ["a" * n]} for n in (12, 30)], length)
     assert str(caught.value).startswith(f"respond.prompts: all 2 prompts are left out: {message}")
     assert not (experiment.workdir / "responses").exists()
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_named(experiment):
+    template = "{% if messages[0]['content'] == 'b' %}{{ raise_exception('no b') }}{% endif %}x"
+    strict = dataclasses.replace(experiment.tokenizer, template=template)
+    with pytest.raises(UserError, match=r"^prompt 'p/2': chat template: no b$"):
+        respond_to(
+            dataclasses.replace(experiment, tokenizer=strict), 512, [{"turns": ["a"]}, {"turns": ["b"]}]
+        )
 
 
 def test_turns_that_are_not_asked_are_counted_also_by_a_run_that_goes_on(experiment, caplog):
