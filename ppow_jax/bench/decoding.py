@@ -140,7 +140,8 @@ def _needed(
 def _prompts(experiment: Experiment, about: Race) -> list[list[int]]:
     """Prompts of the bucket of lengths that most have."""
     sources = prompts.load(about.prompts, "prompts")
-    ids = {name: [experiment.tokenizer.first_turn(p.turns[0]) for p in of] for name, of in sources.items()}
+    first = experiment.tokenizer.first_turn
+    ids = {name: [first(p.turns[0], p.system) for p in of] for name, of in sources.items()}
     common = collections.Counter(bucket(len(i)) for of in ids.values() for i in of).most_common(1)[0][0]
     return [i for of in ids.values() for i in [i for i in of if bucket(len(i)) == common][: about.count]]
 

@@ -55,23 +55,26 @@ class Texts(Sequence):
 def split(responses: records.Records, length: int, holdout: int) -> tuple[list[int], list[int]]:
     """Indices of (training, held-out) records; those without two written tokens are left out.
 
-    The held-out texts are spread evenly over the records.
+    The held-out texts are spread evenly over the records. Other texts of their prompts are neither: they
+    repeat what is said (`Conversation`).
 
     Raises:
       UserError: fewer usable texts than `holdout` + 1.
     """
-    usable = []
+    usable = {}  # index -> the prompt's id
     for i in range(len(responses)):
-        if responses[i]["assistant"][:length].sum() >= 2:
-            usable.append(i)
+        record = responses[i]
+        if record["assistant"][:length].sum() >= 2:
+            usable[i] = record["id"]
     if len(usable) <= holdout:
         raise UserError(
             f"config.data.holdout: found {len(usable)} usable responses, expected more than "
             f"{holdout}: lower data.holdout, raise data.length or answer more prompts"
         )
     stride = len(usable) // max(holdout, 1)
-    held = usable[::stride][:holdout] if holdout else []
-    return sorted(set(usable) - set(held)), held
+    held = list(usable)[::stride][:holdout] if holdout else []
+    apart = {usable[i] for i in held}
+    return [i for i, prompt in usable.items() if prompt not in apart], held
 
 
 def draft_vocabulary(

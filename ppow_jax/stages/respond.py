@@ -40,10 +40,17 @@ def check(settings: Settings) -> None:
     found = settings.respond.prompts
     if not parse(found, "respond.prompts") and not settings.respond.responses:
         raise ConfigError(f"config.respond.prompts: found {found!r}, expected NAME=SOURCE pairs")
+    if settings.respond.keep_answers:
+        sources = load(found, "respond.prompts").values()
+        if not any(prompt.answers for prompts in sources for prompt in prompts):
+            raise ConfigError(
+                "config.respond.keep_answers: found True, but no prompt of config.respond.prompts has an "
+                "answer; set it to False, or name files with the assistant's messages"
+            )
 
 
 def run(experiment: Experiment) -> None:
-    """Writes `responses/`: imported conversations first, then answers to the prompts."""
+    """Writes `responses/`: conversations that are there already first, then answers to the prompts."""
     settings, data = experiment.settings.respond, experiment.settings.data
     directory = experiment.workdir / "responses"
     imported = []
@@ -55,13 +62,16 @@ def run(experiment: Experiment) -> None:
     unanswered = [p for source in loaded.values() for p in source if p.id not in answered]
     if not imported and not unanswered:
         raise UserError("respond: neither respond.prompts nor respond.responses gives any text")
+    if imported:
+        log.info("respond: %d conversations taken from %s", len(imported), settings.responses)
+    if settings.keep_answers:
+        imported += taken(experiment, [p for p in unanswered if p.answers])
+        unanswered = [p for p in unanswered if not p.answers]
     chunks = [imported[i : i + _IMPORT_ROWS] for i in range(0, len(imported), _IMPORT_ROWS)]
     done = set(records.shards(directory))
     for i, chunk in enumerate(chunks):
         if f"import-{i:05}" not in done:
-            records.write_shard(directory, f"import-{i:05}", (c.record() for c in chunk))
-    if imported:
-        log.info("respond: %d conversations taken from %s", len(imported), settings.responses)
+            records.write_shard(directory, f"import-{i:05}", (r for c in chunk for r in c.records()))
     write(
         experiment,
         unanswered,
@@ -73,6 +83,20 @@ def run(experiment: Experiment) -> None:
         kept=features.directory(experiment) if data.cache_features else None,
         feature_dtype=data.feature_dtype,
     )
+
+
+def taken(experiment: Experiment, prompts: list[Prompt]) -> list[Conversation]:
+    """Conversations with the answers that the data holds, as far as the target's context goes.
+
+    Raises:
+      UserError: a template that refuses one, or does not tell what the assistant wrote.
+    """
+    found, context = [Conversation(prompt) for prompt in prompts], experiment.target.config.context
+    kept = [c.take(experiment.tokenizer, context) for c in found]
+    log.info("respond: %d answers of %d conversations taken as they are written", sum(kept), len(prompts))
+    if beyond := sum(len(prompt.answers) for prompt in prompts) - sum(kept):
+        log.info("respond: %d further answers left out: beyond the target's context of %d", beyond, context)
+    return [c for c, count in zip(found, kept, strict=True) if count]
 
 
 def write(
@@ -112,9 +136,9 @@ def write(
         dtype = feature_dtype if kept else ""
         conversations = converse(experiment, batch, batch_size, max_new_tokens, temperature, seed, dtype)
         if kept:
-            features.write(kept, f"write-{i:05}", [c.features for c in conversations], dtype)
-        records.write_shard(directory, f"write-{i:05}", (c.record() for c in conversations))
-        tokens += sum(sum(c.assistant) for c in conversations)
+            features.write(kept, f"write-{i:05}", [t.features for c in conversations for t in c.texts], dtype)
+        records.write_shard(directory, f"write-{i:05}", (r for c in conversations for r in c.records()))
+        tokens += sum(sum(t.assistant) for c in conversations for t in c.texts)
         seconds = time.monotonic() - began
         log.info(
             "%s: batch %d/%d, %d tokens, %.0f tokens/s | %s left",
@@ -130,9 +154,15 @@ def write(
 
 
 def lengths_of(experiment: Experiment, prompts: list[Prompt], max_new_tokens: int) -> dict[str, int]:
-    """Tokens of every prompt's first turn, by id."""
-    context = experiment.target.config.context
-    lengths = {p.id: len(experiment.tokenizer.first_turn(p.turns[0])) for p in prompts}
+    """Tokens of every prompt's first turn, by id.
+
+    Raises:
+      UserError: one that does not fit into the target's context, or that the template refuses.
+    """
+    context, tokenizer = experiment.target.config.context, experiment.tokenizer
+    lengths = {p.id: Conversation(p).question(tokenizer, 0).length for p in prompts}
+    for prompt in prompts:
+        Conversation(prompt).check(tokenizer)
     for name, length in lengths.items():
         if length + max_new_tokens > context:
             raise UserError(
@@ -199,7 +229,8 @@ def converse(
             conversation.answer(out.tokens[row, : out.count[row]].tolist())
             if kept:
                 known = len(conversation.tokens)
-                conversation.features = {k: v[row, :known].copy() for k, v in kept._asdict().items()}
+                of_row = {k: v[row, :known].copy() for k, v in kept._asdict().items()}
+                conversation.texts[-1].features = of_row
     return conversations
 
 
@@ -209,9 +240,9 @@ def _asked(
     """Asks the next question of those that have room for it and its answer, and returns those."""
     context, open_ = experiment.target.config.context, []
     for conversation in conversations:
-        ids = conversation.question(experiment.tokenizer, turn)
-        if len(conversation.tokens) + len(ids) + max_new_tokens <= context:
-            conversation.ask(ids)
+        question = conversation.question(experiment.tokenizer, turn)
+        if question.length + max_new_tokens <= context:
+            conversation.ask(question)
             open_.append(conversation)
     return open_
 
