@@ -48,6 +48,6 @@ def load(directory: pathlib.Path, dtype: str, mesh: Mesh) -> tuple[TargetConfig,
     params = checkpoint.load_params(directory / _PARAMS, like)
     kept = manifest["tokenizer"]
     old = {f"{name}_token": kept[name] for name in ("bos", "eos") if kept.get(name)}  # of an older version
-    core = read_core(directory / _TOKENIZER)
+    core, _ = read_core(directory / _TOKENIZER)
     tokens = Tokenizer(core, kept["template"], tuple(kept["stop_ids"]), kept.get("variables", old))
     return config, params, tokens

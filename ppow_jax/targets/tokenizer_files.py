@@ -80,8 +80,8 @@ def read(directory: pathlib.Path) -> Tokenizer:
       UserError: naming the file and the key: something is missing, cannot be read or is of another type.
     """
     about = _File(directory / "tokenizer_config.json")
-    core = read_core(directory / "tokenizer.json")
-    special = _add_tokens(core, directory, about)
+    core, pad = read_core(directory / "tokenizer.json")
+    special = _add_tokens(core, directory, about, pad)
     core.encode_special_tokens = about.get("split_special_tokens", bool, "true or false", False)
     written = [core.token_to_id(token) for token in (special.get("eos_token", ""), *ENDS)]
     stops = tuple(dict.fromkeys(i for i in (*written, *_ends(directory, core)) if i is not None))
@@ -90,8 +90,11 @@ def read(directory: pathlib.Path) -> Tokenizer:
     return Tokenizer(core, _template(directory, about), stops, special)
 
 
-def read_core(file: pathlib.Path) -> tokenizers.Tokenizer:
+def read_core(file: pathlib.Path) -> tuple[tokenizers.Tokenizer, str | None]:
     """What `tokenizer.json` holds, without the cutting, padding and chance that it may be saved with.
+
+    Returns:
+      The tokenizer, and the text of the token that it padded with, if it did.
 
     Raises:
       UserError: it is not there or cannot be read, or gives tokens other ids than it says.
@@ -114,6 +117,7 @@ def read_core(file: pathlib.Path) -> tokenizers.Tokenizer:
         raise UserError(
             f"{file}: no readable tokenizer ({reason}); expected the model's tokenizer.json"
         ) from e
+    pad = core.padding["pad_token"] if core.padding else None
     core.no_truncation()
     core.no_padding()
     if getattr(core.model, "dropout", None):
@@ -122,15 +126,17 @@ def read_core(file: pathlib.Path) -> tokenizers.Tokenizer:
         if core.token_to_id(token["content"]) != token["id"]:
             at = core.token_to_id(token["content"])
             raise parsed.wrong("added_tokens", token, f"the id {at} by the tokens before it")
-    return core
+    return core, pad
 
 
-def _add_tokens(core: tokenizers.Tokenizer, directory: pathlib.Path, about: _File) -> dict[str, str]:
+def _add_tokens(
+    core: tokenizers.Tokenizer, directory: pathlib.Path, about: _File, pad: str | None
+) -> dict[str, str]:
     """Adds special tokens that the tokenizer lacks; returns the texts of all by name, for the template."""
     listed = about.get("added_tokens_decoder", dict, "tokens by id", {})
     for key in sorted(listed, key=lambda key: (len(key), key)):
         _add(core, about.token(f"added_tokens_decoder.{key}", listed[key]), key, about)
-    named: dict[str, AddedToken] = {}
+    named = {"pad_token": AddedToken(pad, special=True)} if pad else {}
     others: list[AddedToken] = []
     files = [about]
     if "added_tokens_decoder" not in about.values:  # files of old: what it says is in files of its own
