@@ -15,8 +15,13 @@ from ppow_jax.parallel.checkpoint import Checkpoints
 from ppow_jax.stages import features, train
 
 
-def record(tokens: list[int], assistant: list[int]) -> dict:
-    return {"tokens": np.array(tokens, np.int32), "assistant": np.array(assistant, np.uint8)}
+NUMBERS = itertools.count()
+
+
+def record(tokens: list[int], assistant: list[int], prompt: str | None = None) -> dict:
+    """Of a prompt of its own, or of the one named."""
+    written = {"tokens": np.array(tokens, np.int32), "assistant": np.array(assistant, np.uint8)}
+    return {"id": prompt or str(next(NUMBERS))} | written
 
 
 def written(count: int) -> list[dict]:
@@ -50,6 +55,13 @@ def test_split_counts_written_tokens_within_the_length_only():
     assert texts.split(rows, 4, 0) == ([3], [])  # the others have one below 4
     with pytest.raises(UserError, match=r"^config.data.holdout: found 1 usable responses, expected more"):
         texts.split(rows, 4, 1)
+
+
+def test_texts_that_repeat_a_held_out_one_are_not_trained_on():
+    rows = written(6)
+    rows[1:3] = [record([i, 1, 2, 3, 4], [0, 0, 0, 1, 1], "two turns") for i in (1, 2)]
+    assert texts.split(rows, 6, 1) == ([1, 2, 3, 4, 5], [0])
+    assert texts.split(rows, 6, 3) == ([3, 5], [0, 2, 4])  # 1 is the first turn of 2
 
 
 def test_draft_vocabulary_by_hand():

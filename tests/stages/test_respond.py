@@ -17,7 +17,9 @@ from ppow_jax.data.prompt import Prompt
 from ppow_jax.errors import UserError
 from ppow_jax.models.target import Target
 from ppow_jax.stages import respond
-from ppow_jax.targets import markov, tokenizer
+from ppow_jax.targets import markov
+from ppow_jax.targets.tokenizer import Tokenizer
+from ppow_jax.targets.tokenizer_gguf import from_gguf
 
 USER, ASSISTANT, END = (markov.SPECIALS.index(x) for x in ("<user>", "<assistant>", "<end>"))
 BEST = markov.transition(0).argmax(1)
@@ -178,8 +180,8 @@ def test_features_are_kept_turn_by_turn_and_belong_to_their_texts(experiment):
     for held in respond.converse(experiment, prompts, 4, 4, 0.0, jax.random.key(0), "float32"):
         want = np.eye(32)[held.tokens] * np.sqrt(32)
         want[-1] = 0.0  # never read
-        np.testing.assert_allclose(held.features["hidden"], want, atol=1e-4)
-        np.testing.assert_allclose(held.features["taps"], np.tile(want, 3), atol=1e-4)
+        np.testing.assert_allclose(held.texts[-1].features["hidden"], want, atol=1e-4)
+        np.testing.assert_allclose(held.texts[-1].features["taps"], np.tile(want, 3), atol=1e-4)
 
 
 def test_an_answer_ends_at_the_stop_id_which_is_not_said_twice(experiment):
@@ -268,9 +270,9 @@ def test_imported_responses_alone(tmp_path):
     assert set(stored(tmp_path / "w")) == {"t3", "t5", "new"}
 
 
-def bpe() -> tokenizer.Tokenizer:
+def bpe() -> Tokenizer:
     """Tokens a, b, ab, <end>: the text ab is the one token ab."""
-    return tokenizer.from_gguf(
+    return from_gguf(
         {
             "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
             "tokenizer.ggml.tokens": ["a", "b", "ab", "<end>"], "tokenizer.ggml.merges": ["a b"],
