@@ -12,7 +12,7 @@ from jinja2.ext import Extension
 from jinja2.visitor import NodeTransformer
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # stand around what the assistant says, where that is asked for; no letters
-_LARGEST = 10**7  # characters, items of a list, bits of a number
+_LARGEST = 10**7  # characters of a text, items of a list
 _SECONDS = 2.0  # of computation; a conversation takes milliseconds
 
 
@@ -114,9 +114,10 @@ def _grown(operator: str, left: Any, right: Any) -> int:
 
 
 def _size(value: Any) -> int:
+    """Of a text, a list, or a number, whose bits count a hundred times: to multiply them takes long."""
     if isinstance(value, Sized):
         return len(value)
-    return value.bit_length() if isinstance(value, int) else 0
+    return 100 * value.bit_length() if isinstance(value, int) else 0
 
 
 def _require(size: int) -> None:

@@ -20,6 +20,7 @@ from ppow_jax.targets.tokenizer import ENDS, Tokenizer
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("extra_special_tokens", "additional_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_IDS = 2**31
 _SLOW = ("tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -135,7 +136,8 @@ def _add_tokens(
     """Adds special tokens that the tokenizer lacks; returns the texts of all by name, for the template."""
     listed = about.get("added_tokens_decoder", dict, "tokens by id", {})
     for key in sorted(listed, key=lambda key: (len(key), key)):
-        _add(core, about.token(f"added_tokens_decoder.{key}", listed[key]), key, about)
+        where = f"added_tokens_decoder.{key}"
+        _add(core, about.token(where, listed[key]), key, about, where)
     named = {"pad_token": AddedToken(pad, special=True)} if pad else {}
     others: list[AddedToken] = []
     files = [about]
@@ -145,7 +147,7 @@ def _add_tokens(
         for token in legacy.values:
             legacy.get(token, int, "an id")
         for token, at in sorted(legacy.values.items(), key=lambda item: item[1] or 0):
-            _add(core, AddedToken(token), at, legacy)
+            _add(core, AddedToken(token), at, legacy, token)
     for file in files:
         for key, value in file.values.items():
             if key in _LISTS and isinstance(value, list):
@@ -162,17 +164,16 @@ def _add_tokens(
     return {name: token.content for name, token in named.items()}
 
 
-def _add(core: tokenizers.Tokenizer, token: AddedToken, at: Any, file: _File) -> None:
-    """Adds a token that has an id, unless it is there."""
+def _add(core: tokenizers.Tokenizer, token: AddedToken, at: Any, file: _File, key: str) -> None:
+    """Adds a token that a key gives an id, unless it is there."""
     known = {token.content for token in core.get_added_tokens_decoder().values()}
     if token.content not in known:
         (core.add_special_tokens if token.special else core.add_tokens)([token])
     found = core.token_to_id(token.content)
     if str(found) != str(at):
-        raise file.wrong(
-            token.content,
-            at,
-            f"the id {found}, which the token has in tokenizer.json or by the tokens before it",
+        raise UserError(
+            f"{file.path}: found {key}, the token {token.content!r} with the id {at}, expected {found}, the "
+            "id that it has in tokenizer.json or by the tokens before it"
         )
 
 
@@ -186,7 +187,7 @@ def _ends(directory: pathlib.Path, core: tokenizers.Tokenizer) -> list[int]:
             continue
         ids = found if isinstance(found, list) else [found]
         whole = all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
-        if not whole or any(i < 0 or core.id_to_token(i) is None for i in ids):
+        if not whole or any(not 0 <= i < _IDS or core.id_to_token(i) is None for i in ids):
             raise file.wrong("eos_token_id", found, "an id of the tokenizer, or a list of such")
         return ids
     return []

@@ -60,7 +60,7 @@ def from_gguf(metadata: Mapping[str, Any], where: str = "GGUF file") -> Tokenize
     written = [ids["eos"], ids["eot"], ids["eom"], *(i for i, t in enumerate(tokens) if t in ENDS)]
     stops = tuple(dict.fromkeys(i for i in written if i is not None))
     if not stops:
-        raise read.wrong("eos_token_id", None, f"the id that ends a text; {_ELSEWHERE}")
+        raise read.wrong("eos_token_id", "nowhere", f"the id that ends a text; {_ELSEWHERE}")
     named = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos") if ids[name] is not None}
     return Tokenizer(core, read.template(), stops, named)
 

@@ -14,7 +14,6 @@ from ppow_jax.models import target_outputs
 from ppow_jax.parallel.checkpoint import Checkpoints
 from ppow_jax.stages import features, train
 
-
 NUMBERS = itertools.count()
 
 
