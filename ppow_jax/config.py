@@ -54,6 +54,9 @@ class TargetSettings:
         "What the drafter reads, ascending: i means the input of layer i, counted from 0, and the number of "
         "layers n means the last layer's output. Empty: (2, n // 2, n - 3), EAGLE-3's.",
     )
+    template_variables: str = key(
+        "", 'What the chat template gets, a JSON object such as {"enable_thinking": false}; empty: nothing.'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +83,15 @@ class RespondSettings:
         "a JSONL, JSON or Parquet file, tfds:NAME/SPLIT or hub:ORG/NAME/SPLIT, with an optional [M:N].",
     )
     responses: str = key("", "file of responses that the same target wrote elsewhere, or empty")
+    keep_answers: bool = key(False, "take the answers that prompts have as the target's, word for word")
     max_new_tokens: int = key(128, "a turn", at_least=1)
     temperature: float = key(0.0, "of the target; 0: greedy")
     batch_size: int = key(192, "prompts", at_least=1)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the texts are the target's own at temperature 0."""
+        return self.temperature == 0 and not self.keep_answers
 
 
 @dataclasses.dataclass(frozen=True)

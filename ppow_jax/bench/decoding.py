@@ -142,7 +142,7 @@ def _prompts(experiment: Experiment, about: Race) -> list[list[int]]:
     """Prompts of the bucket of lengths that most have."""
     sources = prompts.load(about.prompts, "prompts")
     tokenizer = experiment.tokenizer
-    ids = {name: [Conversation(p).question(tokenizer, 0) for p in of] for name, of in sources.items()}
+    ids = {name: [Conversation(p).question(tokenizer, 0).ids for p in of] for name, of in sources.items()}
     common = collections.Counter(bucket(len(i)) for of in ids.values() for i in of).most_common(1)[0][0]
     return [i for of in ids.values() for i in [i for i in of if bucket(len(i)) == common][: about.count]]
 

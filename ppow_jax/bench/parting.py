@@ -48,13 +48,10 @@ def conversations(experiment: Experiment, plain: Session, sources: str, count: i
         for prompt in of[:count]:
             talk = Conversation(prompt)
             for turn in range(len(prompt.turns)):
-                ids = talk.question(experiment.tokenizer, turn)
-                if (
-                    len(talk.tokens) + len(ids) + plain.config.max_new_tokens
-                    > experiment.target.config.context
-                ):
+                question = talk.question(experiment.tokenizer, turn)
+                if question.length + plain.config.max_new_tokens > experiment.target.config.context:
                     break
-                talk.ask(ids)
+                talk.ask(question)
                 out = plain([talk.tokens])
                 answer = np.asarray(out.tokens[0, : out.count[0]]).tolist()
                 yield list(talk.tokens), answer

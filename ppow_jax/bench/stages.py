@@ -55,7 +55,9 @@ def batch_writing(experiment: Experiment, machine: Machine, size: int, tokens: i
         raise selection.refusal("--tokens")
     batches = respond.batches_of(selection.prompts, selection.lengths, size, tokens)
     middle = batches[len(batches) // 2]  # of twelve
-    prompt_BxP, length_B = respond.pad([experiment.tokenizer.first_turn(p.turns[0]) for p in middle], size)
+    prompt_BxP, length_B = respond.pad(
+        [experiment.tokenizer.first_turn(p.turns[0], p.system) for p in middle], size
+    )
     keys_B = jax.random.split(jax.random.key(0), size)
     stops = experiment.tokenizer.stop_ids
     config = DecodeConfig(tokens, stops)

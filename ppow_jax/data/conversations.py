@@ -1,8 +1,10 @@
 """Conversations: token ids, which of them the target wrote, and where they came from."""
 
+import contextlib
 import dataclasses
 import itertools
 import reprlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,51 +14,175 @@ from ppow_jax.data.prompt import Prompt
 from ppow_jax.data.prompts import of_rows
 from ppow_jax.errors import UserError
 from ppow_jax.parallel.console import log
-from ppow_jax.targets.tokenizer import Tokenizer
+from ppow_jax.targets.chat import Message
+from ppow_jax.targets.tokenizer import Tokenizer, first_messages
 
 _SAMPLE = 64  # imported rows whose ids are decoded and encoded again
 _ROUND_TRIPS = 0.5  # share of them that must come back; text of this tokenizer: about 0.97
 
 
+class Question(NamedTuple):
+    """What is asked next.
+
+    Attributes:
+      text: all so far as the template renders it, up to where the answer begins.
+      ids: of what is new in it; of all of it, if `afresh`.
+      length: tokens of all of it.
+      afresh: whether the template has changed what was said before, as most that drop earlier thinking do.
+    """
+
+    text: str
+    ids: list[int]
+    length: int
+    afresh: bool
+
+
 @dataclasses.dataclass
-class Conversation:
-    """A dialogue as it grows: all ids so far, a mask of those that the target wrote, and their features.
+class Text:
+    """Token ids, a mask of those that the target wrote, and their features.
 
     `features` has the fields of `target_outputs.Features`, one row a token; None if they are not kept.
     """
 
-    prompt: Prompt
     tokens: list[int] = dataclasses.field(default_factory=list)
     assistant: list[bool] = dataclasses.field(default_factory=list)
     features: dict[str, np.ndarray] | None = None
 
-    def question(self, tokenizer: Tokenizer, turn: int) -> list[int]:
-        """The ids of the user's message number `turn`, the next one, and of the template around it."""
-        message = self.prompt.turns[turn]
-        if turn == 0:
-            return tokenizer.first_turn(message)
-        ids = tokenizer.next_turn(message)
-        # A response may have ended with the end-of-turn token itself.
-        return ids[1:] if self.tokens[-1] == ids[0] else ids
 
-    def ask(self, ids: list[int]) -> None:
-        """Appends what the user said."""
-        self.tokens += ids
-        self.assistant += [False] * len(ids)
+class _Answer(NamedTuple):
+    """Tokens `start` to `end` of a text; `content`: the answer where the data has it, else None."""
 
-    def answer(self, ids: list[int]) -> None:
-        """Appends what the target wrote, its end-of-turn token included."""
-        self.tokens += ids
-        self.assistant += [True] * len(ids)
+    text: Text
+    start: int
+    end: int
+    content: str | None
 
-    def record(self) -> dict[str, Any]:
-        """The form in which conversations are stored."""
-        return {
-            "id": self.prompt.id,
-            "category": self.prompt.category,
-            "tokens": np.asarray(self.tokens, np.int32),
-            "assistant": np.asarray(self.assistant, np.uint8),
-        }
+
+@dataclasses.dataclass
+class Conversation:
+    """A dialogue as it grows, as one text, or as several where the template changes what was said before.
+
+    A target that is served reads each turn as its template renders it then. Where that only adds to the text
+    so far, the text goes on, with the very ids that were written. Where it does not, the turn has a text of
+    its own, in which what was said before is part of the prompt.
+    """
+
+    prompt: Prompt
+    texts: list[Text] = dataclasses.field(default_factory=lambda: [Text()])
+    _rendered: str = ""  # what the last text's tokens stand for, up to its last answer
+    _answers: list[_Answer] = dataclasses.field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of the last text."""
+        return self.texts[-1].tokens
+
+    @property
+    def assistant(self) -> list[bool]:
+        """Of the last text."""
+        return self.texts[-1].assistant
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Renders all turns, with some answers, before any is asked.
+
+        Raises:
+          UserError: naming the prompt: the template refuses it.
+        """
+        with _naming(self.prompt):
+            tokenizer.render(dialogue(self.prompt, ["x"] * (len(self.prompt.turns) - 1)))
+
+    def question(self, tokenizer: Tokenizer, turn: int) -> Question:
+        """The user's message number `turn`, the next one, with the template around it.
+
+        Raises:
+          UserError: naming the prompt: the template refuses it, or it cannot be encoded.
+        """
+        with _naming(self.prompt):
+            answers = [_content(tokenizer, answer) for answer in self._answers[:turn]]
+            return self._next(tokenizer, tokenizer.render(dialogue(self.prompt, answers)))
+
+    def ask(self, question: Question) -> None:
+        """Appends what the user said, or begins another text with all of it."""
+        if question.afresh:
+            self.texts.append(Text())
+        self.tokens.extend(question.ids)
+        self.assistant.extend([False] * len(question.ids))
+        self._rendered = question.text
+
+    def answer(self, ids: list[int], content: str | None = None) -> None:
+        """Appends what the target wrote, its end-of-turn token included, or what the data says it did."""
+        start = len(self.tokens)
+        self.tokens.extend(ids)
+        self.assistant.extend([True] * len(ids))
+        self._answers.append(_Answer(self.texts[-1], start, len(self.tokens), content))
+
+    def take(self, tokenizer: Tokenizer, longest: int) -> int:
+        """Appends the answers that the prompt itself has, and returns how many.
+
+        It stops before a text of more than `longest` tokens.
+
+        Raises:
+          UserError: naming the prompt: the template refuses it, or does not tell what the assistant wrote.
+        """
+        for turn, answer in enumerate(self.prompt.answers):
+            messages = dialogue(self.prompt, self.prompt.answers[:turn])
+            with _naming(self.prompt):
+                before, ids = tokenizer.written([*messages, {"role": "assistant", "content": answer}])
+                question = self._next(tokenizer, before)
+            if question.length + len(ids) > longest:
+                return turn
+            self.ask(question)
+            self.answer(ids, answer)
+        return len(self.prompt.answers)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The form in which conversations are stored: the texts, all under the id of the prompt."""
+        return [
+            {
+                "id": self.prompt.id,
+                "category": self.prompt.category,
+                "tokens": np.asarray(text.tokens, np.int32),
+                "assistant": np.asarray(text.assistant, np.uint8),
+            }
+            for text in self.texts
+        ]
+
+    def _next(self, tokenizer: Tokenizer, text: str) -> Question:
+        """A rendered text as what it adds to the last one, if it only adds."""
+        if self._answers:
+            start = self._answers[-1].start
+            known = self._rendered + tokenizer.added(self.tokens[:start], self.tokens[start:])
+            if text.startswith(known):
+                ids = tokenizer.encode_after(text[len(known) :])
+                return Question(text, ids, len(self.tokens) + len(ids), afresh=False)
+        ids = tokenizer.encode(text)
+        return Question(text, ids, len(ids), afresh=bool(self._answers))
+
+
+def _content(tokenizer: Tokenizer, answer: _Answer) -> str:
+    """An answer as a server hands it out: without special tokens and the token that ends the turn."""
+    if answer.content is not None:
+        return answer.content
+    before, ids = answer.text.tokens[: answer.start], answer.text.tokens[answer.start : answer.end]
+    finished = bool(ids) and ids[-1] in tokenizer.stop_ids
+    return tokenizer.added(before, ids[:-1] if finished else ids, special=False)
+
+
+@contextlib.contextmanager
+def _naming(prompt: Prompt) -> Iterator[None]:
+    """Puts the prompt before what is said of an error."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"prompt {prompt.id!r}: {e}") from e
+
+
+def dialogue(prompt: Prompt, answers: Sequence[str]) -> list[Message]:
+    """The messages up to the question after those answers."""
+    messages = first_messages(prompt.turns[0], prompt.system)
+    for answer, user in zip(answers, prompt.turns[1:], strict=False):
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": user}]
+    return messages
 
 
 def spans(assistant_T: np.ndarray) -> list[tuple[int, int]]:
@@ -162,10 +288,10 @@ def import_responses(path: str, tokenizer: Tokenizer, vocab_size: int) -> list[C
 
 
 def cut(conversations: list[Conversation], length: int) -> int:
-    """Cuts conversations to so many tokens; returns how many were longer."""
-    longer = [c for c in conversations if len(c.tokens) > length]
-    for conversation in longer:
-        del conversation.tokens[length:], conversation.assistant[length:]
+    """Cuts texts to so many tokens; returns how many were longer."""
+    longer = [text for c in conversations for text in c.texts if len(text.tokens) > length]
+    for text in longer:
+        del text.tokens[length:], text.assistant[length:]
     return len(longer)
 
 

@@ -11,8 +11,8 @@ class Prompt:
       id: unique within a run.
       category: by which reports may group; may be empty.
       turns: the user's messages, one or more.
-      system: the system message; empty: none.
-      answers: what an assistant said in the data, one answer a turn, or none at all.
+      system: the system message; empty: none, so that a template has its own.
+      answers: of a dialogue that is there already, what the assistant said, one a turn; else empty.
     """
 
     id: str

@@ -56,18 +56,19 @@ class Texts(Sequence):
 def split(responses: records.Records, length: int, holdout: int) -> tuple[list[int], list[int]]:
     """Indices of (training, held-out) records; those without two written tokens are left out.
 
-    The held-out texts are spread evenly over the records. The log says how many are left out, and how many
-    are longer than `length`.
+    The held-out texts are spread evenly over the records. Other texts of their prompts are neither: they
+    repeat what is said (`Conversation`). The log says how many are left out, and how many are longer than
+    `length`.
 
     Raises:
       UserError: fewer usable texts than `holdout` + 1.
     """
-    usable, longer = [], 0
+    usable, longer = {}, 0  # index -> the prompt's id
     for i in range(len(responses)):
         record = responses[i]
         longer += len(record["tokens"]) > length
         if record["assistant"][:length].sum() >= 2:
-            usable.append(i)
+            usable[i] = record["id"]
     unusable = len(responses) - len(usable)
     if longer or unusable:
         log.info("data: of %d responses %d are longer than data.length %d and cut; %d without two written "
@@ -78,8 +79,9 @@ def split(responses: records.Records, length: int, holdout: int) -> tuple[list[i
             f"{holdout}: lower data.holdout, raise data.length or answer more prompts"
         )
     stride = len(usable) // max(holdout, 1)
-    held = usable[::stride][:holdout] if holdout else []
-    return sorted(set(usable) - set(held)), held
+    held = list(usable)[::stride][:holdout] if holdout else []
+    apart = {usable[i] for i in held}
+    return [i for i, prompt in usable.items() if prompt not in apart], held
 
 
 def draft_vocabulary(

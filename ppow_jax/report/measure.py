@@ -94,11 +94,11 @@ class Benchmark:
             if of is not None and record["id"] not in of:
                 continue
             text, taps = record["tokens"], features[number]["taps"]
-            rows[record["id"]] = [
+            rows.setdefault(record["id"], []).extend(
                 Turn(record["id"], text[:start], text[start:end], taps[:end])
                 for start, end in conversations.spans(record["assistant"])
                 if end - start > 1
-            ]
+            )
         return [turn for p in self.prompts for turn in rows.get(p.id, [])]
 
 

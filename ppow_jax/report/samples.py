@@ -45,15 +45,9 @@ def as_text(experiment: Experiment, turn: Turn, rounds: Sequence[Round]) -> dict
     Of each round: `drafted`, how many tokens; `count`, how many were accepted; and text: `accepted`,
     `refused` (the first token that was), `dropped` (what was drafted behind it) and `own`.
     """
-    decode = experiment.tokenizer.decode
-
-    def text_of(before: list[int], ids: list[int]) -> str:
-        """What ids add to a text: alone, their bytes may be no characters, and a first space is lost."""
-        known = decode(before).rstrip("\ufffd")
-        return decode(before + ids)[len(known) :] if ids else ""
-
+    text_of = experiment.tokenizer.added
     known = turn.response[:1].tolist()
-    first, found = decode(known), []
+    first, found = experiment.tokenizer.decode(known), []
     for drafted, accepted, own in rounds:
         kept, refused = drafted[:accepted], drafted[accepted:]
         texts = {

@@ -51,6 +51,11 @@ def check(settings: Settings) -> None:
             f"config.respond.temperature: found {settings.respond.temperature}, expected 0 for decode.shape "
             "'auto', which measures acceptance on greedy texts"
         )
+    elif settings.respond.keep_answers:
+        raise ConfigError(
+            "config.respond.keep_answers: found True, expected False for decode.shape 'auto', which measures "
+            "acceptance on the target's own texts; give a shape"
+        )
 
 
 def check_target(experiment: Experiment) -> None:
@@ -229,8 +234,9 @@ def find_candidates(experiment: Experiment) -> list[Candidate]:
 def write_texts(experiment: Experiment, name: str, benchmark: list[prompts.Prompt]) -> Benchmark:
     """Lets the target answer a benchmark's prompts, turn by turn and greedily, unless it has before."""
     settings, target = experiment.settings.evaluate, experiment.target.config
-    asked = [(p.id, p.turns, p.system) if p.system else (p.id, p.turns) for p in benchmark]
+    asked = [(p.id, p.turns, *filter(None, [p.system])) for p in benchmark]
     identity = [settings.max_new_tokens, target.dtype, target.taps, asked]
+    identity += filter(None, [experiment.settings.target.template_variables])
     mark = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     found = Benchmark(name, benchmark, experiment.workdir / "evaluate" / f"{name}-{mark}")
     about = (found.directory, settings.max_new_tokens, 0.0, settings.batch_size)

@@ -42,13 +42,18 @@ def check(settings: Settings) -> None:
     prompts, responses = settings.respond.prompts, settings.respond.responses
     if not parse(prompts, "respond.prompts") and not responses:
         raise ConfigError(f"config.respond.prompts: found {prompts!r}, expected NAME=SOURCE pairs")
-    load(prompts, "respond.prompts")
+    sources = load(prompts, "respond.prompts").values()
     if responses:
         read_responses(responses, "respond.responses")
+    if settings.respond.keep_answers and not any(prompt.answers for source in sources for prompt in source):
+        raise ConfigError(
+            "config.respond.keep_answers: found True, but no prompt of config.respond.prompts has an "
+            "answer; set it to False, or name files with the assistant's messages"
+        )
 
 
 def run(experiment: Experiment) -> None:
-    """Writes `responses/`: imported conversations first, then answers to the prompts.
+    """Writes `responses/`: conversations that are there already first, then answers to the prompts.
 
     `responses.json` says what was left out or cut.
     """
@@ -62,21 +67,24 @@ def run(experiment: Experiment) -> None:
     unanswered = [p for source in loaded.values() for p in source if p.id not in answered]
     if not imported and not unanswered:
         raise UserError("respond: neither respond.prompts nor respond.responses gives any text")
-    longest = data.length - 2  # a text without two written tokens teaches nothing
-    selection = select(experiment, unanswered, settings.max_new_tokens, longest)
-    if not imported and not selection.prompts:
-        raise selection.refusal("respond.prompts")
+    if imported:
+        log.info("respond: %d conversations taken from %s", len(imported), settings.responses)
     shortened = cut(imported, target.context)
     if shortened:
         log.info("respond: %d texts of %s are cut to the %d tokens of the target's context",
                  shortened, settings.responses, target.context)  # fmt: skip
+    if settings.keep_answers:
+        imported += taken(experiment, [p for p in unanswered if p.answers])
+        unanswered = [p for p in unanswered if not p.answers]
+    longest = data.length - 2  # a text without two written tokens teaches nothing
+    selection = select(experiment, unanswered, settings.max_new_tokens, longest)
+    if not imported and not selection.prompts:
+        raise selection.refusal("respond.prompts")
     chunks = [imported[i : i + _IMPORT_ROWS] for i in range(0, len(imported), _IMPORT_ROWS)]
     done = set(records.shards(directory))
     for i, chunk in enumerate(chunks):
         if f"import-{i:05}" not in done:
-            records.write_shard(directory, f"import-{i:05}", (c.record() for c in chunk))
-    if imported:
-        log.info("respond: %d conversations taken from %s", len(imported), settings.responses)
+            records.write_shard(directory, f"import-{i:05}", (r for c in chunk for r in c.records()))
     left_out = write(
         experiment,
         selection,
@@ -128,10 +136,9 @@ def select(
     context = experiment.target.config.context
     lengths = {}
     for prompt in prompts:
-        try:
-            lengths[prompt.id] = len(Conversation(prompt).question(experiment.tokenizer, 0))
-        except UserError as e:  # a chat template that refuses it
-            raise UserError(f"prompt {prompt.id!r}: {e}") from e
+        conversation = Conversation(prompt)
+        conversation.check(experiment.tokenizer)
+        lengths[prompt.id] = conversation.question(experiment.tokenizer, 0).length
     limits = {
         "beyond_context": f"of more than {max(0, context - max_new_tokens)} tokens, which with "
         f"max_new_tokens {max_new_tokens} exceed the target's context of {context} (lower it, or use shorter "
@@ -148,6 +155,20 @@ def select(
         else:
             kept.append(prompt)
     return Selection(kept, lengths, left_out, limits)
+
+
+def taken(experiment: Experiment, prompts: list[Prompt]) -> list[Conversation]:
+    """Conversations with the answers that the data holds, as far as the target's context goes.
+
+    Raises:
+      UserError: a template that refuses one, or does not tell what the assistant wrote.
+    """
+    found, context = [Conversation(prompt) for prompt in prompts], experiment.target.config.context
+    kept = [c.take(experiment.tokenizer, context) for c in found]
+    log.info("respond: %d answers of %d conversations taken as they are written", sum(kept), len(prompts))
+    if beyond := sum(len(prompt.answers) for prompt in prompts) - sum(kept):
+        log.info("respond: %d further answers left out: beyond the target's context of %d", beyond, context)
+    return [c for c, count in zip(found, kept, strict=True) if count]
 
 
 def write(
@@ -180,9 +201,9 @@ def write(
         dtype = feature_dtype if kept else ""
         conversations = converse(experiment, batch, batch_size, max_new_tokens, temperature, seed, dtype)
         if kept:
-            features.write(kept, f"write-{i:05}", [c.features for c in conversations], dtype)
-        records.write_shard(directory, f"write-{i:05}", (c.record() for c in conversations))
-        tokens += sum(sum(c.assistant) for c in conversations)
+            features.write(kept, f"write-{i:05}", [t.features for c in conversations for t in c.texts], dtype)
+        records.write_shard(directory, f"write-{i:05}", (r for c in conversations for r in c.records()))
+        tokens += sum(sum(t.assistant) for c in conversations for t in c.texts)
         seconds = time.monotonic() - began
         log.info(
             "%s: batch %d/%d, %d tokens, %.0f tokens/s | %s left",
@@ -268,7 +289,8 @@ def converse(
             conversation.answer(out.tokens[row, : out.count[row]].tolist())
             if kept:
                 known = len(conversation.tokens)
-                conversation.features = {k: v[row, :known].copy() for k, v in kept._asdict().items()}
+                of_row = {k: v[row, :known].copy() for k, v in kept._asdict().items()}
+                conversation.texts[-1].features = of_row
     return conversations
 
 
@@ -278,9 +300,9 @@ def _asked(
     """Asks the next question of those that have room for it and its answer, and returns those."""
     context, open_ = experiment.target.config.context, []
     for conversation in conversations:
-        ids = conversation.question(experiment.tokenizer, turn)
-        if len(conversation.tokens) + len(ids) + max_new_tokens <= context:
-            conversation.ask(ids)
+        question = conversation.question(experiment.tokenizer, turn)
+        if question.length + max_new_tokens <= context:
+            conversation.ask(question)
             open_.append(conversation)
     return open_
 

@@ -23,6 +23,11 @@ def check(settings: Settings) -> None:
                 f"config.train.{name}.temperature: found 0, expected above 0, because respond.temperature "
                 f"is: greedy acceptance needs greedy text"
             )
+        if temperature == 0 and settings.respond.keep_answers:
+            raise ConfigError(
+                f"config.train.{name}.temperature: found 0, expected above 0, because of "
+                "respond.keep_answers: greedy acceptance needs the target's own text"
+            )
         if run.start != FRESH and run.start not in settings.train and "/" not in run.start:
             raise ConfigError(
                 f"config.train.{name}.start: found {run.start!r}, expected fresh, an earlier run "

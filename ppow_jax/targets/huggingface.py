@@ -1,4 +1,4 @@
-"""Targets from a Hugging Face directory: `config.json`, safetensors shards, tokenizer and chat template.
+"""Targets from a Hugging Face directory: `config.json` and safetensors shards (tokenizer: `tokenizer_files`).
 
 Weights go slice by slice into arrays that are laid out over the mesh: every process reads what it holds.
 """
@@ -12,14 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import safetensors
-import tokenizers
 from jax.sharding import Mesh
 
 from ppow_jax.errors import UserError
 from ppow_jax.models.target import TargetConfig, abstract_params
 from ppow_jax.parallel import files, partition
 from ppow_jax.targets import families
-from ppow_jax.targets.tokenizer import ENDS, Tokenizer, with_stops
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _MODULES = {
@@ -200,47 +198,3 @@ def _slice(rows: Any, at: tuple[slice, ...], like: jax.ShapeDtypeStruct) -> np.n
         end = min(row + step, len(out))
         out[row:end] = rows[(slice(first.start + row, first.start + end), *rest)]
     return out
-
-
-def tokenizer(directory: pathlib.Path) -> Tokenizer:
-    """The tokenizer of a directory: `tokenizer.json`, `tokenizer_config.json`, the chat template.
-
-    Raises:
-      UserError: a file is missing or cannot be read, or there is no chat template.
-    """
-    file = directory / "tokenizer.json"
-    try:
-        core = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as e:  # the library raises nothing more specific
-        raise UserError(f"{file}: no readable tokenizer ({e}); expected the model's tokenizer.json") from e
-    about = _json(directory / "tokenizer_config.json")
-    text = lambda key: _content(about.get(f"{key}_token")) or ""  # noqa: E731
-    ends = [_json(directory / f"{name}.json").get("eos_token_id") for name in ("generation_config", "config")]
-    ends = next((e for e in ends if e is not None), [])
-    written = [core.token_to_id(text("eos")), *(ends if isinstance(ends, list) else [ends])]
-    written += [core.token_to_id(token) for token in ENDS]
-    stops = tuple(dict.fromkeys(i for i in written if i is not None))
-    if not stops:
-        raise UserError(f"{directory}: found no eos_token_id in its files, expected the ids that end a text")
-    template = _template(directory, about)
-    return with_stops(Tokenizer(core, template, stops, text("bos"), text("eos")))
-
-
-def _content(token: Any) -> str | None:
-    """A token's text, which the files hold alone or as one of its properties."""
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _template(directory: pathlib.Path, about: dict[str, Any]) -> str:
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text("utf-8")
-    found = about.get("chat_template")
-    if isinstance(found, list):  # several, by name
-        found = {t["name"]: t["template"] for t in found}.get("default")
-    if not found:
-        raise UserError(
-            f"{directory}: found no chat_template.jinja and no 'chat_template' in tokenizer_config.json; "
-            "write the model's template into chat_template.jinja"
-        )
-    return found

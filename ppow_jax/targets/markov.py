@@ -94,4 +94,4 @@ def _tokenizer() -> Tokenizer:
     core.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
     core.decoder = decoders.Fuse()
     core.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in SPECIALS])
-    return Tokenizer(core, _TEMPLATE, (SPECIALS.index("<end>"),), "", "<end>")
+    return Tokenizer(core, _TEMPLATE, (SPECIALS.index("<end>"),), {"eos_token": "<end>"})

@@ -5,13 +5,13 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import tokenizers
 from jax.sharding import Mesh
 
 from ppow_jax.errors import UserError
 from ppow_jax.models.target import TargetConfig, abstract_params
 from ppow_jax.parallel import checkpoint, files, partition
 from ppow_jax.targets.tokenizer import Tokenizer
+from ppow_jax.targets.tokenizer_files import read_core
 
 _MANIFEST, _TOKENIZER, _PARAMS = "target_manifest.json", "tokenizer.json", "params"
 
@@ -21,7 +21,7 @@ def save(directory: pathlib.Path, config: TargetConfig, params: dict, tokens: To
     directory.mkdir(parents=True, exist_ok=True)
     checkpoint.save_params(directory / _PARAMS, jax.tree.map(jnp.asarray, params))
     tokens.core.save(str(directory / _TOKENIZER))
-    kept = {key: getattr(tokens, key) for key in ("template", "stop_ids", "bos", "eos")}
+    kept = {key: getattr(tokens, key) for key in ("template", "stop_ids", "variables")}
     files.write_json(
         directory / _MANIFEST, {"format": 1, "shape": dataclasses.asdict(config), "tokenizer": kept}
     )
@@ -47,9 +47,7 @@ def load(directory: pathlib.Path, dtype: str, mesh: Mesh) -> tuple[TargetConfig,
     like = partition.laid_out(abstract_params(config), mesh)
     params = checkpoint.load_params(directory / _PARAMS, like)
     kept = manifest["tokenizer"]
-    core = tokenizers.Tokenizer.from_file(str(directory / _TOKENIZER))
-    return (
-        config,
-        params,
-        Tokenizer(core, kept["template"], tuple(kept["stop_ids"]), kept["bos"], kept["eos"]),
-    )
+    old = {f"{name}_token": kept[name] for name in ("bos", "eos") if kept.get(name)}  # of an older version
+    core, _ = read_core(directory / _TOKENIZER)
+    tokens = Tokenizer(core, kept["template"], tuple(kept["stop_ids"]), kept.get("variables", old))
+    return config, params, tokens

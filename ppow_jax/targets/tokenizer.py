@@ -1,19 +1,17 @@
-"""Tokenizer and chat template of a target."""
+"""The tokenizer of a target: text to ids and back, and conversations to ids by its chat template."""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-import jinja2.sandbox
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from ppow_jax.errors import UserError
+from ppow_jax.targets.chat import ChatTemplate, Message
 
-# Stands for a response while the text after it is rendered; no letters, which a template may fold.
-_TURN = "\ufffe0\ufffe"
+# Stands for a response while what the template writes behind it is looked for; no letters, which it may fold.
+_RESPONSE = "\ufffe0\ufffe"
 ENDS = ("<|endoftext|>",)  # end a text whatever the files say
 
 
@@ -22,21 +20,33 @@ class Tokenizer:
     """Text to ids and back, and conversations to ids.
 
     Attributes:
-      core: the `tokenizers` object; special tokens in the text are recognised.
+      core: the `tokenizers` object; special tokens in the text are recognised, nothing is cut or padded.
       template: the model's chat template (jinja2).
-      stop_ids: ids that end a turn; the first is the one that the template writes.
-      bos, eos: texts of these tokens, for the template.
+      stop_ids: ids that end a turn; the first is the one that the template writes (`with_stops`).
+      variables: what the template gets beside the conversation: the texts of special tokens as `bos_token`,
+        `eos_token`, ..., where the model has them, and what `config.target.template_variables` says.
+      rows: of the target's embedding; ids beyond them are refused where a text has one. None: not known.
     """
 
     core: tokenizers.Tokenizer
     template: str
     stop_ids: tuple[int, ...]
-    bos: str
-    eos: str
+    variables: Mapping[str, Any]
+    rows: int | None = None
 
     @functools.cached_property
-    def _compiled(self) -> jinja2.Template:
-        return chat_template(self.template)
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(self.template)
+
+    @property
+    def bos(self) -> str:
+        """Text of the token that begins texts; empty: there is none."""
+        return self.variables.get("bos_token", "")
+
+    @property
+    def eos(self) -> str:
+        """Text of the token that ends texts; empty: there is none."""
+        return self.variables.get("eos_token", "")
 
     @property
     def size(self) -> int:
@@ -44,138 +54,107 @@ class Tokenizer:
         return self.core.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, nothing added."""
-        return self.core.encode(text, add_special_tokens=False).ids
+        """Ids of a text, nothing added.
+
+        Raises:
+          UserError: the library refuses the text, or the target's embedding has no row for an id.
+        """
+        try:
+            ids = self.core.encode(text, add_special_tokens=False).ids
+        except Exception as e:  # the library raises nothing more specific
+            raise UserError(f"tokenizer: a text cannot be encoded ({e}): {text[:60]!r}") from e
+        if self.rows is not None and max(ids, default=0) >= self.rows:
+            token = self.core.id_to_token(max(ids))
+            raise UserError(
+                f"tokenizer: a text has the token {token!r} (id {max(ids)}), expected ids below {self.rows}, "
+                "the rows of the target's embedding; take it out of the text"
+            )
+        return ids
+
+    def encode_after(self, text: str) -> list[int]:
+        """Ids of a text that goes on behind another one.
+
+        Tokenizers of some kinds put a blank before the first word of all; it is encoded behind a stop token.
+        """
+        ids = self.encode(self.core.id_to_token(self.stop_ids[0]) + text)
+        return ids[1:] if ids[0] == self.stop_ids[0] else self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens included."""
         return self.core.decode(list(ids), skip_special_tokens=False)
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """The conversation as text, ending where the assistant's next turn begins."""
-        return self._compiled.render(
-            messages=list(messages),
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-            bos_token=self.bos,
-            eos_token=self.eos,
-        )
+    def added(self, before: Sequence[int], ids: Sequence[int], special: bool = True) -> str:
+        """What ids add to the text of those before, with or without special tokens.
 
-    def first_turn(self, user: str) -> list[int]:
-        """Ids up to the start of the response to the first user message."""
-        return self.encode(self.render([{"role": "user", "content": user}]))
-
-    def next_turn(self, user: str) -> list[int]:
-        """Ids between the end of a response and the start of the next one.
-
-        The response's own ids are kept as the target emitted them, never decoded and re-encoded; what is
-        here begins with the end-of-turn token, so the split is at a token boundary.
+        Decoded alone, their bytes may be no characters, and a first blank is lost.
         """
-        messages = [
-            {"role": "user", "content": "x"},
-            {"role": "assistant", "content": _TURN},
-            {"role": "user", "content": user},
-        ]
-        _, found, after = self.render(messages).partition(_TURN)
-        if not found:
-            raise UserError("chat template: it leaves out what the assistant said before, expected all turns")
-        ids = self.encode(after)
-        return ids[next((at for at, i in enumerate(ids) if i in self.stop_ids), 0) :]
+        decode = functools.partial(self.core.decode, skip_special_tokens=not special)
+        known = decode(list(before)).rstrip("\ufffd")
+        return decode([*before, *ids])[len(known) :] if ids else ""
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The conversation as text, ending where the assistant's next turn begins, if so wanted.
+
+        Raises:
+          UserError: whatever goes wrong in the template.
+        """
+        return self._chat.render(messages, self.variables, add_generation_prompt)
+
+    def first_turn(self, user: str, system: str = "") -> list[int]:
+        """Ids up to the start of the response to the first user message; errors as of `encode`, `render`."""
+        return self.encode(self.render(first_messages(user, system)))
+
+    def written(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
+        """Of a conversation that ends with a response: the text before it, and the response's ids.
+
+        The response is what the template marks by `{% generation %}`, or what it adds to the conversation
+        without the response. The token that ends the turn belongs to it.
+
+        Raises:
+          UserError: the template does not tell where the response begins, or goes wrong.
+        """
+        text, end = self.render(messages, add_generation_prompt=False), None
+        marked = self._chat.spans(messages, self.variables)
+        before = self.render(messages[:-1])
+        if marked:
+            start, end = marked[-1]
+        elif text.startswith(before):
+            start = len(before)
+        else:
+            raise UserError(
+                "chat template: with the response, the text before it is another than without; expected the "
+                "same, or {% generation %} around the response; set respond.keep_answers=False"
+            )
+        ids, rest = self.encode_after(text[start:end]), self.encode_after(text[end:] if end else "")
+        stop = next((at for at, i in enumerate(ids) if i in self.stop_ids), None)
+        if stop is not None:
+            ids = ids[: stop + 1]
+        elif rest and rest[0] in self.stop_ids:
+            ids += rest[:1]
+        return text[:start], ids
 
 
-def _refuse(message: str) -> None:
-    raise UserError(f"chat template: {message}")
-
-
-def chat_template(source: str) -> jinja2.Template:
-    """Compiles a chat template in jinja2's sandbox, with the settings that model authors assume.
-
-    Raises:
-      UserError: it is no template.
-    """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _refuse
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as e:
-        raise UserError(f"chat template: line {e.lineno}: {e.message}") from e
-
-
-_CONTROL, _ADDED = 3, 4  # kinds of tokens in GGUF files
-_WORDS = (  # of llama 3 and, with another number of digits at once, of Qwen2
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _words(digits: str) -> list[pre_tokenizers.PreTokenizer]:
-    expression = tokenizers.Regex(_WORDS % digits)
-    return [
-        pre_tokenizers.Split(expression, "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-
-
-_BYTES = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-_PRE = {  # tokenizer.ggml.pre -> how text is split before merges
-    "gpt-2": _BYTES,
-    "smollm": [pre_tokenizers.Digits(individual_digits=True), *_BYTES],
-    "llama-bpe": _words("{1,3}"),
-    "qwen2": _words(""),
-}
-
-
-def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
-    """Rebuilds a byte-level BPE tokenizer from GGUF metadata.
-
-    Raises:
-      UserError: a tokenizer or pre-tokenizer of another kind, or no chat template.
-    """
-    get = lambda key: metadata.get(f"tokenizer.ggml.{key}")  # noqa: E731
-    if get("model") != "gpt2" or get("pre") not in _PRE:
-        raise UserError(
-            f"GGUF tokenizer {get('model')!r} with pre-tokenizer {get('pre')!r} is not supported; expected "
-            f"'gpt2' with one of {', '.join(_PRE)}; the model's Hugging Face directory has its tokenizer.json"
-        )
-    if "tokenizer.chat_template" not in metadata:
-        raise UserError("the GGUF file has no chat template; use an instruct model")
-    tokens = get("tokens")
-    merges = [tuple(pair.split(" ")) for pair in get("merges")]
-    core = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={t: i for i, t in enumerate(tokens)},
-            merges=merges,
-            fuse_unk=False,
-            ignore_merges=get("pre") == "llama-bpe",
-        )
-    )
-    core.pre_tokenizer = pre_tokenizers.Sequence(_PRE[get("pre")])
-    core.decoder = decoders.ByteLevel()
-    control = [t for t, kind in zip(tokens, get("token_type"), strict=True) if kind in (_CONTROL, _ADDED)]
-    core.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in control])
-    written = [get("eos_token_id"), get("eot_token_id"), *_ends(tokens)]
-    return with_stops(
-        Tokenizer(
-            core=core,
-            template=metadata["tokenizer.chat_template"],
-            stop_ids=tuple(dict.fromkeys(i for i in written if i is not None)),
-            bos="" if get("bos_token_id") is None else tokens[get("bos_token_id")],
-            eos=tokens[get("eos_token_id")],
-        )
-    )
+def first_messages(user: str, system: str = "") -> list[Message]:
+    """A conversation of one question."""
+    said = [{"role": "system", "content": system}] if system else []
+    return [*said, {"role": "user", "content": user}]
 
 
 def with_stops(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with that stop id first which its template writes behind a response."""
-    first = next(iter(tokenizer.next_turn("?")), None)
-    return dataclasses.replace(
-        tokenizer, stop_ids=tuple(sorted(tokenizer.stop_ids, key=lambda i: i != first))
-    )
+    """The tokenizer with that stop id first which its template writes behind a response.
 
-
-def _ends(tokens: Sequence[str]) -> list[int]:
-    """Tokens that end a text whatever the metadata says."""
-    return [i for i, t in enumerate(tokens) if t in ENDS]
+    Raises:
+      UserError: the template cannot render a single question.
+    """
+    question, response = first_messages("x"), {"role": "assistant", "content": _RESPONSE}
+    tokenizer.render(question)
+    for messages in ([*question, response, *question], [*question, response]):
+        try:
+            _, found, after = tokenizer.render(messages, len(messages) > 2).partition(_RESPONSE)
+        except UserError:  # it may refuse conversations like this one, and then says so of those of the user
+            continue
+        first = next((i for i in tokenizer.encode(after) if i in tokenizer.stop_ids), None)
+        if found and first is not None:
+            stops = sorted(tokenizer.stop_ids, key=lambda i: i != first)
+            return dataclasses.replace(tokenizer, stop_ids=tuple(stops))
+    return tokenizer

@@ -37,9 +37,9 @@ def acceptance(
     Returns:
       A function of the state: for `holdout` and `train`, `_tau` (greedy chain, by exact simulation) and
       `_sampled` (mean accepted length of windows sampled at temperature 1, in expectation). It measures
-      nothing if there are no held-out texts, or if they were not written at temperature 0.
+      nothing if there are no held-out texts, or if they are not the target's own, written at temperature 0.
     """
-    if not len(corpus.held) or experiment.settings.respond.temperature > 0:
+    if not len(corpus.held) or not experiment.settings.respond.greedy:
         return lambda state: {}
     held, trained = len(corpus.held), texts.spread(len(corpus.train), len(corpus.held))
     samples = {"holdout": (corpus.held, range(held)), "train": (corpus.train, trained)}

@@ -8,13 +8,13 @@ import runs
 from ppow_jax.data import conversations
 from ppow_jax.data.conversations import import_responses, read_responses
 from ppow_jax.errors import UserError
-from ppow_jax.targets import tokenizer
+from ppow_jax.targets.tokenizer_gguf import from_gguf
 
 A, B, AB, END = range(4)  # the text ab is the one token AB
 TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<end>{% endif %}{% endfor %}"
 )
-TOKENIZER = tokenizer.from_gguf(
+TOKENIZER = from_gguf(
     {
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": ["a", "b", "ab", "<end>"], "tokenizer.ggml.merges": ["a b"],
@@ -124,7 +124,7 @@ def test_a_row_that_the_chat_template_refuses_is_named(path):
     template = "{% if messages[0]['content'] == 'b' %}{{ raise_exception('no b') }}{% endif %}x"
     strict = dataclasses.replace(TOKENIZER, template=template)
     runs.write_jsonl(path, [{"turns": [x], "response_ids": [[A]]} for x in "ab"])
-    with pytest.raises(UserError, match=rf"^{path}:2: chat template: no b$"):
+    with pytest.raises(UserError, match=rf"^{path}:2: prompt 'respond.responses/2': chat template: line 1: no b$"):
         import_responses(str(path), strict, 4)
 
 

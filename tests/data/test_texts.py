@@ -14,9 +14,13 @@ from ppow_jax.models import target_outputs
 from ppow_jax.parallel.checkpoint import Checkpoints
 from ppow_jax.stages import features, train
 
+NUMBERS = itertools.count()
 
-def record(tokens: list[int], assistant: list[int]) -> dict:
-    return {"tokens": np.array(tokens, np.int32), "assistant": np.array(assistant, np.uint8)}
+
+def record(tokens: list[int], assistant: list[int], prompt: str | None = None) -> dict:
+    """Of a prompt of its own, or of the one named."""
+    written = {"tokens": np.array(tokens, np.int32), "assistant": np.array(assistant, np.uint8)}
+    return {"id": prompt or str(next(NUMBERS))} | written
 
 
 def written(count: int) -> list[dict]:
@@ -61,6 +65,13 @@ def test_split_says_what_it_leaves_out_or_cuts(caplog):
         "data: of 5 responses 1 are longer than data.length 6 and cut; 2 without two written tokens in it "
         "are left out"
     ]
+
+
+def test_texts_that_repeat_a_held_out_one_are_not_trained_on():
+    rows = written(6)
+    rows[1:3] = [record([i, 1, 2, 3, 4], [0, 0, 0, 1, 1], "two turns") for i in (1, 2)]
+    assert texts.split(rows, 6, 1) == ([1, 2, 3, 4, 5], [0])
+    assert texts.split(rows, 6, 3) == ([3, 5], [0, 2, 4])  # 1 is the first turn of 2
 
 
 def test_draft_vocabulary_by_hand():

@@ -15,7 +15,8 @@ from ppow_jax.decode.ngrams import Lookahead, Lookup
 from ppow_jax.decode.sampling import Sampling, log_probs
 from ppow_jax.decode.session import Session
 from ppow_jax.drafters.eagle3 import Drafter, drafter_config, init_params, weights_of
-from ppow_jax.targets import tokenizer
+from ppow_jax.targets.tokenizer import Tokenizer
+from ppow_jax.targets.tokenizer_gguf import from_gguf
 
 pytestmark = pytest.mark.slow
 ROWS, TOP, COUNT = 768, 3, 3
@@ -23,8 +24,8 @@ NEVER = (-1,)
 
 
 @pytest.fixture(scope="module")
-def text(smollm2) -> tokenizer.Tokenizer:
-    return tokenizer.from_gguf(smollm2.metadata)
+def text(smollm2) -> Tokenizer:
+    return from_gguf(smollm2.metadata)
 
 
 def beginner(smollm2, vocab: list[int]):

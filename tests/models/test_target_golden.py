@@ -15,11 +15,15 @@ import numpy as np
 import pytest
 import small
 
+from ppow_jax.data.conversations import Conversation
+from ppow_jax.data.prompt import Prompt
 from ppow_jax.decode.loop import DecodeConfig, decode
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.cache import KeyValues
 from ppow_jax.models.target import Target, TargetOutput
-from ppow_jax.targets import gguf, tokenizer
+from ppow_jax.targets import gguf
+from ppow_jax.targets.tokenizer import with_stops
+from ppow_jax.targets.tokenizer_gguf import from_gguf
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden/smollm2.json").read_text("utf-8"))
 CASES = GOLDEN["cases"]
@@ -98,19 +102,21 @@ def logit_error(logits_NxV: np.ndarray, values: list[dict]) -> float:
 
 
 def test_token_ids_equal_the_reference(loaded):
-    text = tokenizer.from_gguf(loaded.metadata)
+    text = from_gguf(loaded.metadata)
     assert [text.first_turn(case["text"]) for case in CASES] == PROMPTS
 
 
 @pytest.mark.parametrize("case", GOLDEN["conversations"], ids=lambda c: repr(c["texts"][-1][:24]))
 def test_ids_of_conversations_equal_the_reference(loaded, case):
     """Odd characters and several turns, built turn by turn as the stages do and rendered as a whole."""
-    text = tokenizer.from_gguf(loaded.metadata)
-    first, *later = case["texts"]
-    ids = text.first_turn(first)
-    for answer, user in zip(later[::2], later[1::2], strict=True):
-        ids = ids + text.encode(answer) + text.next_turn(user)
-    assert ids == case["ids"]
+    text = with_stops(from_gguf(loaded.metadata))
+    questions, answers = case["texts"][::2], case["texts"][1::2]
+    talk = Conversation(Prompt("", "", tuple(questions)))
+    for turn, answer in enumerate([*answers, None]):
+        talk.ask(talk.question(text, turn))
+        if answer is not None:
+            talk.answer([*text.encode(answer), text.stop_ids[0]])
+    assert [t.tokens for t in talk.texts] == [case["ids"]]
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": t} for i, t in enumerate(case["texts"])]
     assert text.encode(text.render(messages)) == case["ids"]

@@ -158,12 +158,17 @@ def show(report: dict[str, Any]) -> bool:
 
 def our_ids(text: Any, texts: Sequence[str]) -> tuple[list[int], list[int]]:
     """Our ids of a conversation: turn by turn, as stages build it, and rendered as a whole."""
+    from ppow_jax.data.conversations import Conversation
+    from ppow_jax.data.prompt import Prompt
+
     roles = ("user", "assistant")
-    ids = text.first_turn(texts[0])
-    for answer, user in zip(texts[1::2], texts[2::2], strict=True):
-        ids = ids + text.encode(answer) + text.next_turn(user)
+    talk = Conversation(Prompt("", "", tuple(texts[::2])))
+    for turn, answer in enumerate([*texts[1::2], None]):
+        talk.ask(talk.question(text, turn))
+        if answer is not None:
+            talk.answer([*text.encode(answer), text.stop_ids[0]])
     messages = [{"role": roles[i % 2], "content": t} for i, t in enumerate(texts)]
-    return ids, text.encode(text.render(messages))
+    return talk.tokens, text.encode(text.render(messages))
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -171,7 +176,9 @@ def compare(args: argparse.Namespace) -> int:
     import jax
 
     from ppow_jax.models.target import Target
-    from ppow_jax.targets import gguf, tokenizer
+    from ppow_jax.targets import gguf
+    from ppow_jax.targets.tokenizer import with_stops
+    from ppow_jax.targets.tokenizer_gguf import from_gguf
 
     if args.report:
         args.report.unlink(missing_ok=True)  # so that no older one is taken for this run's
@@ -184,7 +191,7 @@ def compare(args: argparse.Namespace) -> int:
     if config.taps != TAPS:
         print(f"taps {config.taps}, but the reference has {TAPS}", file=sys.stderr)
         return 1
-    target, text, params = Target(config), tokenizer.from_gguf(metadata), jax.device_put(params)
+    target, text, params = Target(config), with_stops(from_gguf(metadata)), jax.device_put(params)
     prompts = [meta["prompts"][c["prompt"]][2] for c in meta["continuations"]]
     continuations = [c["ids"] for c in meta["continuations"]]
     whole = [p + c for p, c in zip(prompts, continuations, strict=True)]

@@ -179,8 +179,8 @@ def test_features_are_kept_turn_by_turn_and_belong_to_their_texts(experiment):
     for held in respond.converse(experiment, prompts, 4, 4, 0.0, jax.random.key(0), "float32"):
         want = np.eye(32)[held.tokens] * np.sqrt(32)
         want[-1] = 0.0  # never read
-        np.testing.assert_allclose(held.features["hidden"], want, atol=1e-4)
-        np.testing.assert_allclose(held.features["taps"], np.tile(want, 3), atol=1e-4)
+        np.testing.assert_allclose(held.texts[-1].features["hidden"], want, atol=1e-4)
+        np.testing.assert_allclose(held.texts[-1].features["taps"], np.tile(want, 3), atol=1e-4)
 
 
 def test_an_answer_ends_at_the_stop_id_which_is_not_said_twice(experiment):
@@ -267,7 +267,7 @@ def test_prompts_of_which_none_has_room(experiment, context, length, message):
 def test_a_prompt_that_the_chat_template_refuses_is_named(experiment):
     template = "{% if messages[0]['content'] == 'b' %}{{ raise_exception('no b') }}{% endif %}x"
     strict = dataclasses.replace(experiment.tokenizer, template=template)
-    with pytest.raises(UserError, match=r"^prompt 'p/2': chat template: no b$"):
+    with pytest.raises(UserError, match=r"^prompt 'p/2': chat template: line 1: no b$"):
         respond_to(
             dataclasses.replace(experiment, tokenizer=strict), 512, [{"turns": ["a"]}, {"turns": ["b"]}]
         )

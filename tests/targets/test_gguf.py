@@ -12,7 +12,7 @@ from golden_families import GOLDEN, load, parity, write
 
 from ppow_jax.errors import UserError
 from ppow_jax.models import rotary
-from ppow_jax.targets import gguf, tokenizer
+from ppow_jax.targets import gguf
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -206,39 +206,3 @@ def test_files_of_other_models(tmp_path):
     file = write_gguf(tmp_path / "b.gguf", "llama2", model_type="mamba")
     with pytest.raises(UserError, match=r"b.gguf.*'mamba' is not supported.*llama, qwen2, qwen3, gemma3"):
         gguf.load(str(file), "float32")
-
-
-def tokenizer_of(pre: str) -> tokenizer.Tokenizer:
-    """One token a byte, 1 and 2 as one, and two that end a turn."""
-    letters = [*"12?ab!ĠĊ'", "12", "<end>", "<eot>"]
-    return tokenizer.from_gguf(
-        {
-            "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": pre,
-            "tokenizer.ggml.tokens": letters,
-            "tokenizer.ggml.merges": ["1 2"],
-            "tokenizer.ggml.token_type": [1] * 10 + [3, 4],
-            "tokenizer.ggml.eos_token_id": 10,
-            "tokenizer.ggml.eot_token_id": 11,
-            "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}<eot>{% endfor %}",
-        }
-    )
-
-
-def test_how_text_is_split_before_merges():
-    pieces = lambda pre, text: [  # noqa: E731
-        piece for piece, _ in tokenizer_of(pre).core.pre_tokenizer.pre_tokenize_str(text)
-    ]
-    assert pieces("gpt-2", "ab 1212!") == ["ab", "Ġ1212", "!"]
-    assert pieces("smollm", "ab 1212!") == ["ab", "Ġ", "1", "2", "1", "2", "!"]
-    assert pieces("llama-bpe", "ab 1212!") == ["ab", "Ġ", "121", "2", "!"]
-    assert pieces("qwen2", "ab 1212!") == ["ab", "Ġ", "1", "2", "1", "2", "!"]
-    assert pieces("llama-bpe", "!ab'Sa ?\n\n b") == ["!ab", "'S", "a", "Ġ?ĊĊ", "Ġb"]
-    with pytest.raises(UserError, match=r"'tekken' is not supported.*llama-bpe.*tokenizer.json"):
-        tokenizer_of("tekken")
-
-
-def test_stops_of_a_file_the_one_that_its_template_writes_first():
-    found = tokenizer_of("qwen2")
-    assert found.stop_ids == (11, 10) and found.bos == "" and found.eos == "<end>"
-    assert found.first_turn("12") == [0, 1, 11] and tokenizer_of("llama-bpe").first_turn("12") == [9, 11]

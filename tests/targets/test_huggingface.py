@@ -82,8 +82,6 @@ def test_the_tokenizer_of_a_directory(directory):
     tokens = target(str(directory))[2]
     assert tokens.stop_ids == (69, 67)  # the one that the template writes comes first
     assert tokens.decode(tokens.first_turn("!")) == "<|begin|><|start|>USER\n! <|end|>\n<|start|>ASSISTANT\n"
-    after = tokens.next_turn("!")  # the blank before the end of the turn was the template's, not the target's
-    assert tokens.decode(after) == "<|end|>\n<|start|>USER\n! <|end|>\n<|start|>ASSISTANT\n"
     assert tokens.size == 70
     (directory / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.content }}<|eot|>{% endfor %}"
@@ -92,11 +90,6 @@ def test_the_tokenizer_of_a_directory(directory):
     write_tokenizer(directory, [{"name": "tools", "template": "x"}, {"name": "default", "template": CHATML}])
     (directory / "chat_template.jinja").unlink()
     assert target(str(directory))[2].first_turn("!") == tokens.first_turn("!")
-
-
-def test_a_template_that_forgets(directory):
-    (directory / "chat_template.jinja").write_text("{{ messages[-1].content }}")
-    refused(directory, "chat template", "all turns")
 
 
 def test_a_part_of_a_tensor_is_read_some_rows_at_a_time(monkeypatch):
@@ -159,10 +152,19 @@ def test_an_architecture_that_is_not_supported(directory):
 
 
 def test_a_tokenizer_of_another_model_or_none(directory):
-    write_tokenizer(directory, extra=27)
-    refused(directory, "97 ids", "at most 96")
     write_tokenizer(directory, chat_template=None)
     refused(directory, "chat_template.jinja")
+    write_tokenizer(directory, extra=27)  # <26> has the id 96, of no row: a token for padding, say
+    text = target(str(directory))[2]
+    assert text.encode("<25>A") == [95, 32]
+    with pytest.raises(UserError, match=r"the token '<26>' \(id 96\), expected ids below 96"):
+        text.first_turn("A<26>")
+    saved = json.loads((directory / "tokenizer.json").read_text())
+    saved["model"]["vocab"] |= {f"word{i}": 66 + i for i in range(31)}
+    saved["added_tokens"] = [token | {"id": token["id"] + 31} for token in saved["added_tokens"]]
+    (directory / "tokenizer.json").write_text(json.dumps(saved))
+    (directory / "generation_config.json").unlink()
+    refused(directory, "the id 96", "below 96", "of two models")
     (directory / "tokenizer.json").write_text("{}")
     refused(directory, "tokenizer.json", "no readable tokenizer")
 

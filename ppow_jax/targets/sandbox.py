@@ -1,0 +1,145 @@
+"""jinja2's sandbox as chat templates know it from transformers, with an end to loops and to growth."""
+
+import datetime
+import json
+import time
+from collections.abc import Sized
+from typing import Any, ClassVar
+
+import jinja2
+from jinja2 import nodes, sandbox
+from jinja2.ext import Extension
+from jinja2.visitor import NodeTransformer
+
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # stand around what the assistant says, where that is asked for; no letters
+_LARGEST = 10**7  # characters of a text, items of a list
+_SECONDS = 2.0  # of computation; a conversation takes milliseconds
+
+
+class Sandbox(sandbox.ImmutableSandboxedEnvironment):
+    """The environment of `transformers.utils.chat_template_utils`.
+
+    Blocks are trimmed; there are `raise_exception`, `strftime_now`, `break` and `continue`, a `tojson` that
+    keeps all characters, and `{% generation %}` around what the assistant says. jinja2 itself limits `range`;
+    here loops and calls end after some seconds, and texts, lists and numbers at some length.
+    """
+
+    intercepted_binops = frozenset(["+", "*", "**"])
+
+    def __init__(self) -> None:
+        extensions = [_Generation, "jinja2.ext.loopcontrols"]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self._shown)
+        self.filters["tojson"] = _tojson
+        self.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
+        self.marking = self.has_generation = False
+        self._end = self._room = 0.0
+
+    def compiled(self, source: str) -> jinja2.Template:
+        """A template whose loops and joined texts are watched."""
+        return self.from_string(_Watched().visit(self.parse(source)))
+
+    def begin(self, marking: bool) -> None:
+        """Counts from now on; with `marking`, `OPEN` and `CLOSE` stand around what the assistant says."""
+        self._end, self._room, self.marking = time.thread_time() + _SECONDS, _LARGEST, marking
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Every call in a template, and every turn of a loop."""
+        if time.thread_time() > self._end:
+            raise sandbox.SecurityError(f"it computes for more than {_SECONDS:g} seconds")
+        return super().call(context, function, *args, **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """`+`, `*` and `**` where the result is not too large."""
+        _require(_grown(operator, left, right))
+        return super().call_binop(context, operator, left, right)
+
+    def turn(self) -> None:
+        """Is called at every turn of a loop."""
+
+    def joined(self, *parts: Any) -> str:
+        """`~`."""
+        texts = [str(part) for part in parts]
+        _require(sum(map(len, texts)))
+        return "".join(texts)
+
+    def _shown(self, value: Any) -> Any:
+        """Every `{{ value }}`."""
+        self._room -= len(value) if isinstance(value, str) else 0
+        _require(0 if self._room > 0 else _LARGEST + 1)
+        return value
+
+
+class _Watched(NodeTransformer):
+    """Calls methods of the environment in every loop and for every `~`."""
+
+    def visit_For(self, node: nodes.For) -> nodes.For:
+        self.generic_visit(node)
+        turn = nodes.Call(nodes.EnvironmentAttribute("turn"), [], [], None, None)
+        node.body.insert(0, nodes.ExprStmt(turn, lineno=node.lineno))
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
+        self.generic_visit(node)
+        joined = nodes.EnvironmentAttribute("joined")
+        return nodes.Call(joined, node.nodes, [], None, None, lineno=node.lineno)
+
+
+class _Generation(Extension):
+    """`{% generation %}` ... `{% endgeneration %}`: the block as it is, marked if the environment says so."""
+
+    tags: ClassVar = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        """The tag's block as the body of a call."""
+        self.environment.has_generation = True
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_block"), [], [], body).set_lineno(line)
+
+    def _block(self, caller: Any) -> str:
+        text = caller()
+        return OPEN + text + CLOSE if self.environment.marking else text
+
+
+def _grown(operator: str, left: Any, right: Any) -> int:
+    """The size of a result."""
+    if operator == "+":
+        return _size(left) + _size(right)
+    if isinstance(left, Sized) or isinstance(right, Sized):
+        size, times = (_size(left), right) if isinstance(left, Sized) else (_size(right), left)
+        return size * times if isinstance(times, int) else 0
+    if operator == "**":
+        return _size(left) * right if isinstance(right, int) else 0
+    return _size(left) + _size(right)
+
+
+def _size(value: Any) -> int:
+    """Of a text, a list, or a number, whose bits count a hundred times: to multiply them takes long."""
+    if isinstance(value, Sized):
+        return len(value)
+    return 100 * value.bit_length() if isinstance(value, int) else 0
+
+
+def _require(size: int) -> None:
+    if size > _LARGEST:
+        raise sandbox.SecurityError(f"it makes a text, list or number of more than {_LARGEST} characters")
+
+
+def _raise(message: Any) -> None:
+    raise jinja2.TemplateError(str(message))
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
