@@ -87,12 +87,12 @@ def read_responses(path: str, key: str, warn: bool = True) -> list[Answered]:
     Args:
       path: of the file.
       key: the config key that it came from, for messages.
-      warn: whether the log says which rows are left out.
+      warn: whether the log says which rows are left out, and how many turns have no response.
 
     Raises:
       UserError: no rows, or a malformed one.
     """
-    found = []
+    found, unanswered = [], 0
     for row, prompt in of_rows(rows.read(path, key), key, path, warn):
         responses, finished = row.values.get("response_ids"), row.values.get("finished")
         listed = isinstance(responses, list) and responses
@@ -115,9 +115,12 @@ def read_responses(path: str, key: str, warn: bool = True) -> list[Answered]:
                 f"{row.place}: found {reprlib.repr(finished)} as 'finished', expected true or false for each "
                 "list in 'response_ids': whether the end-of-turn token followed"
             )
+        unanswered += len(prompt.turns) - len(responses)
         found.append(Answered(row.place, prompt, responses, finished or [None] * len(responses)))
     if not found:
         raise UserError(f"{key}: {path!r} holds no responses; expected at least one")
+    if unanswered and warn:
+        log.warning("%s: %d turns have no list in 'response_ids'; they are dropped", path, unanswered)
     return found
 
 
@@ -131,10 +134,9 @@ def import_responses(path: str, tokenizer: Tokenizer, vocab_size: int) -> list[C
       UserError: as `read_responses`; ids outside the vocabulary, an end-of-turn token within an answer or
         behind one that was not finished, or ids of another tokenizer.
     """
-    conversations, unanswered = [], 0
+    conversations = []
     for place, prompt, responses, finished in read_responses(path, "respond.responses", warn=False):
         conversation = Conversation(prompt)
-        unanswered += len(prompt.turns) - len(responses)
         for turn, (ids, ended) in enumerate(zip(responses, finished, strict=True)):
             wrong = next((i for i in ids if i >= vocab_size), None)
             if wrong is not None:
@@ -156,8 +158,6 @@ def import_responses(path: str, tokenizer: Tokenizer, vocab_size: int) -> list[C
             conversation.answer(ids + [tokenizer.stop_ids[0]] * (not stops and ended is not False))
         conversations.append(conversation)
     _check_tokenizer(path, conversations, tokenizer)
-    if unanswered:
-        log.info("respond: %d turns in %s have no answer there; they are dropped", unanswered, path)
     return conversations
 
 

@@ -33,63 +33,6 @@ _BUCKET = 8  # prompts are padded to a multiple of this, so that few shapes are 
 LEFT_OUT = "responses.json"  # in the workdir: what was left out or cut
 
 
-def check(settings: Settings) -> None:
-    """Something to answer or to take over, in files that can be read.
-
-    Raises:
-      UserError: there is nothing, or a file is malformed.
-    """
-    prompts, responses = settings.respond.prompts, settings.respond.responses
-    if not parse(prompts, "respond.prompts") and not responses:
-        raise ConfigError(f"config.respond.prompts: found {prompts!r}, expected NAME=SOURCE pairs")
-    load(prompts, "respond.prompts")
-    if responses:
-        read_responses(responses, "respond.responses")
-
-
-def run(experiment: Experiment) -> None:
-    """Writes `responses/`: imported conversations first, then answers to the prompts.
-
-    `responses.json` says what was left out or cut.
-    """
-    settings, data = experiment.settings.respond, experiment.settings.data
-    directory, target = experiment.workdir / "responses", experiment.target.config
-    imported = []
-    if settings.responses:
-        imported = import_responses(settings.responses, experiment.tokenizer, target.vocab_size)
-    answered = {c.prompt.id for c in imported}
-    loaded = load(settings.prompts, "respond.prompts", warn=False)
-    unanswered = [p for source in loaded.values() for p in source if p.id not in answered]
-    if not imported and not unanswered:
-        raise UserError("respond: neither respond.prompts nor respond.responses gives any text")
-    longest = data.length - 2  # a text without two written tokens teaches nothing
-    selection = select(experiment, unanswered, settings.max_new_tokens, longest)
-    if not imported and not selection.prompts:
-        raise selection.refusal("respond.prompts")
-    shortened = cut(imported, target.context)
-    if shortened:
-        log.info("respond: %d texts of %s are cut to the %d tokens of the target's context",
-                 shortened, settings.responses, target.context)  # fmt: skip
-    chunks = [imported[i : i + _IMPORT_ROWS] for i in range(0, len(imported), _IMPORT_ROWS)]
-    done = set(records.shards(directory))
-    for i, chunk in enumerate(chunks):
-        if f"import-{i:05}" not in done:
-            records.write_shard(directory, f"import-{i:05}", (c.record() for c in chunk))
-    if imported:
-        log.info("respond: %d conversations taken from %s", len(imported), settings.responses)
-    left_out = write(
-        experiment,
-        selection,
-        directory,
-        settings.max_new_tokens,
-        settings.temperature,
-        settings.batch_size,
-        kept=features.directory(experiment) if data.cache_features else None,
-        feature_dtype=data.feature_dtype,
-    )
-    files.write_json(experiment.workdir / LEFT_OUT, left_out | {"imported_cut": shortened})
-
-
 class Selection(NamedTuple):
     """Which prompts there is room for.
 
@@ -112,6 +55,78 @@ class Selection(NamedTuple):
     def refusal(self, key: str) -> UserError:
         """The error that nothing is left."""
         return UserError(f"{key}: all {len(self.lengths)} prompts are left out: {self.said()}")
+
+
+def check(settings: Settings) -> None:
+    """Something to answer or to take over, in files that can be read.
+
+    Raises:
+      UserError: there is nothing, or a file is malformed.
+    """
+    prompts, responses = settings.respond.prompts, settings.respond.responses
+    if not parse(prompts, "respond.prompts") and not responses:
+        raise ConfigError(f"config.respond.prompts: found {prompts!r}, expected NAME=SOURCE pairs")
+    load(prompts, "respond.prompts")
+    if responses:
+        read_responses(responses, "respond.responses")
+
+
+def check_target(experiment: Experiment) -> None:
+    """Responses of this target, and prompts that it has room for.
+
+    Raises:
+      UserError: responses of another target, or no prompt that is short enough.
+    """
+    _inputs(experiment)
+
+
+def _inputs(experiment: Experiment) -> tuple[list[Conversation], Selection]:
+    """What is taken over, and what is left to answer."""
+    settings = experiment.settings.respond
+    imported = []
+    if settings.responses:
+        vocab = experiment.target.config.vocab_size
+        imported = import_responses(settings.responses, experiment.tokenizer, vocab)
+    answered = {c.prompt.id for c in imported}
+    loaded = load(settings.prompts, "respond.prompts", warn=False)
+    unanswered = [p for source in loaded.values() for p in source if p.id not in answered]
+    longest = experiment.settings.data.length - 2  # a text without two written tokens teaches nothing
+    selection = select(experiment, unanswered, settings.max_new_tokens, longest)
+    if not imported and not selection.prompts:
+        raise selection.refusal("respond.prompts")
+    return imported, selection
+
+
+def run(experiment: Experiment) -> None:
+    """Writes `responses/`: imported conversations first, then answers to the prompts.
+
+    `responses.json` says what was left out or cut.
+    """
+    settings, data = experiment.settings.respond, experiment.settings.data
+    directory, target = experiment.workdir / "responses", experiment.target.config
+    imported, selection = _inputs(experiment)
+    shortened = cut(imported, target.context)
+    if shortened:
+        log.info("respond: %d texts of %s are cut to the %d tokens of the target's context",
+                 shortened, settings.responses, target.context)  # fmt: skip
+    chunks = [imported[i : i + _IMPORT_ROWS] for i in range(0, len(imported), _IMPORT_ROWS)]
+    done = set(records.shards(directory))
+    for i, chunk in enumerate(chunks):
+        if f"import-{i:05}" not in done:
+            records.write_shard(directory, f"import-{i:05}", (c.record() for c in chunk))
+    if imported:
+        log.info("respond: %d conversations taken from %s", len(imported), settings.responses)
+    left_out = write(
+        experiment,
+        selection,
+        directory,
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.batch_size,
+        kept=features.directory(experiment) if data.cache_features else None,
+        feature_dtype=data.feature_dtype,
+    )
+    files.write_json(experiment.workdir / LEFT_OUT, left_out | {"imported_cut": shortened})
 
 
 def select(
