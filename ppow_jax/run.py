@@ -84,7 +84,7 @@ def check_target(made: Experiment, todo: list[str]) -> None:
     Raises:
       UserError: a stage of the run could not be done.
     """
-    for name, stage in (("train", train), ("evaluate", evaluate), ("export", export)):
+    for name, stage in _STAGES.items():
         if any(_stage(unit) == name for unit in todo):
             stage.check_target(made)
 

@@ -346,3 +346,4 @@ def test_responses_with_ids_out_of_range_end_the_command(tmp_path):
     )
     assert "r.jsonl:1: found the token id 49000, expected ids below 31" in complaint(done, 1)
     assert not (tmp_path / "w" / "responses").exists()
+    assert not (tmp_path / "w" / "stages.json").exists()  # so that other responses may take their place

@@ -82,6 +82,11 @@ class Conversation:
         """Of the last text."""
         return self.texts[-1].assistant
 
+    @property
+    def answered(self) -> int:
+        """Turns that have an answer."""
+        return len(self._answers)
+
     def check(self, tokenizer: Tokenizer) -> None:
         """Renders all turns, with some answers, before any is asked.
 
@@ -116,8 +121,8 @@ class Conversation:
         self.assistant.extend([True] * len(ids))
         self._answers.append(_Answer(self.texts[-1], start, len(self.tokens), content))
 
-    def take(self, tokenizer: Tokenizer, longest: int) -> int:
-        """Appends the answers that the prompt itself has, and returns how many.
+    def take(self, tokenizer: Tokenizer, longest: int) -> None:
+        """Appends the answers that the prompt itself has.
 
         It stops before a text of more than `longest` tokens.
 
@@ -130,10 +135,9 @@ class Conversation:
                 before, ids = tokenizer.written([*messages, {"role": "assistant", "content": answer}])
                 question = self._next(tokenizer, before)
             if question.length + len(ids) > longest:
-                return turn
+                return
             self.ask(question)
             self.answer(ids, answer)
-        return len(self.prompt.answers)
 
     def records(self) -> list[dict[str, Any]]:
         """The form in which conversations are stored: the texts, all under the id of the prompt."""
@@ -213,12 +217,12 @@ def read_responses(path: str, key: str, warn: bool = True) -> list[Answered]:
     Args:
       path: of the file.
       key: the config key that it came from, for messages.
-      warn: whether the log says which rows are left out.
+      warn: whether the log says which rows are left out, and how many turns have no response.
 
     Raises:
       UserError: no rows, or a malformed one.
     """
-    found = []
+    found, unanswered = [], 0
     for row, prompt in of_rows(rows.read(path, key), key, path, warn):
         responses, finished = row.values.get("response_ids"), row.values.get("finished")
         listed = isinstance(responses, list) and responses
@@ -241,9 +245,12 @@ def read_responses(path: str, key: str, warn: bool = True) -> list[Answered]:
                 f"{row.place}: found {reprlib.repr(finished)} as 'finished', expected true or false for each "
                 "list in 'response_ids': whether the end-of-turn token followed"
             )
+        unanswered += len(prompt.turns) - len(responses)
         found.append(Answered(row.place, prompt, responses, finished or [None] * len(responses)))
     if not found:
         raise UserError(f"{key}: {path!r} holds no responses; expected at least one")
+    if unanswered and warn:
+        log.warning("%s: %d turns have no list in 'response_ids'; they are dropped", path, unanswered)
     return found
 
 
@@ -257,10 +264,9 @@ def import_responses(path: str, tokenizer: Tokenizer, vocab_size: int) -> list[C
       UserError: as `read_responses`; ids outside the vocabulary, an end-of-turn token within an answer or
         behind one that was not finished, or ids of another tokenizer.
     """
-    conversations, unanswered = [], 0
+    conversations = []
     for place, prompt, responses, finished in read_responses(path, "respond.responses", warn=False):
         conversation = Conversation(prompt)
-        unanswered += len(prompt.turns) - len(responses)
         for turn, (ids, ended) in enumerate(zip(responses, finished, strict=True)):
             wrong = next((i for i in ids if i >= vocab_size), None)
             if wrong is not None:
@@ -282,8 +288,6 @@ def import_responses(path: str, tokenizer: Tokenizer, vocab_size: int) -> list[C
             conversation.answer(ids + [tokenizer.stop_ids[0]] * (not stops and ended is not False))
         conversations.append(conversation)
     _check_tokenizer(path, conversations, tokenizer)
-    if unanswered:
-        log.info("respond: %d turns in %s have no answer there; they are dropped", unanswered, path)
     return conversations
 
 

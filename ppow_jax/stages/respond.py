@@ -33,71 +33,6 @@ _BUCKET = 8  # prompts are padded to a multiple of this, so that few shapes are 
 LEFT_OUT = "responses.json"  # in the workdir: what was left out or cut
 
 
-def check(settings: Settings) -> None:
-    """Something to answer or to take over, in files that can be read.
-
-    Raises:
-      UserError: there is nothing, or a file is malformed.
-    """
-    prompts, responses = settings.respond.prompts, settings.respond.responses
-    if not parse(prompts, "respond.prompts") and not responses:
-        raise ConfigError(f"config.respond.prompts: found {prompts!r}, expected NAME=SOURCE pairs")
-    sources = load(prompts, "respond.prompts").values()
-    if responses:
-        read_responses(responses, "respond.responses")
-    if settings.respond.keep_answers and not any(prompt.answers for source in sources for prompt in source):
-        raise ConfigError(
-            "config.respond.keep_answers: found True, but no prompt of config.respond.prompts has an "
-            "answer; set it to False, or name files with the assistant's messages"
-        )
-
-
-def run(experiment: Experiment) -> None:
-    """Writes `responses/`: conversations that are there already first, then answers to the prompts.
-
-    `responses.json` says what was left out or cut.
-    """
-    settings, data = experiment.settings.respond, experiment.settings.data
-    directory, target = experiment.workdir / "responses", experiment.target.config
-    imported = []
-    if settings.responses:
-        imported = import_responses(settings.responses, experiment.tokenizer, target.vocab_size)
-    answered = {c.prompt.id for c in imported}
-    loaded = load(settings.prompts, "respond.prompts", warn=False)
-    unanswered = [p for source in loaded.values() for p in source if p.id not in answered]
-    if not imported and not unanswered:
-        raise UserError("respond: neither respond.prompts nor respond.responses gives any text")
-    if imported:
-        log.info("respond: %d conversations taken from %s", len(imported), settings.responses)
-    shortened = cut(imported, target.context)
-    if shortened:
-        log.info("respond: %d texts of %s are cut to the %d tokens of the target's context",
-                 shortened, settings.responses, target.context)  # fmt: skip
-    if settings.keep_answers:
-        imported += taken(experiment, [p for p in unanswered if p.answers])
-        unanswered = [p for p in unanswered if not p.answers]
-    longest = data.length - 2  # a text without two written tokens teaches nothing
-    selection = select(experiment, unanswered, settings.max_new_tokens, longest)
-    if not imported and not selection.prompts:
-        raise selection.refusal("respond.prompts")
-    chunks = [imported[i : i + _IMPORT_ROWS] for i in range(0, len(imported), _IMPORT_ROWS)]
-    done = set(records.shards(directory))
-    for i, chunk in enumerate(chunks):
-        if f"import-{i:05}" not in done:
-            records.write_shard(directory, f"import-{i:05}", (r for c in chunk for r in c.records()))
-    left_out = write(
-        experiment,
-        selection,
-        directory,
-        settings.max_new_tokens,
-        settings.temperature,
-        settings.batch_size,
-        kept=features.directory(experiment) if data.cache_features else None,
-        feature_dtype=data.feature_dtype,
-    )
-    files.write_json(experiment.workdir / LEFT_OUT, left_out | {"imported_cut": shortened})
-
-
 class Selection(NamedTuple):
     """Which prompts there is room for.
 
@@ -120,6 +55,100 @@ class Selection(NamedTuple):
     def refusal(self, key: str) -> UserError:
         """The error that nothing is left."""
         return UserError(f"{key}: all {len(self.lengths)} prompts are left out: {self.said()}")
+
+
+def check(settings: Settings) -> None:
+    """Something to answer or to take over, in files that can be read.
+
+    Raises:
+      UserError: there is nothing, or a file is malformed.
+    """
+    prompts, responses = settings.respond.prompts, settings.respond.responses
+    if not parse(prompts, "respond.prompts") and not responses:
+        raise ConfigError(f"config.respond.prompts: found {prompts!r}, expected NAME=SOURCE pairs")
+    sources = load(prompts, "respond.prompts").values()
+    if responses:
+        read_responses(responses, "respond.responses")
+    if settings.respond.keep_answers and not any(prompt.answers for source in sources for prompt in source):
+        raise ConfigError(
+            "config.respond.keep_answers: found True, but no prompt of config.respond.prompts has an "
+            "answer; set it to False, or name files with the assistant's messages"
+        )
+
+
+def check_target(experiment: Experiment) -> None:
+    """Responses of this target, and prompts that it has room for.
+
+    Raises:
+      UserError: responses of another target, or no prompt that is short enough.
+    """
+    _inputs(experiment)
+
+
+class _Inputs(NamedTuple):
+    """Conversations that were written elsewhere; those whose answers the prompts have; prompts to answer."""
+
+    imported: list[Conversation]
+    kept: list[Conversation]
+    selection: Selection
+
+
+def _inputs(experiment: Experiment) -> _Inputs:
+    """What is taken over, and what is left to answer."""
+    settings, imported, kept = experiment.settings.respond, [], []
+    if settings.responses:
+        vocab = experiment.target.config.vocab_size
+        imported = import_responses(settings.responses, experiment.tokenizer, vocab)
+    answered = {c.prompt.id for c in imported}
+    loaded = load(settings.prompts, "respond.prompts", warn=False)
+    unanswered = [p for source in loaded.values() for p in source if p.id not in answered]
+    if settings.keep_answers:
+        kept = [Conversation(p) for p in unanswered if p.answers]
+        unanswered = [p for p in unanswered if not p.answers]
+        for conversation in kept:
+            conversation.take(experiment.tokenizer, experiment.target.config.context)
+    longest = experiment.settings.data.length - 2  # a text without two written tokens teaches nothing
+    selection = select(experiment, unanswered, settings.max_new_tokens, longest)
+    if not imported and not any(c.answered for c in kept) and not selection.prompts:
+        raise selection.refusal("respond.prompts")
+    return _Inputs(imported, kept, selection)
+
+
+def run(experiment: Experiment) -> None:
+    """Writes `responses/`: conversations that are there already first, then answers to the prompts.
+
+    `responses.json` says what was left out or cut.
+    """
+    settings, data = experiment.settings.respond, experiment.settings.data
+    directory, target = experiment.workdir / "responses", experiment.target.config
+    imported, kept, selection = _inputs(experiment)
+    if imported:
+        log.info("respond: %d conversations taken from %s", len(imported), settings.responses)
+    shortened = cut(imported, target.context)
+    if shortened:
+        log.info("respond: %d texts of %s are cut to the %d tokens of the target's context",
+                 shortened, settings.responses, target.context)  # fmt: skip
+    if kept:
+        answers, taken = sum(len(c.prompt.answers) for c in kept), sum(c.answered for c in kept)
+        log.info("respond: %d of %d answers taken as the prompts have them; others exceed the target's context "
+                 "of %d", taken, answers, target.context)  # fmt: skip
+    there = [*imported, *(c for c in kept if c.answered)]
+    chunks = [there[i : i + _IMPORT_ROWS] for i in range(0, len(there), _IMPORT_ROWS)]
+    done = set(records.shards(directory))
+    for i, chunk in enumerate(chunks):
+        if f"import-{i:05}" not in done:
+            records.write_shard(directory, f"import-{i:05}", (r for c in chunk for r in c.records()))
+    left_out = write(
+        experiment,
+        selection,
+        directory,
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.batch_size,
+        kept=features.directory(experiment) if data.cache_features else None,
+        feature_dtype=data.feature_dtype,
+    )
+    files.write_json(experiment.workdir / LEFT_OUT, left_out | {"imported_cut": shortened})
 
 
 def select(
@@ -155,20 +184,6 @@ def select(
         else:
             kept.append(prompt)
     return Selection(kept, lengths, left_out, limits)
-
-
-def taken(experiment: Experiment, prompts: list[Prompt]) -> list[Conversation]:
-    """Conversations with the answers that the data holds, as far as the target's context goes.
-
-    Raises:
-      UserError: a template that refuses one, or does not tell what the assistant wrote.
-    """
-    found, context = [Conversation(prompt) for prompt in prompts], experiment.target.config.context
-    kept = [c.take(experiment.tokenizer, context) for c in found]
-    log.info("respond: %d answers of %d conversations taken as they are written", sum(kept), len(prompts))
-    if beyond := sum(len(prompt.answers) for prompt in prompts) - sum(kept):
-        log.info("respond: %d further answers left out: beyond the target's context of %d", beyond, context)
-    return [c for c, count in zip(found, kept, strict=True) if count]
 
 
 def write(

@@ -71,11 +71,13 @@ def test_what_is_taken(path, row, tokens, assistant):
 def test_ids_system_text_and_what_is_dropped(path, caplog):
     rows = [{"turns": ["a", "b"], "system": "Be brief.", "response_ids": [[A]]}]
     rows.append({"id": 7, "category": "c", "turns": ["a"], "response_ids": [[A]]})
-    with caplog.at_level("INFO", logger="ppow_jax"):
+    with caplog.at_level("WARNING", logger="ppow_jax"):
         one, two = imported(path, *rows)
+        assert not caplog.records
+        read_responses(str(path), "respond.responses")
     assert (one.prompt.id, one.prompt.system) == ("respond.responses/1", "Be brief.")
     assert (two.prompt.id, two.prompt.category) == ("7", "c")
-    assert f"respond: 1 turns in {path} have no answer there; they are dropped" in caplog.text
+    assert f"{path}: 1 turns have no list in 'response_ids'; they are dropped" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,9 @@ def test_a_row_that_the_chat_template_refuses_is_named(path):
     template = "{% if messages[0]['content'] == 'b' %}{{ raise_exception('no b') }}{% endif %}x"
     strict = dataclasses.replace(TOKENIZER, template=template)
     runs.write_jsonl(path, [{"turns": [x], "response_ids": [[A]]} for x in "ab"])
-    with pytest.raises(UserError, match=rf"^{path}:2: prompt 'respond.responses/2': chat template: line 1: no b$"):
+    with pytest.raises(
+        UserError, match=rf"^{path}:2: prompt 'respond.responses/2': chat template: line 1: no b$"
+    ):
         import_responses(str(path), strict, 4)
 
 

@@ -264,6 +264,14 @@ def test_prompts_of_which_none_has_room(experiment, context, length, message):
     assert not (experiment.workdir / "responses").exists()
 
 
+def test_a_run_that_is_refused_for_its_prompts_may_use_others(tmp_path):
+    long = runs.write_jsonl(tmp_path / "long.jsonl", [{"turns": ["a" * 40]}])
+    with pytest.raises(UserError, match=r"^respond.prompts: all 1 prompts are left out: 1 of more than 30 "):
+        sampled(tmp_path / "w", respond__prompts=f"p={long}")
+    sampled(tmp_path / "w")
+    assert len(stored(tmp_path / "w")) == 24
+
+
 def test_a_prompt_that_the_chat_template_refuses_is_named(experiment):
     template = "{% if messages[0]['content'] == 'b' %}{{ raise_exception('no b') }}{% endif %}x"
     strict = dataclasses.replace(experiment.tokenizer, template=template)
