@@ -2,6 +2,8 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,8 @@ import tokenizers
 from jax.sharding import Mesh
 
 from ppow_jax.errors import UserError
+from ppow_jax.models import fields
+from ppow_jax.models.fields import Fields
 from ppow_jax.models.target import TargetConfig, abstract_params
 from ppow_jax.parallel import checkpoint, files, partition
 from ppow_jax.targets.tokenizer import Tokenizer
@@ -28,9 +32,17 @@ def save(directory: pathlib.Path, config: TargetConfig, params: dict, tokens: To
 
 
 def find(path: str) -> pathlib.Path | None:
-    """The directory that `save` wrote, or None."""
-    directory = pathlib.Path(path).expanduser()
-    return directory if (directory / _MANIFEST).is_file() else None
+    """The directory that `save` wrote, also by the name of its manifest, or None."""
+    try:
+        found = pathlib.Path(path).expanduser()
+        directory = found.parent if found.name == _MANIFEST else found
+        return directory if (directory / _MANIFEST).is_file() else None
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ):  # what is wrong with the path is said where it is looked for next
+        return None
 
 
 def load(directory: pathlib.Path, dtype: str, mesh: Mesh) -> tuple[TargetConfig, dict, Tokenizer]:
@@ -39,17 +51,39 @@ def load(directory: pathlib.Path, dtype: str, mesh: Mesh) -> tuple[TargetConfig,
     Raises:
       UserError: damaged, or made by another version.
     """
-    manifest = files.read_json(directory / _MANIFEST)
-    if manifest.get("format") != 1:
-        raise UserError(f"{directory}: found format {manifest.get('format')!r}, expected 1; convert again")
-    shape = {k: tuple(v) if isinstance(v, list) else v for k, v in manifest["shape"].items()}
-    config = TargetConfig(**shape | {"dtype": dtype})
+    manifest = fields.read(directory / _MANIFEST, "what `python -m ppow_jax.convert` wrote")
+    manifest.of = "a converted target"
+    if manifest.whole("format") != 1:
+        raise manifest.wrong("format", "1; convert again")
+    config = _shape(manifest.part("shape"), dtype)
     like = partition.laid_out(abstract_params(config), mesh)
     params = checkpoint.load_params(directory / _PARAMS, like)
-    kept = manifest["tokenizer"]
-    core = tokenizers.Tokenizer.from_file(str(directory / _TOKENIZER))
-    return (
-        config,
-        params,
-        Tokenizer(core, kept["template"], tuple(kept["stop_ids"]), kept["bos"], kept["eos"]),
-    )
+    return config, params, _tokenizer(directory, manifest.part("tokenizer"))
+
+
+def _shape(c: Fields, dtype: str) -> TargetConfig:
+    """The decoder's shape, whose every field is of its type."""
+    readers: dict[Any, Callable] = {
+        int: lambda key, default: c.whole(key, default, least=0),
+        float: lambda key, default: c.number(key, default, zero=True),
+        bool: c.flag,
+        str: c.text,
+        tuple[int, ...]: lambda key, default: c.listed(key, int, default=default),
+        tuple[float, ...]: lambda key, default: c.listed(key, float, default=default),
+    }
+    found = {}
+    for field in dataclasses.fields(TargetConfig):
+        default = fields.REQUIRED if field.default is dataclasses.MISSING else field.default
+        found[field.name] = readers[field.type](field.name, default)
+    c.rest(lambda key: False)
+    return TargetConfig(**found | {"dtype": dtype})
+
+
+def _tokenizer(directory: pathlib.Path, kept: Fields) -> Tokenizer:
+    file = directory / _TOKENIZER
+    try:
+        core = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as e:  # the library raises nothing more specific
+        raise UserError(f"{file}: no readable tokenizer ({e}); convert again") from e
+    stops = kept.listed("stop_ids", int)
+    return Tokenizer(core, kept.text("template"), stops, kept.text("bos"), kept.text("eos"))
