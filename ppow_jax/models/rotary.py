@@ -135,7 +135,7 @@ def _longrope(
     long_factor: Sequence[float],
     attention_factor: float | None = None,
 ) -> Rotary:
-    """LongRoPE (Ding et al. 2024): a list of divisors for contexts up to the original one, another beyond it."""
+    """LongRoPE (Ding et al. 2024): divisors for contexts up to the original one, and others beyond it."""
     original = original_max_position_embeddings
     if attention_factor is None:
         attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0

@@ -11,7 +11,7 @@ from typing import Any
 
 from ppow_jax.errors import UserError
 from ppow_jax.models import rope_scaling, rotary
-from ppow_jax.models.fields import Fields
+from ppow_jax.models.fields import WHOLE, Fields
 from ppow_jax.models.target import TargetConfig, default_taps
 from ppow_jax.targets import quantised
 from ppow_jax.targets.harmless import harmless
@@ -22,7 +22,7 @@ MOST_LAYERS = 1000
 
 
 def _llama(c: Fields) -> dict[str, Any]:
-    _no_window(c)
+    no_window(c)
     return _biases(c)
 
 
@@ -46,7 +46,10 @@ def _qwen3(c: Fields) -> dict[str, Any]:
 
 
 def _qwen_spans(c: Fields) -> tuple[int, ...]:
-    span = _window(c) if c.flag("use_sliding_window") else 0
+    if c.flag("use_sliding_window"):
+        span = _window(c)
+    else:
+        span = c.whole("sliding_window", 0, least=0) and 0  # files name one that is not used
     first = c.whole("max_window_layers", 28, least=0)
     return _spans(c, span, lambda layer: layer >= first)
 
@@ -150,6 +153,7 @@ def _config(c: Fields, kind: str, tied: bool, dtype: str) -> TargetConfig:
     for key, value in _OF_ALL.items():
         c.only(key, value)
     _no_code(c)
+    layers = c.whole("num_hidden_layers", most=MOST_LAYERS)
     traits = FAMILIES[kind](c)
     if not any(traits.get("spans", ())):
         traits["spans"] = ()
@@ -157,19 +161,19 @@ def _config(c: Fields, kind: str, tied: bool, dtype: str) -> TargetConfig:
         traits["activation"] = _activation(c, "hidden_act", "silu")
     config = TargetConfig(
         vocab_size=c.whole("vocab_size"),
-        layers=c.whole("num_hidden_layers", most=MOST_LAYERS),
+        layers=layers,
         mlp_hidden=c.whole("intermediate_size"),
         norm_epsilon=c.number("rms_norm_eps", zero=True),
         tied_head=c.flag("tie_word_embeddings", tied),
-        taps=default_taps(c.whole("num_hidden_layers")),
+        taps=default_taps(layers),
         dtype=dtype,
-        **traits | _heads(c) | _wavelengths(c, traits),
+        **traits | heads(c) | _wavelengths(c, traits),
     )
     c.rest(harmless)
     return config
 
 
-def _heads(c: Fields) -> dict[str, Any]:
+def heads(c: Fields) -> dict[str, Any]:
     """The model's width and heads."""
     width, heads = c.whole("hidden_size", most=2**20), c.whole("num_attention_heads", most=2**16)
     kv_heads = c.whole("num_key_value_heads", heads)
@@ -180,14 +184,14 @@ def _heads(c: Fields) -> dict[str, Any]:
     head_size = c.whole("head_dim", width // heads, most=2**16)
     if head_size % 2:
         raise c.error(
-            f"found heads of the size {head_size} (head_dim), expected an even one: they are rotated in pairs"
+            f"found {c.prefix}head_dim {head_size}, expected an even number: heads are rotated in pairs"
         )
     return {"width": width, "heads": heads, "kv_heads": kv_heads, "head_size": head_size}
 
 
 def _wavelengths(c: Fields, traits: Mapping[str, Any]) -> dict[str, Any]:
     """Of rotary positions, and the context that they reach."""
-    context, head_size = c.whole("max_position_embeddings"), _heads(c)["head_size"]
+    context, head_size = c.whole("max_position_embeddings"), heads(c)["head_size"]
     theta, found = traits.get("rope_theta", 10_000.0), {}
     if local := traits.get("local_theta"):
         theta, scaling, found["local_theta"] = rope_scaling.read_layers(c, head_size, theta, local)
@@ -229,17 +233,18 @@ def _window(c: Fields) -> int:
     return c.whole("sliding_window", 0 if "sliding_window" in c.values else _WINDOW)
 
 
-def _no_window(c: Fields) -> None:
+def no_window(c: Fields) -> None:
     """Raises `UserError` if the file asks for a window, which a family without one would not have."""
     used, span = c.flag("use_sliding_window", True), c.whole("sliding_window", 0, least=0)
-    if used and 0 < span < c.whole("max_position_embeddings"):
+    if used and 0 < span < c.whole("max_position_embeddings", WHOLE):
         raise c.wrong("sliding_window", f"null: {c.of} has no window")
     _spans(c, 0, lambda layer: False)
 
 
 def _spans(c: Fields, span: int, local: Callable[[int], bool]) -> tuple[int, ...]:
     """Of every layer: from `layer_types`, or by a rule where the file does not list them."""
-    layers, kinds = c.whole("num_hidden_layers", most=MOST_LAYERS), c.listed("layer_types", str, default=None)
+    layers = c.whole("num_hidden_layers", 1, most=MOST_LAYERS)
+    kinds = c.listed("layer_types", str, default=None)
     if kinds is None:
         return tuple(span if local(layer) else 0 for layer in range(layers))
     if len(kinds) != layers:

@@ -134,8 +134,8 @@ def load(path: str, dtype: str) -> tuple[TargetConfig, dict, dict[str, Any]]:
         divisors = tuple(gguf_files.values(stretched, file).tolist())
         if config.rope_divisors or len(divisors) != config.head_size // 2:
             raise UserError(
-                f"{file}: found {len(divisors)} factors in rope_freqs.weight, expected half the size of a head, "
-                f"{config.head_size // 2}, and no rope.scaling.type"
+                f"{file}: found {len(divisors)} factors in rope_freqs.weight, expected half the size of a "
+                f"head, {config.head_size // 2}, and no rope.scaling.type"
             )
         config = dataclasses.replace(config, rope_divisors=divisors)
     places = {_place(name, file): tensor for name, tensor in tensors.items()}

@@ -30,7 +30,7 @@ _KEYS = frozenset(
         "torchscript",
         "use_bfloat16",
         "use_cache",
-        # how products are cut for several devices, in training; what only a window, which is read, gives a meaning
+        # how products were cut in training; of windows, which are read where there are any
         "max_window_layers",
         "pretraining_tp",
         # losses and labels of training

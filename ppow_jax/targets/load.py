@@ -53,8 +53,9 @@ def _with_taps(config: TargetConfig, taps: tuple[int, ...]) -> TargetConfig:
     n, taps = config.layers, taps or config.taps
     if not taps:
         raise ConfigError(
-            f"config.target.taps: found none, and the usual ones (2, n // 2, n - 3) want 7 layers or more, not "
-            f"{n}; name what the drafter reads, ascending from 0 to {n}: {tuple(sorted({0, n // 2, n}))}, say"
+            f"config.target.taps: found none, expected some: a target of {n} layers is too shallow for the "
+            f"usual (2, n // 2, n - 3); name them, ascending from 0 to {n}, such as "
+            f"{tuple(sorted({0, n // 2, n}))}"
         )
     if list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] > n:
         raise ConfigError(

@@ -11,7 +11,8 @@ import pytest
 import safetensors.numpy
 import small
 
-from ppow_jax.drafters import dialects, eagle3
+from ppow_jax.drafters import eagle3
+from ppow_jax.drafters.files import reading, writing
 from ppow_jax.errors import UserError
 from ppow_jax.models.target import default_taps
 from ppow_jax.parallel import partition
@@ -34,7 +35,7 @@ def params_of(config) -> dict:
 
 def write(directory, config=PLAIN, server="sglang", dtype="float32", target=TARGET, vocab=VOCAB, params=None):
     params = params or params_of(config)
-    dialects.write(directory, config, params, vocab, target, server, dtype, "ours")
+    writing.write(directory, config, params, vocab, target, server, dtype, "ours")
     return params
 
 
@@ -55,8 +56,8 @@ def change(directory: pathlib.Path, tensors: dict | None = None, **values) -> No
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def read(directory: pathlib.Path, target=TARGET, fingerprint="ours") -> dialects.Imported:
-    return dialects.read(directory, target, fingerprint)
+def read(directory: pathlib.Path, target=TARGET, fingerprint="ours") -> reading.Imported:
+    return reading.read(directory, target, fingerprint)
 
 
 def same(one, other) -> bool:
