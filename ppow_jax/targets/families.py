@@ -46,10 +46,8 @@ def _qwen3(c: Fields) -> dict[str, Any]:
 
 
 def _qwen_spans(c: Fields) -> tuple[int, ...]:
-    if c.flag("use_sliding_window"):
-        span = _window(c)
-    else:
-        span = c.whole("sliding_window", 0, least=0) and 0  # files name one that is not used
+    unused = c.whole("sliding_window", 0, least=0) and 0  # files name one also where it is not used
+    span = _window(c) if c.flag("use_sliding_window") else unused
     first = c.whole("max_window_layers", 28, least=0)
     return _spans(c, span, lambda layer: layer >= first)
 

@@ -125,7 +125,7 @@ def _open(file: pathlib.Path) -> Contents:
         reader = _Reader(file)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
     except Exception as e:  # what the library meets in a damaged file surfaces as many kinds of error
-        raise UserError(weights.damaged(file, "GGUF", e)) from e
+        raise UserError(weights.damaged(file, "GGUF", e, "fetch it again, or update the gguf library")) from e
     return Contents(metadata, {tensor.name: tensor for tensor in reader.tensors})
 
 

@@ -144,7 +144,7 @@ def open_one(file: pathlib.Path, expected: str) -> Iterator[safetensors.safe_ope
         raise UserError(damaged(file, "safetensors", e)) from e
 
 
-def damaged(file: pathlib.Path, kind: str, error: Exception) -> str:
+def damaged(file: pathlib.Path, kind: str, error: Exception, remedy: str = "fetch it again") -> str:
     """What is said of a file of weights that cannot be read."""
     try:
         size = file.stat().st_size
@@ -157,4 +157,4 @@ def damaged(file: pathlib.Path, kind: str, error: Exception) -> str:
             f"{file}: found a Git LFS pointer, expected the {kind} file that it stands for; run git lfs pull"
         )
     reason = " ".join(str(error).split())[:160]
-    return f"{file}: not a complete {kind} file ({size} bytes; {reason}); fetch it again"
+    return f"{file}: not a complete {kind} file ({size} bytes; {reason}); {remedy}"

@@ -7,6 +7,7 @@ from golden_families import GOLDEN
 
 from ppow_jax.errors import UserError
 from ppow_jax.targets import families
+from ppow_jax.targets.harmless import harmless
 
 BASE = {name: GOLDEN[name]["config"] for name in GOLDEN}
 LAYERS = 7
@@ -340,3 +341,21 @@ def test_scalings_of_the_wavelengths_reach_the_shape():
     assert found.rope_scale == pytest.approx(math.sqrt(1 + math.log(16) / math.log(8192)))
     same = longrope | {"long_factor": [1.5] * 64}
     assert shape(LLAMA | {"rope_scaling": same}).context == 131072
+
+
+JUNK = ["x", "", [1], {"a": 1}, True, 0, -1, 3.5, math.nan, math.inf, 10**30]
+
+
+@pytest.mark.parametrize("name", BASE)
+def test_any_value_of_any_key_is_obeyed_or_refused_in_one_line(name):
+    rope = BASE[name]["rope_parameters"]
+    for key in [*BASE[name], *(f"rope_parameters.{key}" for key in rope)]:
+        for value in JUNK:
+            _, _, last = key.partition(".")
+            changed = {"rope_parameters": rope | {last: value}} if last else {key: value}
+            try:
+                found = shape(BASE[name] | changed)
+            except UserError as e:
+                assert key.split(".")[-1] in str(e) and "\n" not in str(e), str(e)
+            else:
+                assert not harmless(key) or found == shape(BASE[name])
