@@ -84,7 +84,7 @@ WRONG = {
     "a text as flag": ({"norm_before_residual": "yes"}, "norm_before_residual 'yes', expected true or false"),
     "a text as scaling": ({"rope_scaling": "linear"}, "rope_scaling 'linear', expected a group of keys"),
     "llama3 without keys": (
-        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": {}}, "'rope_scaling.low_"),
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": {}}, "'rope_scaling.lo"),
     "a part of a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     "a window": ({"sliding_window": 8}, "sliding_window 8"),
     "kinds of layers": ({"layer_types": ["sliding_attention"]}, "'sliding_attention' in layer_types"),
