@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ppow_jax.errors import ConfigError
 from ppow_jax.models.cache import Cache, KeyValues
 from ppow_jax.models.layers import Attention, GatedMLP, Linear, RMSNorm, product
 from ppow_jax.models.rotary import Rotary
@@ -68,6 +69,29 @@ class TargetConfig:
 def default_taps(layers: int) -> tuple[int, ...]:
     """Inputs of layers 2, n // 2 and n - 3, the taps of EAGLE-3 (Li et al. 2025); (): too few layers."""
     return (2, layers // 2, layers - 3) if layers >= 7 else ()
+
+
+def with_taps(config: TargetConfig, taps: tuple[int, ...] | None) -> TargetConfig:
+    """A target with the taps that `config.target.taps` names; (): its own; None: as it is, nobody reads them.
+
+    Raises:
+      ConfigError: they are not among its layers, or none are named and there are too few layers for others.
+    """
+    if taps is None:
+        return config
+    n, taps = config.layers, taps or config.taps
+    if not taps:
+        raise ConfigError(
+            f"config.target.taps: found none, expected some: a target of {n} layers is too shallow for the "
+            f"usual (2, n // 2, n - 3); name them, ascending from 0 to {n}, such as "
+            f"{tuple(sorted({0, n // 2, n}))}"
+        )
+    if list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] > n:
+        raise ConfigError(
+            f"config.target.taps: found {taps}, expected ascending layers from 0 to {n}, "
+            "the number of the target's"
+        )
+    return dataclasses.replace(config, taps=taps)
 
 
 class TargetOutput(NamedTuple):

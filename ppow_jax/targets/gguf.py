@@ -16,7 +16,7 @@ import numpy as np
 
 from ppow_jax.errors import UserError
 from ppow_jax.models.fields import WHOLE, Fields
-from ppow_jax.models.target import TargetConfig, abstract_params
+from ppow_jax.models.target import TargetConfig, abstract_params, with_taps
 from ppow_jax.parallel import partition
 from ppow_jax.targets import families, gguf_files
 from ppow_jax.targets.gguf_files import Contents
@@ -120,15 +120,17 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
-def load(path: str, dtype: str) -> tuple[TargetConfig, dict, dict[str, Any]]:
-    """Shape, parameters (nested dict of numpy arrays) and metadata of the target in a GGUF file.
+def load(
+    path: str, dtype: str, taps: tuple[int, ...] | None = None
+) -> tuple[TargetConfig, dict, dict[str, Any]]:
+    """Shape, with the taps of `with_taps`, parameters (nested dict of numpy arrays) and metadata of a file.
 
     Raises:
       UserError: missing, damaged or foreign file, or a tensor that has no place.
     """
     file = gguf_files.find(path)
     contents = gguf_files.read(file)
-    config = target_config(contents, dtype, str(file))
+    config = with_taps(target_config(contents, dtype, str(file)), taps)
     tensors = dict(contents.tensors)
     if (stretched := tensors.pop("rope_freqs.weight", None)) is not None:
         divisors = tuple(gguf_files.values(stretched, file).tolist())

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from ppow_jax.errors import UserError
 from ppow_jax.models import fields
-from ppow_jax.models.target import TargetConfig, abstract_params
+from ppow_jax.models.target import TargetConfig, abstract_params, with_taps
 from ppow_jax.parallel import partition
 from ppow_jax.targets import directories, families, weights
 from ppow_jax.targets.tokenizer import ENDS, Tokenizer, with_stops
@@ -72,8 +72,10 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
     return fields.read(path, f"the {path.name} of a model").values if path.is_file() else {}
 
 
-def load(directory: pathlib.Path, dtype: str, mesh: Mesh) -> tuple[TargetConfig, dict]:
-    """Shape and parameters (on the mesh) of the model in a directory.
+def load(
+    directory: pathlib.Path, dtype: str, mesh: Mesh, taps: tuple[int, ...] | None = None
+) -> tuple[TargetConfig, dict]:
+    """Shape, with the taps of `with_taps`, and parameters (on the mesh) of the model in a directory.
 
     Raises:
       UserError: a missing or damaged file, weights that are quantised, a tensor that has no place or another
@@ -81,7 +83,8 @@ def load(directory: pathlib.Path, dtype: str, mesh: Mesh) -> tuple[TargetConfig,
     """
     config_file = directory / "config.json"
     about = fields.read(config_file, "the config.json of a model").values
-    families.target_config(about, True, dtype, str(config_file))  # says more than the weights would
+    # what is wrong in it says more than what is wrong in the weights would
+    with_taps(families.target_config(about, True, dtype, str(config_file)), taps)
     with contextlib.ExitStack() as stack:
         tensors = _tensors(directory, stack)
         config = families.target_config(about, _HEAD not in tensors, dtype, str(config_file))
@@ -102,7 +105,7 @@ def load(directory: pathlib.Path, dtype: str, mesh: Mesh) -> tuple[TargetConfig,
         raise UserError(
             f"{left.file}: tensor {left.name!r} has no place in the decoder of {config_file.name}"
         )
-    return config, params
+    return with_taps(config, taps), params
 
 
 def _tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Stored]:

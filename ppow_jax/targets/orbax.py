@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ppow_jax.errors import UserError
 from ppow_jax.models import fields
 from ppow_jax.models.fields import Fields
-from ppow_jax.models.target import TargetConfig, abstract_params
+from ppow_jax.models.target import TargetConfig, abstract_params, with_taps
 from ppow_jax.parallel import checkpoint, files, partition
 from ppow_jax.targets.tokenizer import Tokenizer
 
@@ -45,8 +45,10 @@ def find(path: str) -> pathlib.Path | None:
         return None
 
 
-def load(directory: pathlib.Path, dtype: str, mesh: Mesh) -> tuple[TargetConfig, dict, Tokenizer]:
-    """Shape, parameters on the mesh, and tokenizer.
+def load(
+    directory: pathlib.Path, dtype: str, mesh: Mesh, taps: tuple[int, ...] | None = None
+) -> tuple[TargetConfig, dict, Tokenizer]:
+    """Shape, with the taps of `with_taps`, parameters on the mesh, and tokenizer.
 
     Raises:
       UserError: damaged, or made by another version.
@@ -55,7 +57,7 @@ def load(directory: pathlib.Path, dtype: str, mesh: Mesh) -> tuple[TargetConfig,
     manifest.of = "a converted target"
     if manifest.whole("format") != 1:
         raise manifest.wrong("format", "1; convert again")
-    config = _shape(manifest.part("shape"), dtype)
+    config = with_taps(_shape(manifest.part("shape"), dtype), taps)
     like = partition.laid_out(abstract_params(config), mesh)
     params = checkpoint.load_params(directory / _PARAMS, like)
     return config, params, _tokenizer(directory, manifest.part("tokenizer"))

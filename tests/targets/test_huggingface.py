@@ -203,13 +203,13 @@ def test_a_head_that_is_tied_and_is_not(directory):
 
 @pytest.mark.parametrize(("layers", "example"), [(1, "(0, 1)"), (2, "(0, 1, 2)"), (6, "(0, 3, 6)")])
 def test_a_target_of_few_layers_asks_for_its_taps(layers, example, directory):
+    change(directory, num_hidden_layers=layers)
+    said = f"a target of {layers} layers is too shallow", f"ascending from 0 to {layers}, such as {example}"
+    refused(directory, "config.target.taps: found none", *said)  # before the weights are looked at
     drop = [f"model.layers.{layer}." for layer in range(layers, 7)]
     tensors = {n: parity.weights(n, tuple(s)) for n, s in GOLDEN["llama2"]["shapes"].items()}
     kept = {n: t for n, t in tensors.items() if not n.startswith(tuple(drop))}
     safetensors.numpy.save_file(kept, directory / "model.safetensors")
-    change(directory, num_hidden_layers=layers)
-    said = f"a target of {layers} layers is too shallow", f"ascending from 0 to {layers}, such as {example}"
-    refused(directory, "config.target.taps: found none", *said)
     mesh = partition.make_mesh((-1, 1, 1))
     assert load_target(TargetSettings(str(directory), "float32", (0, layers)), mesh)[0].taps == (0, layers)
     if layers == 2:  # it can be converted, and asks then

@@ -106,9 +106,8 @@ def test_a_drafter_without_a_head_begins_with_a_copy_of_the_targets(built):
     (files / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": True}))
     drafters.imported.cache_clear()
     tied = drafters.load(run, IMPORTED).params["head"]["weight"]
-    assert np.array_equal(tied, run.target_params["embedding"]["embedding"]) and not np.array_equal(
-        tied, head
-    )
+    assert np.array_equal(tied, run.target_params["embedding"]["embedding"])
+    assert not np.array_equal(tied, head)
 
 
 def test_paths_of_drafters(built, monkeypatch):
@@ -130,12 +129,12 @@ def test_paths_of_drafters(built, monkeypatch):
         (
             "./nothing",
             "drafter.path",
-            "config.drafter.path: no directory './nothing'; expected one of EAGLE-3",
+            "config.drafter.path: no directory './nothing'; expected one of",
         ),
         (
             str(files.parent),
             "drafter.path",
-            f"has no config.json; expected a directory of Hugging Face files; name {files}",
+            f"a directory of Hugging Face files; name {files}",
         ),
     ):
         with pytest.raises(UserError) as e:
@@ -148,7 +147,7 @@ def test_paths_of_drafters(built, monkeypatch):
     [
         (
             dict(drafter__vocab_size=10_000),
-            "config.drafter.vocab_size: found 10000, expected at most the target's",
+            "config.drafter.vocab_size: found 10000, expected at most the",
         ),
         (dict(train__cst__start="./none", runs=("cst",)), "config.train.cst.start: no directory './none'"),
         (dict(drafter__path="./none"), "config.drafter.path: no directory './none'"),
