@@ -119,8 +119,9 @@ def _yarn(
     low, high = max(low, 0), min(high, head_size - 1)
     width = high - low or 0.001
     if attention_factor is None:
-        both = mscale and mscale_all_dim
-        attention_factor = sharper(mscale) / sharper(mscale_all_dim) if both else sharper(1.0)
+        attention_factor = sharper(1.0)
+        if mscale and mscale_all_dim:
+            attention_factor = sharper(mscale) / sharper(mscale_all_dim)
     stretched = np.clip((np.arange(head_size // 2) - low) / width, 0, 1)
     return Rotary(theta, _stretched(factor, 1 - stretched), attention_factor)
 

@@ -52,10 +52,13 @@ def _checked(directory: pathlib.Path, path: str, key: str) -> pathlib.Path:
         return directory
     expected = "expected a directory of Hugging Face files"
     if any((directory / name).exists() for name in _ORBAX):
-        made = "python -m ppow_jax.convert"
+        remedy = "name the directory of a server's files, such as WORKDIR/export/sglang"
+        if key == "target.path":
+            remedy = (
+                "`python -m ppow_jax.convert` makes one with a target_manifest.json from the model's files"
+            )
         raise UserError(
-            f"config.{key}: {path!r} is an orbax checkpoint, but none that `{made}` wrote (no "
-            f"target_manifest.json); {expected}: convert the model's own files"
+            f"config.{key}: {path!r} is an orbax checkpoint of something else, {expected}; {remedy}"
         )
     inside = sorted(p for p in directory.iterdir() if (p / CONFIG).is_file() or p.suffix == ".gguf")
     hint = f"; name {inside[0]}" if inside else ""

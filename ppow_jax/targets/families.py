@@ -127,7 +127,7 @@ def target_config(config: Mapping[str, Any], tied: bool, dtype: str, where: str)
         a wrong type or beyond its limits, or one that is not obeyed and may change the result.
     """
     whole = Fields(config, where)
-    quantised.refuse_scheme(whole)
+    _refuse_others(whole)
     part = whole.group("text_config")
     text = part or whole
     kind = text.text("model_type", None)
@@ -135,7 +135,7 @@ def target_config(config: Mapping[str, Any], tied: bool, dtype: str, where: str)
         raise UserError(f"{where}: found model_type {kind!r}, expected one of {', '.join(FAMILIES)}")
     missing = dict(_MISSING.get(kind, {}))
     if part:
-        quantised.refuse_scheme(part)
+        _refuse_others(part)
         sizes = zip(_SIZE_KEYS, _SIZES.get(kind, ()), strict=False)
         missing |= {"rms_norm_eps": 1e-6} | {key: size for key, size in sizes if size}
         missing |= {k: v for k, v in config.items() if k == "tie_word_embeddings" and v is not None}
@@ -209,6 +209,14 @@ def _wavelengths(c: Fields, traits: Mapping[str, Any]) -> dict[str, Any]:
 
 def _activation(c: Fields, key: str, default: str) -> str:
     return _ACTIVATIONS[c.text(key, default, _ACTIVATIONS)]
+
+
+def _refuse_others(c: Fields) -> None:
+    """Raises `UserError` if the file is a drafter's, or of a model whose weights are quantised."""
+    for key in ("draft_vocab_size", "speculators_model_type"):
+        if c.given(key):
+            raise c.wrong(key, "a target's config; this is a drafter's, which config.drafter.path takes")
+    quantised.refuse_scheme(c)
 
 
 def _no_code(c: Fields) -> None:

@@ -75,7 +75,8 @@ def open_all(
       UserError: a file is missing, damaged or of another kind; weights are quantised; the index does not fit
         the files.
     """
-    listed, found = _listed(directory), {}
+    listed = _listed(directory)
+    found: dict[str, Stored] = {}
     if not listed and not (directory / WHOLE).is_file():
         raise UserError(instead(directory, expected))
     for file in (directory / name for name in names(directory)):
@@ -88,9 +89,9 @@ def open_all(
             found[name] = Stored(file, reader, name)
             if not others.search(name):
                 quantised.refuse_tensor(file, name, found[name].slices().get_dtype())
-    for name, file in listed.items():
-        if name not in found or found[name].file.name != pathlib.PurePosixPath(file).name:
-            raise UserError(f"{directory / INDEX}: found tensor {name!r} in {file}, which does not hold it")
+    for name, holder in listed.items():
+        if name not in found or found[name].file != directory / holder:
+            raise UserError(f"{directory / INDEX}: found tensor {name!r} in {holder}, which does not hold it")
     return found
 
 

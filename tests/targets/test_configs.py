@@ -256,6 +256,7 @@ REFUSED = {
     "beyond all numbers": ("llama2", dict(intermediate_size=10**30), "intermediate_size 1000000"),
     "half a neuron": ("llama2", dict(intermediate_size=48.5), "intermediate_size 48.5"),
     "tied by a text": ("llama2", dict(tie_word_embeddings="yes"), "tie_word_embeddings 'yes'"),
+    "a drafter": ("llama2", dict(draft_vocab_size=24), "draft_vocab_size 24, expected a target's config"),
     "a kind that is none": ("llama2", dict(model_type=["llama"]), "model_type ['llama']"),
 }  # fmt: skip
 

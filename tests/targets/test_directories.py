@@ -61,7 +61,13 @@ def test_directories_of_something_else(model):
     refused(model, f"name {model}/model.gguf")
     refused(model / weights.WHOLE, "has no config.json")
     (model / "_METADATA").touch()
-    refused(model, "is an orbax checkpoint, but none that `python -m ppow_jax.convert` wrote")
+    refused(
+        model, "is an orbax checkpoint of something else", "python -m ppow_jax.convert", "from the model's"
+    )
+    with pytest.raises(
+        UserError, match=r"name the directory of a server's files, such as WORKDIR/export/sgl"
+    ):
+        directories.find(str(model), "drafter.path")
     (model / "adapter_config.json").touch()
     (model / "config.json").write_text("{}")
     refused(model, "LoRA adapter", "merge it")

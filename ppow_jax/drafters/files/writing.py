@@ -48,8 +48,8 @@ def write(
         tensors[name] = np.ascontiguousarray(np.asarray(leaf).astype(jnp.dtype(dtype)))
     if config.attention_bias and not config.out_bias:  # vLLM has one too then, and does not fill it
         for layer in range(config.layers):
-            path = f"layers_{layer - 1}/attention/out/bias" if layer else "attention/out/bias"
-            name = dialects.tensor_name(path, config, kind)
+            ours = f"layers_{layer - 1}/attention/out/bias" if layer else "attention/out/bias"
+            name = dialects.tensor_name(ours, config, kind)
             tensors[name] = np.zeros(config.width, jnp.dtype(dtype))
     if kind.equal_d2t or config.vocab_size != target.vocab_size:
         ids = np.asarray(vocab, np.int64)
