@@ -165,13 +165,13 @@ def _config(c: Fields, kind: str, tied: bool, dtype: str) -> TargetConfig:
         tied_head=c.flag("tie_word_embeddings", tied),
         taps=default_taps(layers),
         dtype=dtype,
-        **traits | heads(c) | _wavelengths(c, traits),
+        **traits | width_and_heads(c) | _wavelengths(c, traits),
     )
     c.rest(harmless)
     return config
 
 
-def heads(c: Fields) -> dict[str, Any]:
+def width_and_heads(c: Fields) -> dict[str, Any]:
     """The model's width and heads."""
     width, heads = c.whole("hidden_size", most=2**20), c.whole("num_attention_heads", most=2**16)
     kv_heads = c.whole("num_key_value_heads", heads)
@@ -189,7 +189,7 @@ def heads(c: Fields) -> dict[str, Any]:
 
 def _wavelengths(c: Fields, traits: Mapping[str, Any]) -> dict[str, Any]:
     """Of rotary positions, and the context that they reach."""
-    context, head_size = c.whole("max_position_embeddings"), heads(c)["head_size"]
+    context, head_size = c.whole("max_position_embeddings"), width_and_heads(c)["head_size"]
     theta, found = traits.get("rope_theta", 10_000.0), {}
     if local := traits.get("local_theta"):
         theta, scaling, found["local_theta"] = rope_scaling.read_layers(c, head_size, theta, local)

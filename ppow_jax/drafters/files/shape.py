@@ -63,7 +63,7 @@ def shape(c: Fields, tensors: Collection[str], target: TargetConfig) -> tuple[Dr
     inner.text("hidden_act", "silu", ("silu",))
     _check_norm_output(c, nested)
     taps = _taps(c, nested, target)
-    sizes = families.heads(inner)
+    sizes = families.width_and_heads(inner)
     theta, scaling = rope_scaling.read(inner, sizes["head_size"])
     attention = f"{dialects.server_of(tensors).layer}.self_attn"
     config = DrafterConfig(
