@@ -52,7 +52,7 @@ class TargetSettings:
     taps: tuple[int, ...] = key(
         (),
         "What the drafter reads, ascending: i means the input of layer i, counted from 0, and the number of "
-        "layers n means the last layer's output. Empty: (2, n // 2, n - 3), EAGLE-3's.",
+        "layers n means the last layer's output. Empty: (2, n // 2, n - 3), EAGLE-3's, of 7 layers or more.",
     )
     template_variables: str = key(
         "", 'What the chat template gets, a JSON object such as {"enable_thinking": false}; empty: nothing.'
@@ -112,8 +112,8 @@ class DrafterSettings:
 
     path: str = key(
         "",
-        "Directory of an EAGLE-3 drafter for this target (config.json, model.safetensors) that `fresh` runs "
-        "go on from; its shape and vocabulary take the place of what follows. Empty: a new one.",
+        "EAGLE-3 drafter for this target, a directory or ORGANISATION/MODEL of the hub, that `fresh` runs go "
+        "on from; its shape and vocabulary take the place of what follows. Empty: a new one.",
     )
     module: str = key("eagle3", "module:Class of a subclass of drafters.eagle3.Drafter instead")
     vocab_size: int = key(8192, "draft vocabulary: the most frequent tokens of the responses", at_least=1)
@@ -160,8 +160,8 @@ class TrainSettings:
     objective: str = key("supervised", f"{', '.join(OBJECTIVES)}, or module:Class of one's own")
     start: str = key(
         FRESH,
-        "What it begins with: fresh (what config.drafter describes), the name of an earlier run, or a "
-        "directory of EAGLE-3 files, such as WORKDIR/export/sglang, with a / in its path.",
+        "What it begins with: fresh (what config.drafter describes), the name of an earlier run, or what "
+        "config.drafter.path takes, with a / in it, such as WORKDIR/export/sglang.",
     )
     order: str = key(
         "",

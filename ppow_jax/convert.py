@@ -15,12 +15,11 @@ if __name__ == "__main__":
 
 from absl import flags
 
-from ppow_jax.config import TargetSettings
 from ppow_jax.errors import UserError
 from ppow_jax.parallel import console, partition
 from ppow_jax.parallel.console import log
 from ppow_jax.targets import orbax
-from ppow_jax.targets.load import load
+from ppow_jax.targets.load import read
 
 _TARGET = flags.DEFINE_string("target", "", "As config.target.path.")
 _OUT = flags.DEFINE_string("out", "", "Directory to write; made if need be.")
@@ -33,7 +32,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1 or not _TARGET.value or not _OUT.value:
         raise UserError("expected --target=PATH and --out=DIR; see --help")
     mesh = partition.make_mesh((1, -1, 1))
-    config, params, tokens = load(TargetSettings(_TARGET.value, _DTYPE.value, ()), mesh)
+    config, params, tokens = read(_TARGET.value, _DTYPE.value, mesh)
     orbax.save(pathlib.Path(_OUT.value), config, partition.shard(params, mesh), tokens)
     log.info("convert: %s is in %s", _TARGET.value, _OUT.value)
 

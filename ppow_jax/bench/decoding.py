@@ -28,7 +28,7 @@ from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.parallel.console import log
 from ppow_jax.stages import evaluate
-from ppow_jax.targets import gguf, huggingface
+from ppow_jax.targets import gguf_files, huggingface
 
 _LOOKAHEAD = (2, 3, 1)  # columns, n-gram and candidates: seven tokens in a pass
 _TORCH_LOOKUP = 10  # of transformers, its documentation's
@@ -232,7 +232,10 @@ def _torch(experiment: Experiment, about: Race) -> _Worker | None:
         return None
     path = experiment.settings.target.path
     return _Worker(
-        python, str(huggingface.find(path) or gguf.find(path)), about.tokens, experiment.tokenizer.stop_ids
+        python,
+        str(huggingface.find(path) or gguf_files.find(path)),
+        about.tokens,
+        experiment.tokenizer.stop_ids,
     )
 
 

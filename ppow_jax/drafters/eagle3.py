@@ -18,9 +18,9 @@ import jax.numpy as jnp
 
 from ppow_jax import keys
 from ppow_jax.errors import ConfigError
+from ppow_jax.models import rotary
 from ppow_jax.models.cache import Cache, append
 from ppow_jax.models.layers import Attention, GatedMLP, Linear, RMSNorm
-from ppow_jax.models.rotary import Rotary, divisors
 from ppow_jax.models.target import TargetConfig, head_matrix
 from ppow_jax.parallel import partition
 
@@ -34,8 +34,9 @@ class DrafterConfig:
     Attributes:
       embedding_size: V of an embedding of its own; 0: it reads the target's.
       layers: decoder layers; those after the first read hidden states alone.
-      rope_scaling: keys and values of `rope_scaling` as files have it (see `rotary.divisors`).
-      attention_bias, head_norms: see `layers.Attention`.
+      rope_scaling: keys and values that `rotary.scaled` takes.
+      rope_context: the longest text, where the scaling depends on it.
+      attention_bias, out_bias, head_norms: see `layers.Attention`.
       taps: how many there are.
       tap_norms: norms of the taps before they are fused: "each", one a tap; "all", one over all; or none.
       normed_residual: whether what the first layer adds to is the hidden state after its norm (the
@@ -58,7 +59,9 @@ class DrafterConfig:
     embedding_size: int = 0
     layers: int = 1
     rope_scaling: tuple[tuple[str, Any], ...] = ()
+    rope_context: int = 0
     attention_bias: bool = False
+    out_bias: bool = False
     head_norms: bool = False
     taps: int = 3
     tap_norms: str = ""
@@ -99,8 +102,9 @@ class DecoderLayer(nn.Module):
 
 
 def _attention(c: DrafterConfig) -> Attention:
-    rotary = Rotary(c.rope_theta, divisors(dict(c.rope_scaling), c.rope_theta, c.head_size))
-    how = (rotary, jnp.dtype(c.dtype), c.attention_bias, (c.norm_epsilon, 0.0) if c.head_norms else None)
+    rope = rotary.scaled(dict(c.rope_scaling), c.rope_theta, c.head_size, c.rope_context)
+    head_norm = (c.norm_epsilon, 0.0) if c.head_norms else None
+    how = (rope, jnp.dtype(c.dtype), c.attention_bias, c.out_bias, head_norm)
     return Attention(c.heads, c.kv_heads, c.head_size, c.width, *how)
 
 
@@ -269,7 +273,8 @@ def drafter_config(
 
 def config_from(values: Mapping[str, Any]) -> DrafterConfig:
     """A shape as JSON has kept it."""
-    scaling = tuple((key, value) for key, value in values.get("rope_scaling", ()))
+    tuples = lambda value: tuple(value) if isinstance(value, list) else value  # noqa: E731
+    scaling = tuple((key, tuples(value)) for key, value in values.get("rope_scaling", ()))
     return DrafterConfig(**dict(values) | {"rope_scaling": scaling})
 
 
@@ -329,7 +334,7 @@ def _last_layer(params: dict, config: DrafterConfig, target: TargetConfig, targe
         if name != "query":
             weight = _repeat_heads(weight, target.kv_heads, config.kv_heads)
         attention[name] = attention[name] | {"weight": fresh.at[:, D:].set(weight)}
-    attention["out"] = last["attention"]["out"]
+    attention["out"] = {"weight": last["attention"]["out"]["weight"]}
     norm = lambda of: {"scale": of["scale"].astype(jnp.float32) + target.norm_offset}  # noqa: E731
     taken = {"attention": attention, "hidden_norm": norm(last["attention_norm"])}
     taken["norm"] = norm(target_params["norm"])

@@ -347,7 +347,7 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions; the input may be wider than the model.
 
     Attributes:
-      bias: whether queries, keys and values have biases (Qwen2).
+      bias, out_bias: whether queries, keys and values have biases (Qwen2), and the output.
       head_norm: of each head's queries and keys before they are rotated (Qwen3, Gemma 3): a norm's epsilon
         and offset, or None.
       scale: of the scores; 0: E ** -0.5.
@@ -360,6 +360,7 @@ class Attention(nn.Module):
     rotary: Rotary
     dtype: jnp.dtype
     bias: bool = False
+    out_bias: bool = False
     head_norm: tuple[float, float] | None = None
     scale: float = 0.0
 
@@ -367,7 +368,7 @@ class Attention(nn.Module):
         self.query = Linear(self.heads * self.head_size, self.dtype, self.bias)
         self.key = Linear(self.kv_heads * self.head_size, self.dtype, self.bias)
         self.value = Linear(self.kv_heads * self.head_size, self.dtype, self.bias)
-        self.out = Linear(self.width, self.dtype)
+        self.out = Linear(self.width, self.dtype, self.out_bias)
         if self.head_norm:
             self.query_norm, self.key_norm = RMSNorm(*self.head_norm), RMSNorm(*self.head_norm)
 

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ppow_jax.errors import ConfigError
 from ppow_jax.models.cache import Cache, KeyValues
 from ppow_jax.models.layers import Attention, GatedMLP, Linear, RMSNorm, product
 from ppow_jax.models.rotary import Rotary
@@ -24,8 +25,8 @@ class TargetConfig:
     Attributes:
       taps: the layers whose *inputs* the drafter sees, 0-based, low to high; the convention of the EAGLE-3
         reference code: (2, n // 2, n - 3). n, the number of layers, stands for the output of the last one.
-      rope_divisors: see `layers.Rotary`.
-      attention_bias, head_norms, query_scale: see `layers.Attention`.
+      rope_divisors, rope_scale: see `rotary.Rotary`; not of layers with wavelengths of their own.
+      attention_bias, out_bias, head_norms, query_scale: see `layers.Attention`.
       norm_offset: see `layers.RMSNorm`.
       post_norms: whether attention and MLP have a norm behind them too (Gemma's sandwich).
       activation: of the MLP.
@@ -48,7 +49,9 @@ class TargetConfig:
     taps: tuple[int, ...]
     dtype: str = "float32"
     rope_divisors: tuple[float, ...] = ()
+    rope_scale: float = 1.0
     attention_bias: bool = False
+    out_bias: bool = False
     head_norms: bool = False
     query_scale: float = 0.0
     norm_offset: float = 0.0
@@ -63,9 +66,32 @@ class TargetConfig:
         return self.spans[layer] if self.spans else 0
 
 
-def default_taps(layers: int) -> tuple[int, int, int]:
-    """Inputs of layers 2, n // 2 and n - 3, the taps of EAGLE-3 (Li et al. 2025)."""
-    return (2, layers // 2, layers - 3)
+def default_taps(layers: int) -> tuple[int, ...]:
+    """Inputs of layers 2, n // 2 and n - 3, the taps of EAGLE-3 (Li et al. 2025); (): too few layers."""
+    return (2, layers // 2, layers - 3) if layers >= 7 else ()
+
+
+def with_taps(config: TargetConfig, taps: tuple[int, ...] | None) -> TargetConfig:
+    """A target with the taps that `config.target.taps` names; (): its own; None: as it is, nobody reads them.
+
+    Raises:
+      ConfigError: they are not among its layers, or none are named and there are too few layers for others.
+    """
+    if taps is None:
+        return config
+    n, taps = config.layers, taps or config.taps
+    if not taps:
+        raise ConfigError(
+            f"config.target.taps: found none, expected some: a target of {n} layers is too shallow for the "
+            f"usual (2, n // 2, n - 3); name them, ascending from 0 to {n}, such as "
+            f"{tuple(sorted({0, n // 2, n}))}"
+        )
+    if list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] > n:
+        raise ConfigError(
+            f"config.target.taps: found {taps}, expected ascending layers from 0 to {n}, "
+            "the number of the target's"
+        )
+    return dataclasses.replace(config, taps=taps)
 
 
 class TargetOutput(NamedTuple):
@@ -92,11 +118,11 @@ class Block(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         norm = functools.partial(RMSNorm, c.norm_epsilon, c.norm_offset)
-        rotary = Rotary(c.rope_theta, c.rope_divisors)
+        rotary = Rotary(c.rope_theta, c.rope_divisors, c.rope_scale)
         if self.span and c.local_theta:
             rotary = Rotary(c.local_theta)
         head_norm = (c.norm_epsilon, c.norm_offset) if c.head_norms else None
-        how = (rotary, dtype, c.attention_bias, head_norm, c.query_scale)
+        how = (rotary, dtype, c.attention_bias, c.out_bias, head_norm, c.query_scale)
         self.attention = Attention(c.heads, c.kv_heads, c.head_size, c.width, *how)
         self.mlp = GatedMLP(c.mlp_hidden, c.width, dtype, c.activation)
         self.attention_norm, self.mlp_norm = norm(), norm()
@@ -217,8 +243,8 @@ def head_at_hand(config: TargetConfig, params: dict) -> dict:
 
 def abstract_params(config: TargetConfig) -> dict:
     """Shapes and dtypes of the parameters, without allocating them."""
-    token = jnp.zeros((1, 1, 1), jnp.int32)
-    init = lambda key: Target(config).init(key, token, token, method=Target.everything)  # noqa: E731
+    token, plain = jnp.zeros((1, 1, 1), jnp.int32), dataclasses.replace(config, taps=(0,))
+    init = lambda key: Target(plain).init(key, token, token, method=Target.everything)  # noqa: E731
     shapes = jax.eval_shape(init, jax.random.key(0))["params"]
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(config.dtype)), shapes)
 

@@ -29,7 +29,7 @@ TABLE: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(query|key|value|gate|up|fuse|head)/weight$", PartitionSpec("tensor", "fsdp")),
     (r"(query|key|value)/bias$", PartitionSpec("tensor")),
     (r"(out|down)/weight$", PartitionSpec("fsdp", "tensor")),
-    (r"norm(s_\d+)?/scale$", PartitionSpec()),
+    (r"norm(s_\d+)?/scale$|out/bias$", PartitionSpec()),
     (r"(^|/)(count|step|scores|scored_at)$", PartitionSpec()),
 )
 

@@ -2,7 +2,7 @@
 
 `export/drafter/` is an orbax checkpoint of the parameters; `export/manifest.json` names the target, the
 draft vocabulary, the drafter's shape and the run's configuration; `export/<server>/` is what
-`drafters.dialects` writes.
+`drafters.files.writing` writes.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax.config import Settings, to_dict
-from ppow_jax.drafters import dialects
 from ppow_jax.drafters.eagle3 import DrafterConfig, abstract_params, config_from
+from ppow_jax.drafters.files import dialects, writing
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.parallel import checkpoint, files, processes
@@ -80,7 +80,7 @@ def run(experiment: Experiment) -> None:
         about_target = (experiment.target.config, chosen.server, chosen.dtype, experiment.fingerprint)
         params = processes.host(trained.params)
         if processes.first():
-            dialects.write(where, config, params, vocab, *about_target)
+            writing.write(where, config, params, vocab, *about_target)
         log.info("export: files for %s are in %s", chosen.server, where)
 
 

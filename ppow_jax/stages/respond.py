@@ -130,7 +130,7 @@ def run(experiment: Experiment) -> None:
                  shortened, settings.responses, target.context)  # fmt: skip
     if kept:
         answers, taken = sum(len(c.prompt.answers) for c in kept), sum(c.answered for c in kept)
-        log.info("respond: %d of %d answers taken as the prompts have them; others exceed the target's context "
+        log.info("respond: %d of %d answers taken as the prompts have them; others exceed the context "
                  "of %d", taken, answers, target.context)  # fmt: skip
     there = [*imported, *(c for c in kept if c.answered)]
     chunks = [there[i : i + _IMPORT_ROWS] for i in range(0, len(there), _IMPORT_ROWS)]

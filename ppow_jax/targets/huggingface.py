@@ -4,21 +4,22 @@ Weights go slice by slice into arrays that are laid out over the mesh: every pro
 """
 
 import contextlib
-import json
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-import safetensors
 from jax.sharding import Mesh
 
 from ppow_jax.errors import UserError
-from ppow_jax.models.target import TargetConfig, abstract_params
-from ppow_jax.parallel import files, partition
-from ppow_jax.targets import families
+from ppow_jax.models import fields
+from ppow_jax.models.target import TargetConfig, abstract_params, with_taps
+from ppow_jax.parallel import partition
+from ppow_jax.targets import directories, families, weights
+from ppow_jax.targets.weights import Stored
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _MODULES = {
     "self_attn.q_proj": "attention/query",
@@ -41,49 +42,23 @@ _NORMS = {  # the second norm of a layer stands before the MLP, or behind attent
     },
 }
 _ENDS = {
-    "model.embed_tokens.weight": "embedding/embedding",
+    _EMBEDDING: "embedding/embedding",
     "model.norm.weight": "norm/scale",
-    "lm_head.weight": "head/weight",
+    _HEAD: "head/weight",
 }
 _AT_ONCE = 2**24  # bytes
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$|^(model\.)?(vision_tower|multi_modal_projector)\.")
+_COMPARED = 64  # rows
 
 
 def find(path: str) -> pathlib.Path | None:
     """The directory that a path or a name of the hub (`ORGANISATION/MODEL`) means; None: neither."""
-    directory = pathlib.Path(path).expanduser()
-    if (directory / "config.json").is_file():
-        return directory
-    if directory.is_dir():
-        raise UserError(f"target.path: {path!r} has no config.json; expected a Hugging Face directory")
-    named = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.endswith(".gguf")
-    return _download(path) if named and not directory.exists() else None
+    return directories.find(path, "target.path")
 
 
 def description(path: str) -> dict[str, Any]:
     """What a local directory's config.json says; {} if there is none."""
     return _json(pathlib.Path(path).expanduser() / "config.json")
-
-
-def _download(name: str) -> pathlib.Path:
-    """The directory of a model of the Hugging Face hub.
-
-    Raises:
-      UserError: huggingface_hub is not installed, or the model cannot be fetched.
-    """
-    try:
-        import huggingface_hub
-    except ImportError as e:
-        raise UserError(f"target.path: {name!r} wants `pip install 'ppow_jax[hub]'`") from e
-    wanted = ["*.json", "*.safetensors", "*.jinja"]
-    try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
-    except Exception as e:  # no network, no such model, no access: as many kinds of error
-        reason = str(e).strip().split("\n")[0]
-        raise UserError(
-            f"target.path: {name!r} cannot be fetched from the Hugging Face hub ({reason}); a local "
-            "directory with the same files will do"
-        ) from e
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
@@ -92,26 +67,27 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: it cannot be read.
     """
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: not a readable JSON file ({e})") from e
+    return fields.read(path, f"the {path.name} of a model").values if path.is_file() else {}
 
 
-def load(directory: pathlib.Path, dtype: str, mesh: Mesh) -> tuple[TargetConfig, dict]:
-    """Shape and parameters (on the mesh) of the model in a directory.
+def load(
+    directory: pathlib.Path, dtype: str, mesh: Mesh, taps: tuple[int, ...] | None = None
+) -> tuple[TargetConfig, dict]:
+    """Shape, with the taps of `with_taps`, and parameters (on the mesh) of the model in a directory.
 
     Raises:
-      UserError: a missing or truncated file, a tensor that has no place or another shape, or an
-        architecture that is not supported.
+      UserError: a missing or damaged file, weights that are quantised, a tensor that has no place or another
+        shape, or an architecture that is not supported.
     """
     config_file = directory / "config.json"
+    about = fields.read(config_file, "the config.json of a model").values
+    # what is wrong in it says more than what is wrong in the weights would
+    with_taps(families.target_config(about, True, dtype, str(config_file)), taps)
     with contextlib.ExitStack() as stack:
         tensors = _tensors(directory, stack)
-        tied = "lm_head.weight" not in tensors
-        config = families.target_config(_json(config_file), tied, dtype, str(config_file))
+        config = families.target_config(about, _HEAD not in tensors, dtype, str(config_file))
+        if config.tied_head and _HEAD in tensors:
+            _check_tied(tensors, config_file)
         places = {_place(name, config, stored.file): stored for name, stored in tensors.items()}
         places.pop(None, None)
 
@@ -127,28 +103,29 @@ def load(directory: pathlib.Path, dtype: str, mesh: Mesh) -> tuple[TargetConfig,
         raise UserError(
             f"{left.file}: tensor {left.name!r} has no place in the decoder of {config_file.name}"
         )
-    return config, params
+    return with_taps(config, taps), params
 
 
-class _Stored(NamedTuple):
-    """Where a tensor is: its name in an open file."""
+def _tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
+    """All tensors about text, by their names without the prefix of a model that sees pictures."""
+    found, plain = weights.open_all(directory, "the model's weights", stack, _IGNORED), {}
+    for name, stored in found.items():
+        if _plain(name) in plain:
+            raise UserError(f"{stored.file}: tensor {name!r} is there by another name too, expected it once")
+        plain[_plain(name)] = stored
+    return plain
 
-    file: pathlib.Path
-    reader: safetensors.safe_open
-    name: str
 
-
-def _tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
-    """All tensors by their names without the prefix of a model that sees pictures."""
-    index = directory / "model.safetensors.index.json"
-    listed = _json(index).get("weight_map")
-    names = sorted(set(listed.values())) if listed else ["model.safetensors"]
-    expected = f"the model's safetensors{f', which {index.name} names' if listed else ''}"
-    found = {}
-    for file in (directory / name for name in names):
-        reader = stack.enter_context(files.open_safetensors(file, expected))
-        found |= {_plain(name): _Stored(file, reader, name) for name in reader.keys()}  # noqa: SIM118
-    return found
+def _check_tied(tensors: dict[str, Stored], config_file: pathlib.Path) -> None:
+    """Raises `UserError` if a head that should be the embedding is another matrix, by its first rows."""
+    if _EMBEDDING not in tensors:
+        return
+    head, embedding = (tensors[name].slices()[:_COMPARED] for name in (_HEAD, _EMBEDDING))
+    if not np.array_equal(head, embedding):
+        raise UserError(
+            f"{config_file}: found tie_word_embeddings true, but {_HEAD} is not {_EMBEDDING}; expected false "
+            "to use it, or a file without it"
+        )
 
 
 def _plain(name: str) -> str:
@@ -163,7 +140,7 @@ def _place(name: str, config: TargetConfig, file: pathlib.Path) -> str | None:
     Raises:
       UserError: there is no such path.
     """
-    if _IGNORED.search(name) or (name == "lm_head.weight" and config.tied_head):
+    if _IGNORED.search(name) or (name == _HEAD and config.tied_head):
         return None
     if name in _ENDS:
         return _ENDS[name]
@@ -176,9 +153,9 @@ def _place(name: str, config: TargetConfig, file: pathlib.Path) -> str | None:
     return f"layers_{match[1]}/{module}/{kind}"
 
 
-def _read(stored: _Stored, like: jax.ShapeDtypeStruct, mesh: Mesh, path: str) -> jax.Array:
+def _read(stored: Stored, like: jax.ShapeDtypeStruct, mesh: Mesh, path: str) -> jax.Array:
     """One tensor, laid out by the table; only the slices that this process holds are read."""
-    rows = stored.reader.get_slice(stored.name)
+    rows = stored.slices()
     if tuple(rows.get_shape()) != like.shape:
         raise UserError(
             f"{stored.file}: tensor {stored.name!r} has the shape {tuple(rows.get_shape())}, expected "

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from ppow_jax.config import TargetSettings
 from ppow_jax.errors import ConfigError, UserError
-from ppow_jax.models.target import TargetConfig
+from ppow_jax.models.target import TargetConfig, with_taps
 from ppow_jax.targets import chat, gguf, huggingface, markov, orbax, tokenizer_files, tokenizer_gguf
 from ppow_jax.targets.tokenizer import Tokenizer, with_stops
 
@@ -18,22 +18,33 @@ def load(settings: TargetSettings, mesh: Mesh) -> tuple[TargetConfig, dict, Toke
       UserError: it is not there, broken, or of two models; or `target.taps` are not among its layers.
     """
     variables = chat.variables(settings.template_variables, "config.target.template_variables")
-    if settings.path.startswith("markov:"):
-        seed = settings.path.removeprefix("markov:")
-        if not seed.isdigit():
-            raise ConfigError(f"config.target.path: found {settings.path!r}, expected 'markov:SEED'")
-        config, params, tokens = markov.build(int(seed), settings.dtype)
-    elif directory := orbax.find(settings.path):
-        config, params, tokens = orbax.load(directory, settings.dtype, mesh)
-    elif directory := huggingface.find(settings.path):
-        config, params = huggingface.load(directory, settings.dtype, mesh)
+    config, params, tokens = read(settings.path, settings.dtype, mesh, settings.taps)
+    return (
+        config,
+        params,
+        with_stops(dataclasses.replace(tokens, variables=dict(tokens.variables) | variables)),
+    )
+
+
+def read(
+    path: str, dtype: str, mesh: Mesh, taps: tuple[int, ...] | None = None
+) -> tuple[TargetConfig, dict, Tokenizer]:
+    """As `load`, without variables of templates; for the taps see `models.target.with_taps`."""
+    if path.startswith("markov:"):
+        seed = path.removeprefix("markov:")
+        if not (seed.isascii() and seed.isdigit()):
+            raise ConfigError(f"config.target.path: found {path!r}, expected 'markov:SEED'")
+        config, params, tokens = markov.build(int(seed), dtype)
+        config = with_taps(config, taps)
+    elif directory := orbax.find(path):
+        config, params, tokens = orbax.load(directory, dtype, mesh, taps)
+    elif directory := huggingface.find(path):
+        config, params = huggingface.load(directory, dtype, mesh, taps)
         tokens = tokenizer_files.read(directory)
     else:
-        config, params, metadata = gguf.load(settings.path, settings.dtype)
-        tokens = tokenizer_gguf.from_gguf(metadata, settings.path)
-    tokens = _fitting(tokens, config.vocab_size, settings.path)
-    tokens = with_stops(dataclasses.replace(tokens, variables=dict(tokens.variables) | variables))
-    return _with_taps(config, settings.taps), params, tokens
+        config, params, metadata = gguf.load(path, dtype, taps)
+        tokens = tokenizer_gguf.from_gguf(metadata, path)
+    return config, params, _fitting(tokens, config.vocab_size, path)
 
 
 def _fitting(tokens: Tokenizer, rows: int, path: str) -> Tokenizer:
@@ -53,15 +64,3 @@ def _fitting(tokens: Tokenizer, rows: int, path: str) -> Tokenizer:
             "embedding; the files are of two models"
         )
     return dataclasses.replace(tokens, rows=rows)
-
-
-def _with_taps(config: TargetConfig, taps: tuple[int, ...]) -> TargetConfig:
-    """The target with other taps; none: its own."""
-    if not taps:
-        return config
-    if list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] > config.layers:
-        raise ConfigError(
-            f"config.target.taps: found {taps}, expected ascending layers from 0 to {config.layers}, "
-            "the number of the target's"
-        )
-    return dataclasses.replace(config, taps=taps)

@@ -2,13 +2,16 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ppow_jax.errors import UserError
-from ppow_jax.models.target import TargetConfig, abstract_params
+from ppow_jax.models import fields
+from ppow_jax.models.fields import Fields
+from ppow_jax.models.target import TargetConfig, abstract_params, with_taps
 from ppow_jax.parallel import checkpoint, files, partition
 from ppow_jax.targets.tokenizer import Tokenizer
 from ppow_jax.targets.tokenizer_files import read_core
@@ -28,26 +31,55 @@ def save(directory: pathlib.Path, config: TargetConfig, params: dict, tokens: To
 
 
 def find(path: str) -> pathlib.Path | None:
-    """The directory that `save` wrote, or None."""
-    directory = pathlib.Path(path).expanduser()
-    return directory if (directory / _MANIFEST).is_file() else None
+    """The directory that `save` wrote, also by the name of its manifest, or None."""
+    try:
+        found = pathlib.Path(path).expanduser()
+        directory = found.parent if found.name == _MANIFEST else found
+        return directory if (directory / _MANIFEST).is_file() else None
+    except (OSError, ValueError, RuntimeError):  # said where the path is looked for next
+        return None
 
 
-def load(directory: pathlib.Path, dtype: str, mesh: Mesh) -> tuple[TargetConfig, dict, Tokenizer]:
-    """Shape, parameters on the mesh, and tokenizer.
+def load(
+    directory: pathlib.Path, dtype: str, mesh: Mesh, taps: tuple[int, ...] | None = None
+) -> tuple[TargetConfig, dict, Tokenizer]:
+    """Shape, with the taps of `with_taps`, parameters on the mesh, and tokenizer.
 
     Raises:
       UserError: damaged, or made by another version.
     """
-    manifest = files.read_json(directory / _MANIFEST)
-    if manifest.get("format") != 1:
-        raise UserError(f"{directory}: found format {manifest.get('format')!r}, expected 1; convert again")
-    shape = {k: tuple(v) if isinstance(v, list) else v for k, v in manifest["shape"].items()}
-    config = TargetConfig(**shape | {"dtype": dtype})
+    manifest = fields.read(directory / _MANIFEST, "what `python -m ppow_jax.convert` wrote")
+    manifest.of = "a converted target"
+    if manifest.whole("format") != 1:
+        raise manifest.wrong("format", "1; convert again")
+    config = with_taps(_shape(manifest.part("shape"), dtype), taps)
     like = partition.laid_out(abstract_params(config), mesh)
     params = checkpoint.load_params(directory / _PARAMS, like)
-    kept = manifest["tokenizer"]
-    old = {f"{name}_token": kept[name] for name in ("bos", "eos") if kept.get(name)}  # of an older version
+    return config, params, _tokenizer(directory, manifest.part("tokenizer"))
+
+
+def _shape(c: Fields, dtype: str) -> TargetConfig:
+    """The decoder's shape, whose every field is of its type."""
+    readers: dict[Any, Callable] = {
+        int: lambda key, default: c.whole(key, default, least=0),
+        float: lambda key, default: c.number(key, default, zero=True),
+        bool: c.flag,
+        str: c.text,
+        tuple[int, ...]: lambda key, default: c.listed(key, int, default=default),
+        tuple[float, ...]: lambda key, default: c.listed(key, float, default=default),
+    }
+    found = {}
+    for field in dataclasses.fields(TargetConfig):
+        default = fields.REQUIRED if field.default is dataclasses.MISSING else field.default
+        found[field.name] = readers[field.type](field.name, default)
+    c.rest(lambda key: False)
+    return TargetConfig(**found | {"dtype": dtype})
+
+
+def _tokenizer(directory: pathlib.Path, kept: Fields) -> Tokenizer:
     core, _ = read_core(directory / _TOKENIZER)
-    tokens = Tokenizer(core, kept["template"], tuple(kept["stop_ids"]), kept.get("variables", old))
-    return config, params, tokens
+    if kept.given("variables"):
+        variables = kept.part("variables").values
+    else:  # of an older version
+        variables = {f"{name}_token": text for name in ("bos", "eos") if (text := kept.text(name, ""))}
+    return Tokenizer(core, kept.text("template"), kept.listed("stop_ids", int), variables)

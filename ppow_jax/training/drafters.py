@@ -12,7 +12,7 @@ import numpy as np
 
 from ppow_jax.config import FRESH, IMPORTED, DrafterSettings
 from ppow_jax.data import texts
-from ppow_jax.drafters import dialects, induction
+from ppow_jax.drafters import induction
 from ppow_jax.drafters.eagle3 import (
     Drafter,
     DrafterConfig,
@@ -23,6 +23,7 @@ from ppow_jax.drafters.eagle3 import (
     init_params,
     weights_of,
 )
+from ppow_jax.drafters.files import reading
 from ppow_jax.errors import ConfigError, UnfinishedError, UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.target import TargetConfig, head_matrix
@@ -30,6 +31,7 @@ from ppow_jax.models.target_outputs import taps_of
 from ppow_jax.parallel import partition
 from ppow_jax.parallel.checkpoint import Checkpoints
 from ppow_jax.parallel.console import log
+from ppow_jax.targets import directories
 
 _INDUCTION_TEXTS, _INDUCTION_BATCH = 256, 16  # what the relation of features to tokens is read from
 
@@ -71,7 +73,7 @@ def begin(experiment: Experiment, run: str, corpus: texts.Corpus) -> Trained:
     if settings.start in experiment.settings.train:
         return load(experiment, settings.start)
     if settings.start != FRESH:
-        return _from_files(experiment, settings.start)
+        return _from_files(experiment, settings.start, f"train.{run}.start")
     if experiment.settings.drafter.path:
         return load(experiment, IMPORTED)
     size, V = experiment.settings.drafter.vocab_size, experiment.target.config.vocab_size
@@ -122,10 +124,11 @@ def shape_of(experiment: Experiment, run: str) -> DrafterConfig:
         the target.
     """
     settings = experiment.settings
-    start = settings.train[settings.lineage(run)[0]].start
-    path = settings.drafter.path if start == FRESH else start
+    first = settings.lineage(run)[0]
+    start = settings.train[first].start
+    path, key = (settings.drafter.path, "drafter.path") if start == FRESH else (start, f"train.{first}.start")
     if path:
-        return imported(path, experiment.target.config, experiment.fingerprint).config
+        return imported(path, experiment.target.config, experiment.fingerprint, key).config
     return drafter_of(shape_by(settings.drafter, experiment.target.config)).config
 
 
@@ -137,7 +140,7 @@ def load(experiment: Experiment, run: str) -> Trained:
       UserError: the run has left nothing, or its checkpoint belongs to another target.
     """
     if run == IMPORTED:
-        return _from_files(experiment, experiment.settings.drafter.path)
+        return _from_files(experiment, experiment.settings.drafter.path, "drafter.path")
     store = checkpoints(experiment, run)
     try:
         if store.latest is None:
@@ -169,21 +172,34 @@ def shapes(experiment: Experiment, drafter: Drafter) -> dict[str, Any]:
     }
 
 
-def _from_files(experiment: Experiment, path: str) -> Trained:
+def _from_files(experiment: Experiment, path: str, key: str) -> Trained:
     """A drafter from EAGLE-3 files, computing in the dtype of the settings."""
-    found = imported(path, experiment.target.config, experiment.fingerprint)
+    found = imported(path, experiment.target.config, experiment.fingerprint, key)
     config = dataclasses.replace(found.config, dtype=experiment.settings.drafter.dtype)
-    return Trained(Drafter(config), partition.shard(found.params, experiment.mesh), found.vocab)
+    params, target = found.params, experiment.target_params
+    if found.head:
+        tied = found.head == "embedding"
+        matrix = target["embedding"]["embedding"] if tied else head_matrix(experiment.target.config, target)
+        params = params | {"head": {"weight": jnp.array(matrix, jnp.float32)}}  # a copy, which is trained
+    return Trained(Drafter(config), partition.shard(params, experiment.mesh), found.vocab)
 
 
 @functools.cache
-def imported(path: str, target: TargetConfig, fingerprint: str) -> dialects.Imported:
-    """The drafter that lies in a directory, as a server reads it.
+def imported(
+    path: str, target: TargetConfig, fingerprint: str, key: str = "drafter.path"
+) -> reading.Imported:
+    """The drafter that a path means, a directory or a name of the hub, as a server reads it.
 
     Raises:
       UserError: it cannot be read, is of another target, or reads other layers of it than `target.taps`.
     """
-    found = dialects.read(pathlib.Path(path).expanduser(), target, fingerprint)
+    directory = directories.find(path, key)
+    if directory is None:
+        raise ConfigError(
+            f"config.{key}: no directory {path!r}; expected one of EAGLE-3 files (config.json, "
+            "model.safetensors), or a name of the Hugging Face hub (ORGANISATION/MODEL)"
+        )
+    found = reading.read(directory, target, fingerprint)
     if found.taps != target.taps:
         raise ConfigError(
             f"config.target.taps: found {target.taps}, expected {found.taps}, "

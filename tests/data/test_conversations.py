@@ -168,8 +168,8 @@ def test_a_system_message_stands_before_all_turns():
 def taken(template: str, answers: tuple[str, ...], longest: int = 999) -> tuple[int, list]:
     text = tokenizer(template)
     conversation = Conversation(Prompt("p", "", ("a", "b", "c")[: len(answers)], "", answers))
-    count = conversation.take(text, longest)
-    return count, read(text, conversation)
+    conversation.take(text, longest)
+    return conversation.answered, read(text, conversation)
 
 
 @pytest.mark.parametrize("template", [CHATML, TAGGED.replace("{{ '\n' }}", "\n\n")])

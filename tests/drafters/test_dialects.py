@@ -1,24 +1,33 @@
-"""Drafters in and out: the names and conventions of servers, and what is said of files that are not right."""
+"""Drafters in and out: the names and conventions of servers."""
 
 import dataclasses
 import json
-import pathlib
+import math
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-import small
+from drafter_files import (
+    PLAIN,
+    TARGET,
+    VOCAB,
+    change,
+    config_of,
+    params_of,
+    read,
+    refused,
+    same,
+    tensors_of,
+    write,
+)
 
-from ppow_jax.drafters import dialects, eagle3
+from ppow_jax.drafters import eagle3
+from ppow_jax.drafters.eagle3 import Drafter
 from ppow_jax.errors import UserError
-from ppow_jax.models.target import default_taps
 from ppow_jax.parallel import partition
 
-TARGET = dataclasses.replace(small.TINY, layers=9, taps=default_taps(9))  # 2, 4, 6
-VOCAB = small.DRAFT_VOCAB
-PLAIN = eagle3.drafter_config(TARGET, len(VOCAB), 40, "float32")
 LAYER = (
     "input_layernorm.weight",
     "hidden_norm.weight",
@@ -26,41 +35,6 @@ LAYER = (
     *(f"self_attn.{m}_proj.weight" for m in "qkvo"),
     *(f"mlp.{m}_proj.weight" for m in ("gate", "up", "down")),
 )
-
-
-def params_of(config) -> dict:
-    return small.randomise(eagle3.abstract_params(config), 1)
-
-
-def write(directory, config=PLAIN, server="sglang", dtype="float32", target=TARGET, vocab=VOCAB, params=None):
-    params = params or params_of(config)
-    dialects.write(directory, config, params, vocab, target, server, dtype, "ours")
-    return params
-
-
-def tensors_of(directory: pathlib.Path) -> dict:
-    return safetensors.numpy.load_file(directory / "model.safetensors")
-
-
-def config_of(directory: pathlib.Path) -> dict:
-    return json.loads((directory / "config.json").read_text())
-
-
-def change(directory: pathlib.Path, tensors: dict | None = None, **values) -> None:
-    """Other tensors, other values of config.json; None removes one."""
-    if tensors:
-        changed = {n: t for n, t in (tensors_of(directory) | tensors).items() if t is not None}
-        safetensors.numpy.save_file(changed, directory / "model.safetensors")
-    config = {k: v for k, v in (config_of(directory) | values).items() if v is not None}
-    (directory / "config.json").write_text(json.dumps(config))
-
-
-def read(directory: pathlib.Path, target=TARGET, fingerprint="ours") -> dialects.Imported:
-    return dialects.read(directory, target, fingerprint)
-
-
-def same(one, other) -> bool:
-    return jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), one, other))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +91,14 @@ def test_tapped_layers_are_outputs_for_sglang_and_inputs_for_vllm(tmp_path):
             write(tmp_path, target=dataclasses.replace(TARGET, taps=wrong), server=server)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 8.0}
+LONG = {
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "short_factor": (1.5,) * 6,
+    "long_factor": (4.0,) * 6,
+}
 TRAITS = {
     "layers": (dict(layers=3), "vllm"),
     "layers, sglang": (dict(layers=2), "sglang"),
@@ -124,7 +106,8 @@ TRAITS = {
     "normed state": (dict(feeds_normed=True), "sglang"),
     "norm of each tap": (dict(tap_norms="each"), "vllm"),
     "norm of all taps": (dict(tap_norms="all"), "sglang"),
-    "biases": (dict(attention_bias=True), "vllm"),
+    "biases": (dict(attention_bias=True, out_bias=True), "vllm"),
+    "yarn": (dict(rope_scaling=tuple(YARN.items())), "vllm"),
     "embedding": (dict(embedding_size=TARGET.vocab_size), "vllm"),
     "width": (dict(embedding_size=TARGET.vocab_size, width=24), "sglang"),
     "scaling": (dict(rope_scaling=(("rope_type", "linear"), ("factor", 4.0))), "sglang"),
@@ -154,6 +137,10 @@ def test_what_a_drafter_may_have_beyond_eagle_3(trait, tmp_path):
         (dict(tap_norms="each"), "vllm_tpu", "tap_norms 'each'"),
         (dict(head_norms=True), "vllm", "head_norms True"),
         (dict(feeds_normed=True), "vllm_tpu", "feeds_normed True"),
+        (dict(rope_scaling=tuple(YARN.items())), "vllm_tpu", "rope_scaling "),
+        (dict(rope_scaling=tuple(LONG.items())), "vllm", "long_factor, short_factor of rope_scaling"),
+        (dict(rope_scaling=(*YARN.items(), ("mscale", 2.0))), "sglang", "mscale of rope_scaling"),
+        (dict(out_bias=True), "vllm", "a bias of the attention's output alone"),
     ],
 )
 def test_what_a_server_would_ignore_is_not_exported(values, server, said, tmp_path):
@@ -207,54 +194,66 @@ def test_missing_keys_mean_what_eagles_own_code_takes_them_to_mean(tmp_path):
     assert (back.rope_theta, back.norm_epsilon, back.layers) == (10_000.0, 1e-6, 1)
 
 
-def refused(directory: pathlib.Path, *said: str, **how) -> None:
-    with pytest.raises(UserError) as e:
-        read(directory, **how)
-    assert "\n" not in str(e.value)
-    for words in said:
-        assert words in str(e.value), str(e.value)
+def test_vllm_has_a_bias_of_the_output_too_and_gets_zeros(tmp_path):
+    config = dataclasses.replace(PLAIN, attention_bias=True, layers=2)
+    write(tmp_path, config, "vllm")
+    for layer in "01":
+        found = tensors_of(tmp_path)[f"layers.{layer}.self_attn.o_proj.bias"]
+        assert found.shape == (32,) and not found.any()
+    back = read(tmp_path)
+    assert back.config == dataclasses.replace(config, out_bias=True)
 
 
-def test_drafters_of_other_targets(tmp_path):
+def test_longrope_depends_on_the_longest_text_of_the_target(tmp_path):
     write(tmp_path)
-    refused(tmp_path, "belongs to target ours", "theirs", fingerprint="theirs")
-    change(tmp_path, {"extra": None})  # drops the fingerprint, as files that others wrote have none
-    read(tmp_path, fingerprint="theirs")
-    refused(tmp_path, "vocab_size 40", "the target's 41", target=dataclasses.replace(TARGET, vocab_size=41))
-    refused(tmp_path, "hidden_size 32", "24 wide", target=dataclasses.replace(TARGET, width=24))
+    scaling = LONG | {"short_factor": [1.5] * 6, "long_factor": [4.0] * 6}
+    change(tmp_path, rope_parameters=None, rope_scaling={k: v for k, v in scaling.items() if k != "factor"})
+    for context, divisor in ((32, 1.5), (33, 4.0)):
+        config = read(tmp_path, dataclasses.replace(TARGET, context=context)).config
+        assert config.rope_context == context and dict(config.rope_scaling) == LONG  # 4 = 128 / 32
+        rope = Drafter(config).bind({"params": params_of(config)}).attention.rotary
+        assert rope.divisors == (divisor,) * 6
+        assert rope.scale == pytest.approx(math.sqrt(1 + math.log(4) / math.log(32)))
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert eagle3.config_from(values) == config and hash(config)
 
 
-def test_damaged_and_foreign_files(tmp_path):
-    write(tmp_path)
-    name = "midlayer.mlp.up_proj.weight"
-    up = tensors_of(tmp_path)[name]
-    change(tmp_path, {name: up[:-1]})
-    refused(tmp_path, name, "(39, 32)", "(40, 32)")
-    change(tmp_path, {name: None})
-    refused(tmp_path, f"no tensor {name!r}")
-    change(tmp_path, {name: up, "midlayer.mlp.gate_proj.bias": np.ones(40, "f")})
-    refused(tmp_path, "midlayer.mlp.gate_proj.bias", "no place")
-    change(tmp_path, {"midlayer.mlp.gate_proj.bias": None}, hidden_act="relu")
-    refused(tmp_path, "config.json", "'relu'", "silu")
-    change(tmp_path, hidden_act="silu", norm_output=True, trained_with=None)
-    refused(tmp_path, "config.json", "norm_output", "SpecForge")
-    change(tmp_path, norm_output=None, hidden_size=None)
-    refused(tmp_path, "config.json", "no 'hidden_size'")
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
-    refused(tmp_path, "model.safetensors", "complete")
-    file.unlink()
-    refused(tmp_path, "model.safetensors", "not there")
-    (tmp_path / "config.json").unlink()
-    refused(tmp_path, "config.json", "no readable JSON")
+def test_a_drafter_in_shards(tmp_path):
+    params = write(tmp_path)
+    tensors = tensors_of(tmp_path)
+    shards = {f"model-0000{i + 1}-of-00002.safetensors": list(tensors)[i::2] for i in range(2)}
+    for file, names in shards.items():
+        safetensors.numpy.save_file(
+            {n: tensors[n] for n in names}, tmp_path / file, {"target_fingerprint": "ours"}
+        )
+    (tmp_path / "model.safetensors").unlink()
+    where = {name: file for file, names in shards.items() for name in names}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    back = read(tmp_path)
+    assert same(back.params, params) and back.vocab.tolist() == VOCAB.tolist()
+    refused(tmp_path, "belongs to target ours", fingerprint="theirs")
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    refused(tmp_path, "model-00002-of-00002.safetensors: not there", "index.json")
 
 
-def test_vocabularies_that_are_not_what_they_should_be(tmp_path):
-    write(tmp_path)
-    offsets, mask = tensors_of(tmp_path)["d2t"], tensors_of(tmp_path)["t2d"]
-    change(tmp_path, {"d2t": VOCAB.astype(np.int64)})  # absolute ids
-    refused(tmp_path, "'d2t'", "absolute")
-    change(tmp_path, {"d2t": offsets, "t2d": ~mask})
-    refused(tmp_path, "'t2d' and 'd2t'")
-    change(tmp_path, {"d2t": None, "t2d": mask})
-    refused(tmp_path, "no 'd2t'", "24 draft ids")
+def test_without_a_head_it_predicts_with_the_targets(tmp_path):
+    config = dataclasses.replace(PLAIN, vocab_size=TARGET.vocab_size)
+    params = write(tmp_path, config, "vllm", vocab=np.arange(TARGET.vocab_size))
+    change(tmp_path, {"lm_head.weight": None}, draft_vocab_size=None)
+    del params["head"]
+    back = read(tmp_path)
+    assert back.config == config and back.head == "head" and same(back.params, params)
+    change(tmp_path, tie_word_embeddings=True)
+    assert read(tmp_path).head == "embedding"
+    own = dataclasses.replace(config, embedding_size=TARGET.vocab_size)
+    params = write(tmp_path / "own", own, "vllm", vocab=np.arange(TARGET.vocab_size))
+    change(tmp_path / "own", {"lm_head.weight": None}, tie_word_embeddings=True)
+    back = read(tmp_path / "own")
+    assert back.head == "" and same(back.params["head"]["weight"], params["embedding"]["embedding"])
+    narrow = dataclasses.replace(own, width=24)
+    write(tmp_path / "narrow", narrow, "vllm", vocab=np.arange(TARGET.vocab_size))
+    change(tmp_path / "narrow", {"lm_head.weight": None})
+    refused(tmp_path / "narrow", "hidden_size 24, expected 32, as wide as the target's head")
+    write(tmp_path / "part")
+    change(tmp_path / "part", {"lm_head.weight": None})
+    refused(tmp_path / "part", "no tensor 'lm_head.weight'")

@@ -49,7 +49,8 @@ def make(directory: pathlib.Path, scaling: dict[str, Any]) -> None:
     sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "helpers"))
     import small
 
-    from ppow_jax.drafters import dialects, eagle3
+    from ppow_jax.drafters import eagle3
+    from ppow_jax.drafters.files import writing
 
     target = dataclasses.replace(
         small.TINY, vocab_size=VOCAB, width=WIDTH, head_size=8, layers=9, taps=(2, 4, 6), rope_theta=10_000.0
@@ -60,7 +61,7 @@ def make(directory: pathlib.Path, scaling: dict[str, Any]) -> None:
     vocab = np.sort(rng.permutation(VOCAB)[:DRAFT])
     params = jax.tree.map(np.asarray, small.randomise(eagle3.abstract_params(config), 1))
     for server in set(LIBRARIES.values()):
-        dialects.write(directory / server, config, params, vocab, target, server, "float32", "parity")
+        writing.write(directory / server, config, params, vocab, target, server, "float32", "parity")
     np.savez(
         directory / "inputs.npz",
         embedding=rng.standard_normal((VOCAB, WIDTH)).astype(np.float32),
@@ -214,8 +215,9 @@ def compare(directory: pathlib.Path) -> int:
     import jax
     import jax.numpy as jnp
 
-    from ppow_jax.drafters import dialects, windows
+    from ppow_jax.drafters import windows
     from ppow_jax.drafters.eagle3 import Drafter, weights_of
+    from ppow_jax.drafters.files import reading
     from ppow_jax.models.target import TargetConfig
 
     values = json.loads((directory / "target.json").read_text())
@@ -224,8 +226,8 @@ def compare(directory: pathlib.Path) -> int:
     taps, tokens = jnp.asarray(inputs["taps"])[None], jnp.asarray(inputs["tokens"], jnp.int32)[None]
     anchors = jnp.array([ANCHORS])
     for name, server in libraries(directory).items():
-        own = dialects.read(directory / server, target, "parity")
-        theirs = dialects.read(directory / name, target, "parity")
+        own = reading.read(directory / server, target, "parity")
+        theirs = reading.read(directory / name, target, "parity")
         embedding = theirs.params.pop("embedding", None)
         same = jax.tree.all(jax.tree.map(np.array_equal, own.params, theirs.params))
         same &= embedding is None or np.array_equal(embedding["embedding"], inputs["embedding"])

@@ -34,6 +34,23 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+    "truncate": False,
+    "mscale": 2.0,
+    "mscale_all_dim": 0.5,
+}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5],
+    "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 48,  # of a longer text, transformers takes the long factors
+}
 _GEMMA = {
     "head_dim": 16,
     "sliding_window": 8,
@@ -52,6 +69,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
     "gemma3": ("Gemma3TextConfig", _GEMMA),
+    "llama_yarn": ("LlamaConfig", {"attention_bias": True, "head_dim": 16, "rope_parameters": _YARN}),
+    "qwen3_longrope": (
+        "Qwen3Config",
+        {"attention_bias": True, "head_dim": 16, "rope_parameters": _LONGROPE},
+    ),
 }
 
 

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import sys
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from ppow_jax.models.target import fingerprint
 from ppow_jax.parallel import partition
 from ppow_jax.targets import families, huggingface, orbax
 from ppow_jax.targets.load import load as load_target
+from ppow_jax.targets.load import read as read_target
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}<|start|>{{ m.role|upper }}\n{{ m.content }} <|end|>\n{% endfor %}"
@@ -131,6 +131,9 @@ def test_a_tensor_too_many_or_too_few_or_of_another_shape(directory):
     safetensors.numpy.save_file(tensors | {"model.embed_tokens.weight": np.ones((95, 32), "f")}, shard)
     refused(directory, shard.name, "model.embed_tokens.weight", "(95, 32)", "(96, 32)")
     safetensors.numpy.save_file({n: t for n, t in tensors.items() if "embed" not in n}, shard)
+    index = directory / "model.safetensors.index.json"
+    where = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {n: f for n, f in where.items() if "embed" not in n}}))
     refused(directory, "no tensor for embedding/embedding", "config.json")
 
 
@@ -140,10 +143,10 @@ def test_an_architecture_that_is_not_supported(directory):
     change(directory, model_type="llama", hidden_act="relu")
     refused(directory, "config.json", "'relu'", "silu")
     change(directory, hidden_act="silu", attention_bias=True)
-    refused(directory, "config.json", "attention_bias True", "False")
-    scaling = {"rope_type": "yarn", "factor": 4.0}
+    refused(directory, "no tensor for layers_0/attention/key/bias, which config.json asks for")
+    scaling = {"rope_type": "dynamic", "factor": 4.0}
     change(directory, attention_bias=False, rope_parameters=None, rope_scaling=scaling)
-    refused(directory, "config.json", "'yarn'", "llama3")
+    refused(directory, "config.json", "'dynamic'", "llama3")
     file = directory / "config.json"
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "hidden_size"}))
     refused(directory, "config.json", "'hidden_size'")
@@ -169,26 +172,51 @@ def test_a_tokenizer_of_another_model_or_none(directory):
     refused(directory, "tokenizer.json", "no readable tokenizer")
 
 
-def test_a_directory_without_a_model_and_names_of_the_hub(tmp_path, monkeypatch):
+def test_a_path_that_means_nothing_and_one_that_means_the_directory(tmp_path, directory):
     refused(tmp_path, "no config.json")
     refused(tmp_path / "nothing here", "no file", "Hugging Face directory")
     refused("models/none.gguf", "no file 'models/none.gguf'")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as where it is not installed
-    refused("someone/some-model", "'someone/some-model'", "pip install 'ppow_jax[hub]'")
+    refused("", "no file ''")
+    refused("package:no.such/package", "the package 'no.such/package' is not installed")
+    refused("markov:\u00b2", "expected 'markov:SEED'")
+    for name in ("config.json", "model-00002-of-00003.safetensors", "model.safetensors.index.json"):
+        assert huggingface.find(str(directory / name)) == directory
 
-    class Hub:
-        @staticmethod
-        def snapshot_download(name, allow_patterns):
-            if name != "someone/some-model":
-                raise OSError("401 Client Error\nand more")
-            assert {"*.json", "*.safetensors", "*.jinja"} == set(allow_patterns)
-            return str(tmp_path / "fetched")
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
-    refused("someone/else", "'someone/else'", "401 Client Error", "local")
-    write(tmp_path / "fetched", "qwen3")
-    write_tokenizer(tmp_path / "fetched")
-    assert target("someone/some-model")[0].head_norms
+def test_int8_weights_are_refused_and_the_config_names_their_scheme(directory):
+    shard = directory / "model-00001-of-00003.safetensors"
+    tensors = {n: (t * 9).astype(np.int8) for n, t in safetensors.numpy.load_file(shard).items()}
+    safetensors.numpy.save_file(tensors, shard)
+    refused(directory, shard.name, "holds I8, expected weights in float32")
+    change(directory, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    refused(directory, "config.json", "the scheme 'bitsandbytes', 8 bits")
+
+
+def test_a_head_that_is_tied_and_is_not(directory):
+    change(directory, tie_word_embeddings=True)
+    refused(directory, "config.json: found tie_word_embeddings true, but lm_head.weight is not")
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    where = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    embedding = safetensors.numpy.load_file(directory / where[names[1]])[names[1]]
+    tensors = safetensors.numpy.load_file(directory / where[names[0]])
+    safetensors.numpy.save_file(tensors | {names[0]: embedding}, directory / where[names[0]])
+    assert "head" not in load(directory)[1]
+
+
+@pytest.mark.parametrize(("layers", "example"), [(1, "(0, 1)"), (2, "(0, 1, 2)"), (6, "(0, 3, 6)")])
+def test_a_target_of_few_layers_asks_for_its_taps(layers, example, directory):
+    change(directory, num_hidden_layers=layers)
+    said = f"a target of {layers} layers is too shallow", f"ascending from 0 to {layers}, such as {example}"
+    refused(directory, "config.target.taps: found none", *said)  # before the weights are looked at
+    drop = [f"model.layers.{layer}." for layer in range(layers, 7)]
+    tensors = {n: parity.weights(n, tuple(s)) for n, s in GOLDEN["llama2"]["shapes"].items()}
+    kept = {n: t for n, t in tensors.items() if not n.startswith(tuple(drop))}
+    safetensors.numpy.save_file(kept, directory / "model.safetensors")
+    mesh = partition.make_mesh((-1, 1, 1))
+    assert load_target(TargetSettings(str(directory), "float32", (0, layers)), mesh)[0].taps == (0, layers)
+    if layers == 2:  # it can be converted, and asks then
+        orbax.save(directory / "converted", *read_target(str(directory), "float32", mesh))
+        refused(directory / "converted", "config.target.taps: found none", *said)
 
 
 def test_older_files_say_the_same_in_other_keys():

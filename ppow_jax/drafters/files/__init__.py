@@ -1,0 +1,1 @@
+"""Drafters as servers read them: `config.json` and safetensors of EAGLE-3, in and out."""
