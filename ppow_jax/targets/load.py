@@ -19,11 +19,8 @@ def load(settings: TargetSettings, mesh: Mesh) -> tuple[TargetConfig, dict, Toke
     """
     variables = chat.variables(settings.template_variables, "config.target.template_variables")
     config, params, tokens = read(settings.path, settings.dtype, mesh, settings.taps)
-    return (
-        config,
-        params,
-        with_stops(dataclasses.replace(tokens, variables=dict(tokens.variables) | variables)),
-    )
+    tokens = dataclasses.replace(tokens, variables=dict(tokens.variables) | variables)
+    return config, params, with_stops(tokens)
 
 
 def read(

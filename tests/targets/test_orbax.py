@@ -23,7 +23,7 @@ def converted(tmp_path_factory) -> pathlib.Path:
     directory = tmp_path_factory.mktemp("converted")
     core = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
     params = small.randomise(abstract_params(small.TINY), 0)
-    orbax.save(directory, small.TINY, params, Tokenizer(core, "{{ messages }}", (1,), "", "b"))
+    orbax.save(directory, small.TINY, params, Tokenizer(core, "{{ messages }}", (1,), {"eos_token": "b"}))
     return directory
 
 
