@@ -90,5 +90,5 @@ def test_parts_that_are_not_there(converted, tmp_path):
     (tmp_path / "target_manifest.json").write_text((converted / "target_manifest.json").read_text())
     refused(tmp_path, "params: the parameters cannot be read")
     (tmp_path / "params").symlink_to(converted / "params")
-    refused(tmp_path, "tokenizer.json: no readable tokenizer", "convert again")
+    refused(tmp_path, "no tokenizer.json", "fetch it")
     refused(converted / "params", "is an orbax checkpoint of something else")
