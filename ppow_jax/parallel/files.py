@@ -1,9 +1,14 @@
-"""Files that are written whole or not at all, and read with a clear error where they are damaged."""
+"""Directories as users name them, and files that are written whole or not at all and read with a clear error
+where they are damaged."""
 
 import contextlib
+import functools
+import hashlib
 import json
 import os
 import pathlib
+import re
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +17,70 @@ import safetensors
 
 from ppow_jax.errors import UserError
 from ppow_jax.parallel import processes
+
+
+def directory(name: str | pathlib.Path, where: str) -> pathlib.Path:
+    """A directory to write to, made if need be; `~` is the home directory.
+
+    Args:
+      name: as a user gave it.
+      where: the flag or key that has it, for the error.
+
+    Raises:
+      UserError: it is a URL, a file, no text, or cannot be made.
+    """
+    name = os.path.expanduser(name)
+    if re.match(r"[A-Za-z][\w+.-]+:/", name):
+        raise UserError(
+            f"{where}: found the URL {name!r}, expected a directory; mount the storage and name its place here"
+        )
+    path = pathlib.Path(name)
+    try:
+        name.encode()
+        path.mkdir(parents=True, exist_ok=True)
+    except UnicodeEncodeError as e:
+        raise UserError(f"{where}: found the name {name!r}, expected one in UTF-8; rename it") from e
+    except OSError as e:
+        is_file = path.is_file() if isinstance(e, FileExistsError) else False
+        why = "it is a file, expected a directory" if is_file else f"it cannot be made: {e.strerror}"
+        raise UserError(f"{where}: {name!r}: {why}; name another directory") from e
+    return path
+
+
+def require_writable(path: pathlib.Path, where: str) -> None:
+    """Tries whether files can be written in a directory.
+
+    Args:
+      path: the directory.
+      where: the flag or key that has it, for the error.
+
+    Raises:
+      UserError: they cannot.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=path) as scratch:
+            scratch.write(bytes(4096))
+    except OSError as e:
+        raise UserError(
+            f"{where}: {str(path)!r} cannot be written ({e.strerror}); free it, or name another directory"
+        ) from e
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Names the content of a file.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    about = path.stat()
+    return _sha256(path.absolute(), about.st_size, about.st_mtime_ns)
+
+
+@functools.cache
+def _sha256(path: pathlib.Path, size: int, modified: int) -> str:
+    """Of a file of this size that was changed then: read once for all that ask."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
@@ -40,9 +109,20 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     if not processes.first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as scratch:
+        scratch.write_text(json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Where to write what takes the place of a file when it is whole; of a failure nothing stays behind."""
     scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(scratch, path)
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: pathlib.Path) -> Any:
