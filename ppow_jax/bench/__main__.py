@@ -33,7 +33,7 @@ from ml_collections import ConfigDict, config_flags
 from ppow_jax import config, experiment
 from ppow_jax.bench import decoding, loading, parting, stages, trainers
 from ppow_jax.bench.machine import Machine
-from ppow_jax.errors import UserError
+from ppow_jax.errors import ConfigError
 from ppow_jax.experiment import Experiment
 from ppow_jax.parallel import console
 
@@ -111,14 +111,14 @@ def _settings(command: str) -> config.Settings:
     if _WORKDIR.value:
         path = pathlib.Path(_WORKDIR.value) / "config.json"
         if not path.exists():
-            raise UserError(f"{path}: not there, expected the workdir of a run")
+            raise ConfigError(f"{path}: not there, expected the workdir of a run")
         if _CONFIG.value is not None or _TARGET.value:
-            raise UserError(
+            raise ConfigError(
                 "found --workdir beside --config or --target, expected one: it has its own config"
             )
         settings = config.from_config(json.loads(path.read_text()))
     elif command in ("cost", "decode", "parting"):
-        raise UserError(f"{command}: found no --workdir, expected one of a run with a trained drafter")
+        raise ConfigError(f"{command}: found no --workdir, expected one of a run with a trained drafter")
     else:
         settings = config.from_config(_default() if _CONFIG.value is None else _CONFIG.value)
     path, dtype = _TARGET.value or settings.target.path, _DTYPE.value or settings.target.dtype
@@ -139,7 +139,7 @@ def main(argv: list[str]) -> None:
     console.setup()
     names = ("load", *COMMANDS)
     if len(argv) != 2 or argv[1] not in names:
-        raise UserError(f"found {' '.join(argv[1:])!r}, expected one of {', '.join(names)}; see --help")
+        raise ConfigError(f"found {' '.join(argv[1:])!r}, expected one of {', '.join(names)}; see --help")
     settings = _settings(argv[1])
     if argv[1] == "load":  # before anything else is in memory
         loading.load(settings)

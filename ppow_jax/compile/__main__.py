@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from ppow_jax.compile import chips, report, steps, targets
 from ppow_jax.config import from_config
-from ppow_jax.errors import UserError
+from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.parallel import console, memory
 from ppow_jax.parallel.console import log
 
@@ -33,13 +33,13 @@ def main(argv: list[str]) -> None:
     """Compiles and reports."""
     console.setup()
     if len(argv) > 1 or _CONFIG.value is None or not _TOPOLOGY.value:
-        raise UserError("expected --config=configs/NAME.py and --topology=KIND:SHAPE; see --help")
+        raise ConfigError("expected --config=configs/NAME.py and --topology=KIND:SHAPE; see --help")
     settings = from_config(_CONFIG.value)
     groups = steps.groups(settings)
     names = [name for name, _ in groups]
     wanted = [name for name in _STEPS.value.split(",") if name] or names
     if unknown := [name for name in wanted if name not in names]:
-        raise UserError(f"--steps: found {unknown[0]!r}, expected some of {', '.join(names)}")
+        raise ConfigError(f"--steps: found {unknown[0]!r}, expected some of {', '.join(names)}")
     chip, mesh = chips.slice_mesh(_TOPOLOGY.value, settings.mesh.shape)
     if _ROWS.value:
         settings = steps.with_rows(settings, _ROWS.value * mesh.size)

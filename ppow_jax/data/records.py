@@ -34,8 +34,8 @@ def write_shard(directory: pathlib.Path, name: str, rows: Iterable[dict[str, Any
             writer.close()
     except RuntimeError as e:  # the library raises nothing more specific
         raise UserError(
-            f"{path}: cannot be written ({str(e).split(';')[0]}); what is finished is kept: make room and run "
-            "the same command again"
+            f"{path}: cannot be written ({str(e).split(';')[0]}); what is finished is kept: make room and "
+            "run the same command again"
         ) from e
 
 

@@ -9,10 +9,12 @@ save that fails, as on a full disk, is reported, and the one before it stays.
 
 import atexit
 import functools
+import logging
 import pathlib
 import re
 import shutil
 import tempfile
+import warnings
 from typing import Any
 
 import jax
@@ -22,6 +24,9 @@ from ppow_jax.errors import UserError
 from ppow_jax.parallel import processes
 from ppow_jax.parallel.console import log
 
+# What fails is told in one line here; orbax's threads would add their tracebacks to it.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 _ELSEWHERE = OSError("another process says why")
 
 
@@ -228,6 +233,8 @@ def _reason(error: Exception) -> str:
     """The first line of an error, or of what it came from, not too long."""
     while error.__cause__:
         error = error.__cause__
+    if full := re.search("No space left on device|Disk quota exceeded|File too large", str(error)):
+        return full[0]  # TensorStore says a long path first
     return str(error).strip("\"' \n").split("\n")[0].split("\\n")[0][:200]
 
 

@@ -2,12 +2,14 @@
 where they are damaged."""
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
 import os
 import pathlib
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -32,7 +34,7 @@ def directory(name: str | pathlib.Path, where: str) -> pathlib.Path:
     name = os.path.expanduser(name)
     if re.match(r"[A-Za-z][\w+.-]+:/", name):
         raise UserError(
-            f"{where}: found the URL {name!r}, expected a directory; mount the storage and name its place here"
+            f"{where}: found the URL {name!r}, expected a directory; mount the storage and name where"
         )
     path = pathlib.Path(name)
     try:
@@ -45,6 +47,32 @@ def directory(name: str | pathlib.Path, where: str) -> pathlib.Path:
         why = "it is a file, expected a directory" if is_file else f"it cannot be made: {e.strerror}"
         raise UserError(f"{where}: {name!r}: {why}; name another directory") from e
     return path
+
+
+@contextlib.contextmanager
+def held(path: pathlib.Path, where: str) -> Iterator[None]:
+    """Keeps another run of this machine out of a directory; of several processes the first one does.
+
+    Raises:
+      UserError: one is at work there.
+    """
+    if not processes.first():
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(handle)
+        raise UserError(
+            f"{where}: another run is at work in {str(path)!r}; wait for its end, or name another one"
+        ) from e
+    except OSError:
+        pass  # some file systems know no locks
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def require_writable(path: pathlib.Path, where: str) -> None:
@@ -64,6 +92,21 @@ def require_writable(path: pathlib.Path, where: str) -> None:
         raise UserError(
             f"{where}: {str(path)!r} cannot be written ({e.strerror}); free it, or name another directory"
         ) from e
+
+
+def require_room(path: pathlib.Path, needed: int, what: str) -> None:
+    """Compares the bytes that are to be written to a directory, which need not be there, with the free ones.
+
+    Raises:
+      UserError: there are too few.
+    """
+    place = next(p for p in (path, *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"{path}: found {free / 1e9:.3g} GB free, expected {needed / 1e9:.3g} GB or more for {what}; "
+            "make room, or use another disk"
+        )
 
 
 def sha256(path: pathlib.Path) -> str:

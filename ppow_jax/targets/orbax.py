@@ -13,7 +13,7 @@ from ppow_jax.models.target import TargetConfig, abstract_params
 from ppow_jax.parallel import checkpoint, files, partition
 from ppow_jax.targets.tokenizer import Tokenizer
 
-_MANIFEST, _TOKENIZER, _PARAMS = "target_manifest.json", "tokenizer.json", "params"
+WRITTEN = _MANIFEST, _TOKENIZER, _PARAMS = "target_manifest.json", "tokenizer.json", "params"
 
 
 def save(directory: pathlib.Path, config: TargetConfig, params: dict, tokens: Tokenizer) -> None:
