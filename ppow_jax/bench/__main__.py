@@ -17,7 +17,6 @@ figures mean: docs/performance.md.
 
 import dataclasses
 import json
-import pathlib
 import sys
 import tempfile
 
@@ -35,7 +34,7 @@ from ppow_jax.bench import decoding, loading, parting, stages, trainers
 from ppow_jax.bench.machine import Machine
 from ppow_jax.errors import ConfigError
 from ppow_jax.experiment import Experiment
-from ppow_jax.parallel import console
+from ppow_jax.parallel import console, files
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/, where there is no --workdir.")
 _TARGET = flags.DEFINE_string("target", "", "As config.target.path, in its place, where no --workdir is.")
@@ -109,7 +108,7 @@ COMMANDS = {
 def _settings(command: str) -> config.Settings:
     """Those of the workdir, of the config file, or the defaults."""
     if _WORKDIR.value:
-        path = pathlib.Path(_WORKDIR.value) / "config.json"
+        path = files.path_of(_WORKDIR.value) / "config.json"
         if not path.exists():
             raise ConfigError(f"{path}: not there, expected the workdir of a run")
         if _CONFIG.value is not None or _TARGET.value:
@@ -145,7 +144,7 @@ def main(argv: list[str]) -> None:
         loading.load(settings)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        made = experiment.build(settings, pathlib.Path(_WORKDIR.value or scratch))
+        made = experiment.build(settings, files.path_of(_WORKDIR.value or scratch))
         made = experiment.exact(made) if _EXACT.value else made
         machine = Machine()
         name = jax.devices()[0].device_kind

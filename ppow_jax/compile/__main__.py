@@ -7,7 +7,6 @@ take. It wants `pip install 'ppow_jax[tpu]'`, and no weights. What the figures m
 """
 
 import json
-import pathlib
 import sys
 
 import jax
@@ -17,7 +16,7 @@ from ml_collections import config_flags
 from ppow_jax.compile import chips, report, steps, targets
 from ppow_jax.config import from_config
 from ppow_jax.errors import ConfigError, UserError
-from ppow_jax.parallel import console, memory
+from ppow_jax.parallel import console, files, memory
 from ppow_jax.parallel.console import log
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/.")
@@ -65,7 +64,7 @@ def main(argv: list[str]) -> None:
 
 def _keep(row: report.Row) -> None:
     if _OUT.value:
-        with pathlib.Path(_OUT.value).open("a") as file:
+        with files.path_of(_OUT.value).open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 

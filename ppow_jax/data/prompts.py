@@ -12,6 +12,7 @@ from typing import Any
 from ppow_jax.data import builtin
 from ppow_jax.data.prompt import Prompt
 from ppow_jax.errors import ConfigError, UserError
+from ppow_jax.parallel import files
 
 # Features of TFDS datasets that hold what a user would ask, most specific first.
 _TFDS_FIELDS = ("turns", "prompt", "instruction", "question", "text", "document", "article", "en")
@@ -83,7 +84,7 @@ def read_jsonl(path: str, key: str) -> list[dict[str, Any]]:
     Raises:
       UserError: no such file, one that is not text, or a line that is not a JSON object.
     """
-    file = pathlib.Path(path).expanduser()
+    file = files.path_of(path)
     if not file.is_file():
         raise UserError(f"{key}: no file {path!r}; expected a JSONL file")
     try:

@@ -21,6 +21,11 @@ from ppow_jax.errors import UserError
 from ppow_jax.parallel import processes
 
 
+def path_of(name: str) -> pathlib.Path:
+    """A path as a user wrote it: `~` is the home directory."""
+    return pathlib.Path(os.path.expanduser(name))  # pathlib's own raises an error where there is no such user
+
+
 def directory(name: str | pathlib.Path, where: str) -> pathlib.Path:
     """A directory to write to, made if need be; `~` is the home directory.
 
@@ -31,12 +36,12 @@ def directory(name: str | pathlib.Path, where: str) -> pathlib.Path:
     Raises:
       UserError: it is a URL, a file, no text, or cannot be made.
     """
-    name = os.path.expanduser(name)
+    name = str(name)
     if re.match(r"[A-Za-z][\w+.-]+:/", name):
         raise UserError(
             f"{where}: found the URL {name!r}, expected a directory; mount the storage and name where"
         )
-    path = pathlib.Path(name)
+    path = path_of(name)
     try:
         name.encode()
         path.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ the same input, and another content under the same path is not.
 
 import hashlib
 import json
-import os
 import pathlib
 
 from ppow_jax.config import FRESH, Settings
@@ -48,7 +47,7 @@ def _prompts(spec: str, key: str) -> str | None:
 
 def _drafter(path: str, workdir: pathlib.Path) -> str | None:
     """Of the files of a drafter in a directory."""
-    directory = pathlib.Path(os.path.expanduser(path))
+    directory = files.path_of(path)
     if not path or not directory.is_dir() or directory.resolve().is_relative_to(workdir.resolve()):
         return None
     names = sorted(p.name for p in directory.iterdir() if p.suffix in _OF_DRAFTERS)
@@ -57,7 +56,7 @@ def _drafter(path: str, workdir: pathlib.Path) -> str | None:
 
 def _file(path: str) -> str | None:
     try:
-        return files.sha256(pathlib.Path(os.path.expanduser(path))) if path else None
+        return files.sha256(files.path_of(path)) if path else None
     except OSError:
         return None
 

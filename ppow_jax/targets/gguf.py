@@ -18,6 +18,7 @@ import numpy as np
 from ppow_jax.errors import UserError
 from ppow_jax.models.target import TargetConfig, abstract_params
 from ppow_jax.parallel import partition
+from ppow_jax.parallel.files import path_of
 from ppow_jax.targets import families
 
 _MODULES = {
@@ -64,7 +65,7 @@ def find(path: str) -> pathlib.Path:
       UserError: the file or the package is missing, or a package holds no or several GGUF files.
     """
     if not path.startswith("package:"):
-        file = pathlib.Path(path).expanduser()
+        file = path_of(path)
         if not file.is_file():
             raise UserError(
                 f"target.path: no file {path!r}; expected a Hugging Face directory, a name of its hub "

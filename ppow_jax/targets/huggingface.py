@@ -53,7 +53,7 @@ _IGNORED = re.compile(r"rotary_emb\.inv_freq$|^(model\.)?(vision_tower|multi_mod
 
 def find(path: str) -> pathlib.Path | None:
     """The directory that a path or a name of the hub (`ORGANISATION/MODEL`) means; None: neither."""
-    directory = pathlib.Path(path).expanduser()
+    directory = files.path_of(path)
     if (directory / "config.json").is_file():
         return directory
     if directory.is_dir():
@@ -64,7 +64,7 @@ def find(path: str) -> pathlib.Path | None:
 
 def description(path: str) -> dict[str, Any]:
     """What a local directory's config.json says; {} if there is none."""
-    return _json(pathlib.Path(path).expanduser() / "config.json")
+    return _json(files.path_of(path) / "config.json")
 
 
 def _download(name: str) -> pathlib.Path:

@@ -29,7 +29,7 @@ def save(directory: pathlib.Path, config: TargetConfig, params: dict, tokens: To
 
 def find(path: str) -> pathlib.Path | None:
     """The directory that `save` wrote, or None."""
-    directory = pathlib.Path(path).expanduser()
+    directory = files.path_of(path)
     return directory if (directory / _MANIFEST).is_file() else None
 
 

@@ -27,7 +27,7 @@ from ppow_jax.errors import ConfigError, UnfinishedError, UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.target import TargetConfig, head_matrix
 from ppow_jax.models.target_outputs import taps_of
-from ppow_jax.parallel import partition
+from ppow_jax.parallel import files, partition
 from ppow_jax.parallel.checkpoint import Checkpoints
 from ppow_jax.parallel.console import log
 
@@ -183,7 +183,7 @@ def imported(path: str, target: TargetConfig, fingerprint: str) -> dialects.Impo
     Raises:
       UserError: it cannot be read, is of another target, or reads other layers of it than `target.taps`.
     """
-    found = dialects.read(pathlib.Path(path).expanduser(), target, fingerprint)
+    found = dialects.read(files.path_of(path), target, fingerprint)
     if found.taps != target.taps:
         raise ConfigError(
             f"config.target.taps: found {target.taps}, expected {found.taps}, "

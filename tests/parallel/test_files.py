@@ -7,9 +7,11 @@ import tempfile
 
 import pytest
 
-from ppow_jax.data import records
+from ppow_jax.config import TargetSettings
+from ppow_jax.data import prompts, records
 from ppow_jax.errors import UserError
-from ppow_jax.parallel import files
+from ppow_jax.parallel import files, partition
+from ppow_jax.targets.load import load
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,17 @@ def test_a_directory_is_made_with_those_above_it_and_the_home_directory_is_known
     assert files.directory("~/a b/[1]/", "--out") == tmp_path / "a b" / "[1]"
     assert (tmp_path / "a b" / "[1]").is_dir()
     assert files.directory("~nobody-of-that-name", "--out").is_dir()  # a name like any other
+
+
+def test_a_home_directory_of_nobody_is_a_name_like_any_other(tmp_path):
+    """pathlib ends in an error of its own."""
+    name = "~nobody-of-that-name/x"
+    assert files.path_of(name) == pathlib.Path(name)
+    with pytest.raises(UserError, match=r"no file '~nobody-of-that-name/x'"):
+        prompts.read_jsonl(name, "respond.responses")
+    for target in (name, f"{name}.gguf"):
+        with pytest.raises(UserError, match="~nobody-of-that-name"):
+            load(TargetSettings(target, "float32", ()), partition.make_mesh((1, 1, 1)))
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
