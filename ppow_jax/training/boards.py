@@ -77,11 +77,12 @@ def check(settings: LogSettings) -> None:
       UserError: a package is missing, with the command that brings it.
     """
     for key, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
-        found = importlib.util.find_spec(package) if getattr(settings, key) else None
-        if getattr(settings, key) and not (
-            found and found.origin
-        ):  # a mere folder of that name has no origin
-            raise UserError(f"config.log.{key}: the package {package} is missing; `pip install {package}`")
+        if getattr(settings, key):
+            found = importlib.util.find_spec(package)
+            if found is None or found.origin is None:  # a mere folder of that name has no origin
+                raise UserError(
+                    f"config.log.{key}: the package {package} is missing; `pip install {package}`"
+                )
 
 
 def opened(settings: LogSettings, workdir: pathlib.Path, run: str) -> list[Board]:

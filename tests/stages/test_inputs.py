@@ -137,7 +137,13 @@ def test_a_report_and_an_export_of_another_drafter_are_made_again(tmp_path, work
 
 
 @pytest.mark.parametrize(
-    "prompts", ["other={0}", "asked={0}[:1]", "asked={0},chat=builtin:code/train[:2]", "chat={0},asked={0}"]
+    "prompts",
+    [
+        "other={0},chat=builtin:chat/train[:2]",
+        "asked={0}[:1],chat=builtin:chat/train[:2]",
+        "asked={0},chat=builtin:code/train[:2]",
+        "chat=builtin:chat/train[:2],asked={0}",
+    ],
 )
 def test_names_limits_and_sources_of_prompts_count_too(tmp_path, workdir, prompts):
     done(workdir, settings(tmp_path / "a"))
