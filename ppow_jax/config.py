@@ -100,9 +100,7 @@ class DataSettings:
 
     length: int = key(256, "tokens of a training text; what is longer is cut", at_least=1)
     holdout: int = key(32, "responses kept out of training, for the curves")
-    cache_features: bool = key(
-        True, "Keep the target's features on disk (features/), so that it reads each text once."
-    )
+    cache_features: bool = key(True, "Keep the target's features (features/): it reads each text once.")
     feature_dtype: str = key("float16", "of those files", choices=STORED_DTYPES)
 
 
@@ -258,6 +256,7 @@ class LogSettings:
     checkpoint_every_steps: int = key(100, "training steps between checkpoints", at_least=1)
     keep_checkpoints: int = key(2, "of each run", at_least=1)
     tensorboard: bool = key(False, "write tensorboard/ too")
+    wandb: str = key("", "The project of Weights & Biases that gets all numbers too; empty: none.")
     profile: bool = key(False, "Time the phases of a step, each waiting for the one before: a little slower.")
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 import pathlib
 import zlib
 
@@ -15,6 +17,11 @@ from ppow_jax.models.target import Target, fingerprint
 from ppow_jax.parallel import files, partition
 from ppow_jax.targets.load import load
 from ppow_jax.targets.tokenizer import Tokenizer
+
+# Letters, digits, spaces and scripts that tokenizers treat in different ways.
+_TEXT = (
+    " Hello, WORLD!  It's 12345.67\n\tdef f(x):\r\n    return x  # \u00e9 e\u0301 \ufb01 \u65e5\u672c \u0645"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +66,23 @@ def build(settings: Settings, workdir: pathlib.Path) -> Experiment:
     config, params, tokens = load(settings.target, mesh)
     params = partition.shard(params, mesh)
     name = fingerprint(config, params)
-    about = files.read_json(workdir / "target.json")
-    if about and about["fingerprint"] != name:
-        raise UserError(
-            f"{workdir}: made with another target (fingerprint {about['fingerprint'][:12]}, this one "
-            f"is {name[:12]}); use a new workdir or the old config.target.path"
-        )
-    shape = dataclasses.asdict(config)
-    files.write_json(
-        workdir / "target.json", {"path": settings.target.path, "fingerprint": name, "shape": shape}
-    )
+    about = {"path": settings.target.path, "fingerprint": name, "tokenizer": _tokenizer_sha256(tokens)}
+    before = files.read_json(workdir / "target.json") or {}
+    for key, what in (("fingerprint", "target"), ("tokenizer", "tokenizer or chat template")):
+        if before.get(key, about[key]) != about[key]:
+            raise UserError(
+                f"{workdir}: made with another {what} ({key} {before[key][:12]}, this one is "
+                f"{about[key][:12]}); use a new workdir or the old config.target.path"
+            )
+    files.write_json(workdir / "target.json", about | {"shape": dataclasses.asdict(config)})
     return Experiment(settings, workdir, mesh, Target(config), params, tokens, name)
+
+
+def _tokenizer_sha256(tokens: Tokenizer) -> str:
+    """Names what turns conversations into ids: the vocabulary, the template, and how a text is cut."""
+    vocab = sorted(tokens.core.get_vocab(with_added_tokens=True).items())
+    known = [vocab, tokens.encode(_TEXT), tokens.template, tokens.bos, tokens.eos, tokens.stop_ids]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def exact(experiment: Experiment) -> Experiment:

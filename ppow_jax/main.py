@@ -6,10 +6,9 @@ The stages that the config names run in order; a finished stage is not run again
 an interrupted one resumes. `python -m ppow_jax.config_help` lists all keys, with defaults and meaning.
 
 Exit status: 0, done; 2, the command or the config is wrong; 1, another mistake that can be mended; 75, asked
-to end (SIGTERM), to be started again.
+to end (SIGTERM), to be started again; 130, interrupted.
 """
 
-import errno
 import pathlib
 import sys
 
@@ -19,11 +18,11 @@ if __name__ == "__main__":
     memory.restart_with_tunables()  # before the imports below, which take a second or two
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from ppow_jax import config, run
-from ppow_jax.errors import ConfigError, UserError, out_of_memory
+from ppow_jax.errors import ConfigError
 from ppow_jax.parallel import console, preemption
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/.")
@@ -48,30 +47,7 @@ def main(argv: list[str]) -> None:
 def cli() -> None:
     """Runs `main`; a user's mistake ends as one line on stderr."""
     console.setup()
-    if any(a in ("--help", "-h", "--helpfull", "--helpshort") for a in sys.argv):
-        print(__doc__.strip() + "\n\n" + flags.FLAGS.module_help(sys.modules[__name__]))
-        return
-    try:
-        app.run(main, flags_parser=console.parse_with_config)
-    except UserError as e:
-        _end(2 if isinstance(e, ConfigError) else 1, " ".join(str(e).split()))
-    except preemption.Stopped as e:
-        _end(preemption.STATUS, f"asked to end: {e}; the same command goes on from there")
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        mend = "what is finished is kept: make room and run the same command again"
-        _end(1, f"no room on the disk ({e}); {mend}")
-    except jax.errors.JaxRuntimeError as e:
-        if not out_of_memory(e):
-            raise
-        mend = "lower the stage's batch_size or data.length, or leave out very long prompts"
-        _end(1, f"{str(e).splitlines()[0]}; {mend}; what is finished is kept")
-
-
-def _end(status: int, message: str) -> None:
-    print(f"ppow_jax: {message}", file=sys.stderr)
-    sys.exit(status)
+    console.command(main, sys.modules[__name__], console.parse_with_config)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 import json
 import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,9 +15,9 @@ from ppow_jax import experiment
 from ppow_jax.config import Settings, to_dict, training_run
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment
-from ppow_jax.parallel import files, memory, partition, processes
+from ppow_jax.parallel import files, memory, partition, processes, progress
 from ppow_jax.parallel.console import log
-from ppow_jax.stages import evaluate, export, respond, train
+from ppow_jax.stages import evaluate, export, inputs, respond, train
 
 _STAGES = {"respond": respond, "train": train, "evaluate": evaluate, "export": export}
 # The sections of the settings that decide what a stage writes; of training runs see `_relevant`.
@@ -28,6 +29,13 @@ _DEPENDS: dict[str, tuple[str, ...]] = {
 }
 # What tells that it was written; a unit is done again where that is gone.
 _LEAVES = {"evaluate": ("evaluate", "report.json"), "export": ("export/manifest.json",)}
+# Directories that a stage writes to.
+_WRITES = {
+    "respond": ("responses", "features"),
+    "train": ("checkpoints", "train"),
+    "evaluate": ("evaluate", "plots"),
+    "export": ("export",),
+}
 _REPEATABLE = ("evaluate", "export")  # cheap and harmless to do again with other settings
 _MAY_CHANGE = ("optimizer", "accumulate")  # of a run that is not finished: it may go on more carefully
 
@@ -38,33 +46,65 @@ def run(settings: Settings, workdir: pathlib.Path) -> None:
     Raises:
       UserError: anything that the user can mend.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--workdir: {str(workdir)!r} cannot be made ({e.strerror})") from e
-    _keep_programs(workdir)
-    todo = processes.agreed(plan(settings, workdir))
-    if not todo:
-        log.info("every stage is finished; nothing to do in %s", workdir)
-        return
+    workdir = files.directory(workdir, "--workdir")
+    with files.held(workdir, "--workdir"), progress.followed():
+        _keep_programs(workdir)
+        todo = processes.agreed(plan(settings, workdir))
+        known = files.read_json(workdir / "target.json") or {}
+        moved = known.get("path", settings.target.path) != settings.target.path
+        made = _prepared(settings, workdir, todo) if todo or moved else None
+        if not todo:
+            log.info("every stage is finished; nothing to do in %s", workdir)
+            return
+        with jax.set_mesh(made.mesh):
+            for unit in todo:
+                log.info("stage %s", unit)
+                with progress.during(unit):
+                    _do(made, unit)
+
+
+def _prepared(settings: Settings, workdir: pathlib.Path, todo: list[str]) -> Experiment:
+    """The experiment, when all that can be known of the stages before they begin has been looked at."""
+    require_place(workdir, todo)
     check(settings, todo)
     check_starts(settings, todo, workdir)
-    files.write_json(workdir / "config.json", to_dict(settings))
-    made = experiment.build(settings, workdir)
+    with progress.during(f"loading the target {settings.target.path}"):
+        made = experiment.build(settings, workdir)
     check_target(made, todo)
-    with jax.set_mesh(made.mesh):
-        for unit in todo:
-            log.info("stage %s", unit)
-            _mark(settings, workdir, unit, finished=False)
-            began, before = time.monotonic(), _seconds(workdir, unit)
-            memory.forget_peak()
-            try:
-                _run(made, unit)
-            finally:  # a run that is stopped has taken its time too
-                spent = {"seconds": round(before + time.monotonic() - began, 1)}
-                _mark(settings, workdir, unit, finished=False, **spent)
-            processes.together(f"{unit} is finished")
-            _mark(settings, workdir, unit, finished=True, **spent, peak_bytes=memory.peak_bytes())
+    files.write_json(workdir / "config.json", to_dict(settings))
+    return made
+
+
+def _do(made: Experiment, unit: str) -> None:
+    """Does a unit, and notes how far it is and what it takes."""
+    settings, workdir = made.settings, made.workdir
+    about = {"read": inputs.read(settings, unit, workdir)}
+    _mark(settings, workdir, unit, finished=False, **about)
+    began, before = time.monotonic(), _seconds(workdir, unit)
+    memory.forget_peak()
+    try:
+        _run(made, unit)
+    finally:  # a run that is stopped has taken its time too
+        about["seconds"] = round(before + time.monotonic() - began, 1)
+        _mark(settings, workdir, unit, finished=False, **about)
+    processes.together(f"{unit} is finished")
+    _mark(settings, workdir, unit, finished=True, **about, peak_bytes=memory.peak_bytes())
+
+
+def require_place(workdir: pathlib.Path, todo: list[str]) -> None:
+    """A workdir that is a run's, or new, and that can be written wherever the stages will write.
+
+    Raises:
+      UserError: it is something else's, or cannot be written.
+    """
+    config = files.read_json(workdir / "config.json")
+    if config is not None and not (isinstance(config, dict) and "stages" in config):
+        raise UserError(
+            f"--workdir: {str(workdir)!r} holds a config.json of something else; name a directory of its own"
+        )
+    for name in ("", *dict.fromkeys(name for unit in todo for name in _WRITES[_stage(unit)])):
+        if (workdir / name).exists():
+            files.require_writable(workdir / name, "--workdir")
 
 
 def check(settings: Settings, todo: list[str]) -> None:
@@ -95,7 +135,7 @@ def check_starts(settings: Settings, todo: list[str], workdir: pathlib.Path) -> 
     Raises:
       ConfigError: one is neither finished nor to do.
     """
-    begun = files.read_json(workdir / "stages.json") or {}
+    begun = _begun(workdir)
     wanted = [("export.drafter", settings.exported())] if "export" in todo else []
     for unit in todo:
         stage, _, name = unit.partition("/")
@@ -146,27 +186,59 @@ def plan(settings: Settings, workdir: pathlib.Path) -> list[str]:
     Raises:
       ConfigError: one was begun in this workdir with other settings.
     """
-    begun = files.read_json(workdir / "stages.json") or {}
-    todo = []
+    begun, todo = _begun(workdir), []
     for unit in units(settings):
-        record = begun.get(unit)
-        changed = _differences(_completed(record["settings"]), _relevant(settings, unit)) if record else []
+        record, changed = begun.get(unit), _changed(settings, workdir, unit, begun)
         fatal = [] if unit in _REPEATABLE else changed
         if record and not record["finished"]:
             own = tuple(f"train.{unit.partition('/')[2]}.{key}" for key in _MAY_CHANGE)
             fatal = [c for c in fatal if not c[0].startswith(own)]
         if fatal:
-            key, old, new = fatal[0]
-            raise ConfigError(
-                f"config.{key}: found {new!r}, but stage {unit!r} was begun in {workdir} with "
-                f"{old!r}; use that, or a new workdir"
-            )
+            key, why = fatal[0]
+            raise ConfigError(f"config.{key}: {why}, or use a new workdir")
         gone = not all((workdir / name).exists() for name in _LEAVES.get(unit, ()))
         if record is None or changed or not record["finished"] or gone:
             todo.append(unit)
     if any(_stage(unit) == "train" for unit in todo):
         todo += [s for s in settings.stages if s in _REPEATABLE and s not in todo]
     return todo
+
+
+def _begun(workdir: pathlib.Path) -> dict[str, Any]:
+    """The records of stages.json by unit.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = workdir / "stages.json"
+    found = files.read_json(path) if path.exists() else {}
+    if not isinstance(found, dict) or not all(
+        isinstance(record, dict) and {"finished", "settings"} <= record.keys() for record in found.values()
+    ):
+        raise UserError(f"{path}: damaged; restore it, or delete it: what is missing is then done again")
+    return found
+
+
+def _changed(
+    settings: Settings, workdir: pathlib.Path, unit: str, begun: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """(key, what is wrong) of all that is not as when a unit was begun. Files are compared by their content,
+    and so is the target, by `experiment.build`."""
+    record, read = begun.get(unit), inputs.read(settings, unit, workdir)
+    # what a new training run would read on is what `respond` has read
+    before = begun.get("respond", {}).get("read", {}) | (record or {}).get("read", {})
+    known = {key: before[key] == now for key, now in read.items() if now and before.get(key)}
+    known |= {"target.path": True} if (workdir / "target.json").exists() else {}
+    changed = _differences(_completed(record["settings"]), _relevant(settings, unit)) if record else []
+    found = {
+        key: f"found {new!r}, but stage {unit!r} was begun in {workdir} with {old!r}; use that"
+        for key, old, new in changed
+        if not known.get(key)
+    }
+    for key in known:
+        if not known[key] and key not in found:
+            found[key] = f"what it names is not what the stages in {workdir} have read there; put that back"
+    return list(found.items())
 
 
 def _relevant(settings: Settings, unit: str) -> dict[str, Any]:
@@ -210,14 +282,13 @@ def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any
 
 def _mark(settings: Settings, workdir: pathlib.Path, unit: str, finished: bool, **about: Any) -> None:
     """Notes how far a unit is, the settings that it depends on, and its seconds and peak memory."""
-    path = workdir / "stages.json"
-    stages = files.read_json(path) or {}
+    stages = _begun(workdir)
     kept = {"seconds": _seconds(workdir, unit)} | about
     stages[unit] = {"finished": finished, "settings": _relevant(settings, unit)} | kept
-    files.write_json(path, stages)
+    files.write_json(workdir / "stages.json", stages)
 
 
 def _seconds(workdir: pathlib.Path, unit: str) -> float:
     """What an unfinished unit has taken so far."""
-    record = (files.read_json(workdir / "stages.json") or {}).get(unit, {})
+    record = _begun(workdir).get(unit, {})
     return 0.0 if record.get("finished") else record.get("seconds", 0.0)

@@ -1,5 +1,6 @@
 """A user's mistakes and a machine's mishaps: one clear line, a non-zero exit, earlier work intact."""
 
+import errno
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import runs
 from ppow_jax import main
 from ppow_jax.data import records
 from ppow_jax.errors import ConfigError, UserError
+from ppow_jax.parallel import console
 from ppow_jax.parallel.checkpoint import Checkpoints
 from ppow_jax.report.measure import params_sha256
 from ppow_jax.targets import gguf
@@ -115,7 +117,7 @@ def test_a_broken_config_file(tmp_path, body, message):
 def test_a_workdir_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     done = command("--config=configs/tiny.py", f"--workdir={tmp_path / 'file'}")
-    assert complaint(done, 1).endswith("file' cannot be made (File exists)")
+    assert complaint(done, 1).endswith("file': it is a file, expected a directory; name another directory")
 
 
 def test_a_missing_target_and_a_missing_prompt_file(tmp_path):
@@ -131,7 +133,7 @@ def test_exit_status_by_kind_of_error(monkeypatch, capsys, error, status):
     def fail(*_, **__):
         raise error("several\nlines,  one error")
 
-    monkeypatch.setattr(main.app, "run", fail)
+    monkeypatch.setattr(console.app, "run", fail)
     monkeypatch.setattr(sys, "argv", ["ppow_jax"])
     with pytest.raises(SystemExit) as caught:
         main.cli()
@@ -143,7 +145,7 @@ def test_out_of_memory_names_the_remedy_and_other_failures_are_not_hidden(monkey
     def fail(*_, **__):
         jnp.zeros((1 << 45,)).block_until_ready()
 
-    monkeypatch.setattr(main.app, "run", fail)
+    monkeypatch.setattr(console.app, "run", fail)
     monkeypatch.setattr(sys, "argv", ["ppow_jax"])
     with pytest.raises(SystemExit) as caught:
         main.cli()
@@ -155,9 +157,45 @@ def test_out_of_memory_names_the_remedy_and_other_failures_are_not_hidden(monkey
     def break_(*_, **__):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(main.app, "run", break_)
+    monkeypatch.setattr(console.app, "run", break_)
     with pytest.raises(jax.errors.JaxRuntimeError):
         main.cli()
+
+
+def ending(monkeypatch, capsys, error: BaseException) -> tuple[int, str]:
+    """Exit status and message of the command if its work ends with an error."""
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(console.app, "run", fail)
+    monkeypatch.setattr(sys, "argv", ["ppow_jax"])
+    with pytest.raises(SystemExit) as caught:
+        main.cli()
+    return caught.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EIO])
+def test_a_file_that_cannot_be_used_is_one_line(monkeypatch, capsys, number):
+    status, line = ending(monkeypatch, capsys, OSError(number, os.strerror(number), "w/stages.json"))
+    assert status == 1 and line.count("\n") == 1
+    assert f"{os.strerror(number)}: 'w/stages.json'; what is finished is kept: mend that and run" in line
+    with pytest.raises(ConnectionResetError):  # not about files
+        ending(monkeypatch, capsys, ConnectionResetError(errno.ECONNRESET, "reset"))
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    status, line = ending(monkeypatch, capsys, KeyboardInterrupt())
+    assert status == 130 and line.startswith("ppow_jax: interrupted; what is finished is kept")
+
+
+def test_a_config_finds_its_neighbours_wherever_the_command_is_started(tmp_path):
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "a_neighbour.py").write_text("from ppow_jax.config import defaults as get_config\n")
+    (folder / "mine.py").write_text("from configs.a_neighbour import get_config\n")
+    done = command(f"--config={folder / 'mine.py'}", "--workdir=w", "--config.data.lenght=3")
+    assert "config.data.lenght: unknown key 'lenght' (did you mean 'length'?)" in complaint(done, 2)
 
 
 @pytest.fixture
@@ -198,7 +236,7 @@ def test_mistakes_leave_earlier_work_intact(finished, workdir):
 
 def test_another_target_is_refused(finished, workdir):
     before = work(workdir)
-    assert "config.target.path: found 'markov:1'" in rerun(finished, workdir, target__path="markov:1")
+    assert "made with another target" in rerun(finished, workdir, target__path="markov:1")
     (workdir / "stages.json").unlink()
     message = rerun(finished, workdir, target__path="markov:1")
     assert "made with another target" in message

@@ -17,7 +17,6 @@ figures mean: docs/performance.md.
 
 import dataclasses
 import json
-import pathlib
 import sys
 import tempfile
 
@@ -33,9 +32,9 @@ from ml_collections import ConfigDict, config_flags
 from ppow_jax import config, experiment
 from ppow_jax.bench import decoding, loading, parting, stages, trainers
 from ppow_jax.bench.machine import Machine
-from ppow_jax.errors import UserError
+from ppow_jax.errors import ConfigError
 from ppow_jax.experiment import Experiment
-from ppow_jax.parallel import console
+from ppow_jax.parallel import console, files
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/, where there is no --workdir.")
 _TARGET = flags.DEFINE_string("target", "", "As config.target.path, in its place, where no --workdir is.")
@@ -109,16 +108,16 @@ COMMANDS = {
 def _settings(command: str) -> config.Settings:
     """Those of the workdir, of the config file, or the defaults."""
     if _WORKDIR.value:
-        path = pathlib.Path(_WORKDIR.value) / "config.json"
+        path = files.path_of(_WORKDIR.value) / "config.json"
         if not path.exists():
-            raise UserError(f"{path}: not there, expected the workdir of a run")
+            raise ConfigError(f"{path}: not there, expected the workdir of a run")
         if _CONFIG.value is not None or _TARGET.value:
-            raise UserError(
+            raise ConfigError(
                 "found --workdir beside --config or --target, expected one: it has its own config"
             )
         settings = config.from_config(json.loads(path.read_text()))
     elif command in ("cost", "decode", "parting"):
-        raise UserError(f"{command}: found no --workdir, expected one of a run with a trained drafter")
+        raise ConfigError(f"{command}: found no --workdir, expected one of a run with a trained drafter")
     else:
         settings = config.from_config(_default() if _CONFIG.value is None else _CONFIG.value)
     path, dtype = _TARGET.value or settings.target.path, _DTYPE.value or settings.target.dtype
@@ -139,13 +138,13 @@ def main(argv: list[str]) -> None:
     console.setup()
     names = ("load", *COMMANDS)
     if len(argv) != 2 or argv[1] not in names:
-        raise UserError(f"found {' '.join(argv[1:])!r}, expected one of {', '.join(names)}; see --help")
+        raise ConfigError(f"found {' '.join(argv[1:])!r}, expected one of {', '.join(names)}; see --help")
     settings = _settings(argv[1])
     if argv[1] == "load":  # before anything else is in memory
         loading.load(settings)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        made = experiment.build(settings, pathlib.Path(_WORKDIR.value or scratch))
+        made = experiment.build(settings, files.path_of(_WORKDIR.value or scratch))
         made = experiment.exact(made) if _EXACT.value else made
         machine = Machine()
         name = jax.devices()[0].device_kind

@@ -21,7 +21,7 @@ from ppow_jax.decode.session import Session, bucket
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.target import Target
 from ppow_jax.parallel.console import log
-from ppow_jax.training.metrics import duration
+from ppow_jax.parallel.progress import duration
 
 
 class Parting(NamedTuple):

@@ -7,7 +7,6 @@ take. It wants `pip install 'ppow_jax[tpu]'`, and no weights. What the figures m
 """
 
 import json
-import pathlib
 import sys
 
 import jax
@@ -16,8 +15,8 @@ from ml_collections import config_flags
 
 from ppow_jax.compile import chips, report, steps, targets
 from ppow_jax.config import from_config
-from ppow_jax.errors import UserError
-from ppow_jax.parallel import console, memory
+from ppow_jax.errors import ConfigError, UserError
+from ppow_jax.parallel import console, files, memory
 from ppow_jax.parallel.console import log
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/.")
@@ -33,13 +32,13 @@ def main(argv: list[str]) -> None:
     """Compiles and reports."""
     console.setup()
     if len(argv) > 1 or _CONFIG.value is None or not _TOPOLOGY.value:
-        raise UserError("expected --config=configs/NAME.py and --topology=KIND:SHAPE; see --help")
+        raise ConfigError("expected --config=configs/NAME.py and --topology=KIND:SHAPE; see --help")
     settings = from_config(_CONFIG.value)
     groups = steps.groups(settings)
     names = [name for name, _ in groups]
     wanted = [name for name in _STEPS.value.split(",") if name] or names
     if unknown := [name for name in wanted if name not in names]:
-        raise UserError(f"--steps: found {unknown[0]!r}, expected some of {', '.join(names)}")
+        raise ConfigError(f"--steps: found {unknown[0]!r}, expected some of {', '.join(names)}")
     chip, mesh = chips.slice_mesh(_TOPOLOGY.value, settings.mesh.shape)
     if _ROWS.value:
         settings = steps.with_rows(settings, _ROWS.value * mesh.size)
@@ -65,7 +64,7 @@ def main(argv: list[str]) -> None:
 
 def _keep(row: report.Row) -> None:
     if _OUT.value:
-        with pathlib.Path(_OUT.value).open("a") as file:
+        with files.path_of(_OUT.value).open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 

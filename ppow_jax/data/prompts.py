@@ -7,7 +7,6 @@ have commas in them.
 
 import collections
 import dataclasses
-import os
 import re
 import reprlib
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from ppow_jax.data import builtin, datasets, dialogue, rows
 from ppow_jax.data.prompt import Prompt
 from ppow_jax.data.rows import Row
 from ppow_jax.errors import ConfigError, UserError
+from ppow_jax.parallel import files
 from ppow_jax.parallel.console import log
 
 _EXPECTED = (
@@ -106,7 +106,7 @@ def _read(source: Source, key: str, warn: bool) -> list[Prompt]:
 
 def _check_path(path: str, key: str) -> None:
     """What is no file may have been meant as a slice, or as two pairs."""
-    if re.search(r",|\]$", path) and not os.path.exists(os.path.expanduser(path)):
+    if re.search(r",|\]$", path) and not files.path_of(path).exists():
         raise ConfigError(
             f"config.{key}: found {path!r}, of which there is no file; expected {_EXPECTED}; a comma "
             "separates pairs where NAME= follows"

@@ -1,6 +1,5 @@
 """Records in ArrayRecord shards: written whole or not at all, read at random."""
 
-import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from array_record.python import array_record_module
 from flax import serialization
 
 from ppow_jax.errors import UserError
-from ppow_jax.parallel import processes
+from ppow_jax.parallel import files, processes
 
 _SUFFIX = ".arrayrecord"
 
@@ -19,16 +18,25 @@ def write_shard(directory: pathlib.Path, name: str, rows: Iterable[dict[str, Any
     """Writes rows (dicts of arrays and plain values) as shard `name`; a kill leaves no half shard.
 
     Of several processes the first one writes.
+
+    Raises:
+      UserError: it cannot be written, as on a full disk.
     """
     if not processes.first():
         return
     directory.mkdir(parents=True, exist_ok=True)
-    scratch = directory / f"{name}.tmp"
-    writer = array_record_module.ArrayRecordWriter(str(scratch), "group_size:1")
-    for row in rows:
-        writer.write(serialization.msgpack_serialize(row))
-    writer.close()
-    os.replace(scratch, directory / f"{name}{_SUFFIX}")
+    path = directory / f"{name}{_SUFFIX}"
+    try:
+        with files.replacing(path) as scratch:
+            writer = array_record_module.ArrayRecordWriter(str(scratch), "group_size:1")
+            for row in rows:
+                writer.write(serialization.msgpack_serialize(row))
+            writer.close()
+    except RuntimeError as e:  # the library raises nothing more specific
+        raise UserError(
+            f"{path}: cannot be written ({str(e).split(';')[0]}); what is finished is kept: make room and "
+            "run the same command again"
+        ) from e
 
 
 def shards(directory: pathlib.Path) -> list[str]:

@@ -6,13 +6,13 @@ A file's first bytes say which of them it is, not its name.
 import gzip
 import io
 import json
-import pathlib
 import stat
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ppow_jax.errors import UserError
+from ppow_jax.parallel.files import path_of
 
 FORMATS = "JSON Lines or a JSON array (both may be gzipped) or Parquet"
 _GZIP, _PARQUET, _BOM = b"\x1f\x8b", b"PAR1", b"\xef\xbb\xbf"
@@ -57,7 +57,7 @@ def read(path: str, key: str) -> list[Row]:
 
 def _bytes(path: str, key: str) -> bytes:
     try:
-        file = pathlib.Path(path).expanduser()
+        file = path_of(path)
         mode = file.stat().st_mode
         if not stat.S_ISREG(mode):
             kind = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device, which can be read once only"
@@ -67,7 +67,7 @@ def _bytes(path: str, key: str) -> bytes:
         raise UserError(f"{key}: no file {path!r}; expected {FORMATS}") from e
     except OSError as e:
         raise UserError(f"{key}: {path!r} cannot be read ({e.strerror}); mend its path or its rights") from e
-    except (ValueError, RuntimeError) as e:  # a NUL in the path; no home of that name
+    except ValueError as e:  # a NUL in the path
         raise UserError(f"{key}: {path!r} is no path ({e})") from e
 
 

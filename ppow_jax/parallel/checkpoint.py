@@ -7,8 +7,14 @@ a temporary name and renames, so a kill leaves the step before it intact. It wri
 save that fails, as on a full disk, is reported, and the one before it stays.
 """
 
+import atexit
+import functools
+import logging
 import pathlib
+import re
 import shutil
+import tempfile
+import warnings
 from typing import Any
 
 import jax
@@ -18,6 +24,9 @@ from ppow_jax.errors import UserError
 from ppow_jax.parallel import processes
 from ppow_jax.parallel.console import log
 
+# What fails is told in one line here; orbax's threads would add their tracebacks to it.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 _ELSEWHERE = OSError("another process says why")
 
 
@@ -37,7 +46,7 @@ class Checkpoints:
 
     def _open(self) -> ocp.training.Checkpointer:
         return ocp.training.Checkpointer(
-            self._directory.absolute(),
+            _plain(self._directory),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
             cleanup_tmp_directories=True,
@@ -224,12 +233,50 @@ def _reason(error: Exception) -> str:
     """The first line of an error, or of what it came from, not too long."""
     while error.__cause__:
         error = error.__cause__
+    if full := re.search("No space left on device|Disk quota exceeded|File too large", str(error)):
+        return full[0]  # TensorStore says a long path first
     return str(error).strip("\"' \n").split("\n")[0].split("\\n")[0][:200]
 
 
+def _plain(directory: pathlib.Path) -> pathlib.Path:
+    """A directory under a name that orbax and TensorStore take as it is.
+
+    They read a path with brackets or stars as a pattern, one with backslashes or "gs:/" as another path, and
+    then do not find what they have written. So where it is not plain they get a link to its parent.
+    """
+    path = directory.absolute()
+    plain = re.fullmatch(r"[\w./+=,@-]+", str(path), re.ASCII)
+    return path if plain else _link(path.parent) / path.name
+
+
+@functools.cache
+def _link(directory: pathlib.Path) -> pathlib.Path:
+    """A symbolic link to a directory, for as long as this process lives."""
+    link = pathlib.Path(tempfile.mkdtemp(prefix="ppow_jax_")) / "directory"
+    link.symlink_to(directory, target_is_directory=True)
+    atexit.register(shutil.rmtree, link.parent, ignore_errors=True)
+    return link
+
+
 def save_params(directory: pathlib.Path, params: dict) -> None:
-    """Writes a parameters-only checkpoint, replacing what is there."""
-    ocp.save_pytree(directory.absolute(), params, overwrite=True)
+    """Writes a parameters-only checkpoint; what is there is replaced when the new one is whole.
+
+    Raises:
+      UserError: it cannot be written, as on a full disk.
+    """
+    new = directory.with_name(directory.name + ".new")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        ocp.save_pytree(_plain(new), params, overwrite=True)
+        if processes.first():
+            shutil.rmtree(directory, ignore_errors=True)
+            new.rename(directory)
+    except Exception as e:  # a disk that is full surfaces as many kinds of error
+        raise UserError(
+            f"{directory}: the parameters cannot be written ({_reason(e)}); make room and run the same "
+            "command again"
+        ) from e
+    processes.together("parameters are written")
 
 
 def load_params(directory: pathlib.Path, like: dict) -> dict:
@@ -243,6 +290,6 @@ def load_params(directory: pathlib.Path, like: dict) -> dict:
       UserError: missing, damaged, or of another shape.
     """
     try:
-        return ocp.load_pytree(directory.absolute(), like)
+        return ocp.load_pytree(_plain(directory), like)
     except Exception as e:  # a damaged checkpoint surfaces as many kinds of error
         raise UserError(f"{directory}: the parameters cannot be read ({_reason(e)})") from e

@@ -1,20 +1,27 @@
-"""The command line: progress as plain lines on stderr, help, and a user's mistakes as one line."""
+"""The command line: the log as plain lines on stderr, help, and a user's mistakes as one line."""
 
+import errno
 import itertools
 import logging
 import os
+import pathlib
 import re
 import sys
 import types
 from collections.abc import Callable
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from ppow_jax.errors import ConfigError, UserError
-from ppow_jax.parallel import processes
+from ppow_jax.errors import ConfigError, UserError, out_of_memory
+from ppow_jax.parallel import preemption, processes
 
 log = logging.getLogger("ppow_jax")
+# Of a system's errors, those that are about the disk or a user's files.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
+_NO_ACCESS += (errno.ELOOP, errno.EIO, errno.ESTALE, errno.ENOTEMPTY)
 
 
 def setup() -> None:
@@ -38,6 +45,8 @@ def parse_with_config(argv: list[str]) -> list[str]:
     path = _config_path(argv)
     if path is not None and not os.path.isfile(path):
         raise ConfigError(f"--config: no file {path!r}; configs/ holds the ready-made ones")
+    if path is not None and (folder := pathlib.Path(path).absolute().parent).name == "configs":
+        sys.path.insert(0, str(folder.parent))  # they import each other, wherever the command is started
     try:
         return flags.FLAGS(argv)
     except flags.Error as e:
@@ -75,12 +84,34 @@ def command(
     module: types.ModuleType,
     parse: Callable[[list[str]], list[str]] | None = None,
 ) -> None:
-    """Runs a command of flags; `--help` shows its module's text, a user's mistake is one line on stderr."""
-    if any(a in ("--help", "-h") for a in sys.argv):
+    """Runs a command of flags; `--help` shows its module's text, a user's mistake is one line on stderr.
+
+    Exit status: 0, done; 2, the command or the config is wrong; 1, another mistake that can be mended; 75,
+    asked to end (SIGTERM), to be started again; 130, interrupted.
+    """
+    if any(a in ("--help", "-h", "--helpfull", "--helpshort") for a in sys.argv):
         print(module.__doc__.strip() + "\n\n" + flags.FLAGS.module_help(module))
         return
     try:
         app.run(main, flags_parser=parse) if parse else app.run(main)
     except UserError as e:
-        print(f"ppow_jax: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+        _stop(2 if isinstance(e, ConfigError) else 1, str(e))
+    except preemption.Stopped as e:
+        _stop(preemption.STATUS, f"asked to end: {e}; the same command goes on from there")
+    except KeyboardInterrupt:
+        _stop(130, "interrupted; what is finished is kept, and the same command goes on from there")
+    except OSError as e:
+        if e.errno not in _NO_ROOM + _NO_ACCESS:
+            raise
+        mend = "make room" if e.errno in _NO_ROOM else "mend that"
+        _stop(1, f"{e}; what is finished is kept: {mend} and run the same command again")
+    except jax.errors.JaxRuntimeError as e:
+        if not out_of_memory(e):
+            raise
+        mend = "lower the stage's batch_size or data.length, or leave out very long prompts"
+        _stop(1, f"{str(e).splitlines()[0]}; {mend}; what is finished is kept")
+
+
+def _stop(status: int, message: str) -> None:
+    print(f"ppow_jax: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

@@ -43,6 +43,24 @@ def give_back() -> None:
         libc.malloc_trim(0)
 
 
+def free_bytes() -> int | None:
+    """Memory that this process could still take: of its first device, or of the machine and what a container
+    may have of it; None: nobody tells."""
+    import jax  # not above: this module is imported before it
+
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    found = []
+    with contextlib.suppress(OSError, ValueError):  # not Linux
+        about = dict(line.split(":") for line in _MACHINE.read_text().splitlines())
+        found.append(1024 * int(about["MemAvailable"].split()[0]))
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+        found.append(int((_GROUP / "memory.max").read_text()) - int((_GROUP / "memory.current").read_text()))
+    return min(found, default=None)
+
+
+_MACHINE, _GROUP = pathlib.Path("/proc/meminfo"), pathlib.Path("/sys/fs/cgroup")
 _STATUS, _FORGET = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
 
 

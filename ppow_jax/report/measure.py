@@ -30,6 +30,7 @@ from ppow_jax.drafters.eagle3 import Drafter, DrafterWeights
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.parallel import files, partition, processes
+from ppow_jax.parallel.progress import Loop
 from ppow_jax.report import contents, statistics
 from ppow_jax.report.statistics import TurnDecoded, TurnRounds
 
@@ -204,6 +205,7 @@ def simulate_all(
     lengths = [len(t.context) + len(t.response) for t in turns]
     ordered = sorted(range(len(turns)), key=lambda i: lengths[i])
     found: dict[str, dict[int, TurnRounds]] = {c.run: {} for c in candidates}
+    loop = Loop(f"evaluate: simulating {shapes.name(shape)}", len(turns) * len(candidates), "texts")
     for at in range(0, len(ordered), size):
         batch = ordered[at : at + size]
         texts = padded_texts(experiment, [turns[i] for i in batch], size)
@@ -212,6 +214,7 @@ def simulate_all(
             for row, i in enumerate(batch):
                 count = int((rows.emitted[row] > 0).sum())
                 found[c.run][i] = TurnRounds(*(x[row, :count] for x in rows))
+            loop.add(len(batch))
     return {run: [by[i] for i in range(len(turns))] for run, by in found.items()}
 
 
@@ -244,6 +247,7 @@ def decode_all(
     }
     found: dict[str, list[TurnDecoded]] = {name: [] for name in (AUTOREGRESSIVE, *drafted)}
     compiled: set[tuple[Any, int]] = set()
+    loop = Loop(f"evaluate: decoding {shapes.name(shape)}", len(turns) * len(found), "texts")
     for number, turn in enumerate(turns):
         keys_B = jax.random.fold_in(experiment.key("decode"), number)[None]
         for name, session in {AUTOREGRESSIVE: plain, **drafted}.items():
@@ -260,6 +264,7 @@ def decode_all(
             emitted = out.emitted_by_round[0]
             tokens = out.tokens[0, :count]
             found[name].append(TurnDecoded(turn.prompt, tokens, emitted[emitted > 0], seconds))
+            loop.add(1)
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 
 from ppow_jax.config import Settings, to_dict
 from ppow_jax.drafters.eagle3 import DrafterConfig, abstract_params, config_from
@@ -80,7 +81,15 @@ def run(experiment: Experiment) -> None:
         about_target = (experiment.target.config, chosen.server, chosen.dtype, experiment.fingerprint)
         params = processes.host(trained.params)
         if processes.first():
-            writing.write(where, config, params, vocab, *about_target)
+            scratch = where.with_name(f"{where.name}.new")
+            try:
+                writing.write(scratch, config, params, vocab, *about_target)
+            except safetensors.SafetensorError as e:  # as on a full disk
+                raise UserError(f"{where}: cannot be written ({e}); make room and run again") from e
+            where.mkdir(exist_ok=True)
+            for file in scratch.iterdir():
+                file.replace(where / file.name)
+            scratch.rmdir()
         log.info("export: files for %s are in %s", chosen.server, where)
 
 

@@ -7,21 +7,21 @@ step. `respond` keeps what the target saw while it wrote; texts from elsewhere a
 
 import functools
 import pathlib
-import time
 
 import jax
 import numpy as np
 
 from ppow_jax.data import records
+from ppow_jax.data.texts import spread
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.models import target_outputs
 from ppow_jax.models.target import Target
-from ppow_jax.parallel import partition, processes
-from ppow_jax.parallel.console import log
-from ppow_jax.training.metrics import duration
+from ppow_jax.parallel import partition, processes, progress
+from ppow_jax.stages import room
 
 _BATCH = 16  # texts a forward pass, or more where that many would not divide over devices
+_SAMPLE = 8  # texts of a shard, of which the lengths are read
 _BUCKET = 32  # texts are padded to a multiple of this
 
 
@@ -36,16 +36,27 @@ def ensure(experiment: Experiment) -> records.Records:
     Raises:
       UserError: a value does not fit into `data.feature_dtype`.
     """
-    names = records.shards(experiment.workdir / "responses")
+    responses = experiment.workdir / "responses"
+    names = records.shards(responses)
     todo = processes.agreed([name for name in names if not _there(experiment, name)])
-    began = time.monotonic()
-    for n, name in enumerate(todo, 1):
-        _compute(experiment, name)
-        seconds = time.monotonic() - began
-        left = duration(seconds / n * (len(todo) - n))
-        log.info("features: shard %d/%d | %s left", len(names) - len(todo) + n, len(names), left)
+    texts = {name: records.Records(responses, [name]) for name in todo}
+    if todo:
+        _require_room(experiment, list(texts.values()))
+    loop = progress.Loop("features", sum(map(len, texts.values())), "texts")
+    for name in todo:
+        _compute(experiment, name, texts[name], loop)
     processes.together("features are written")
     return records.Records(directory(experiment), names)
+
+
+def _require_room(experiment: Experiment, shards: list[records.Records]) -> None:
+    """Asks for disk by the lengths of some texts of each shard."""
+    data, tokens = experiment.settings.data, 0
+    for shard in shards:
+        some = spread(len(shard), _SAMPLE)
+        lengths = [min(len(shard[i]["tokens"]), data.length) for i in some]
+        tokens += sum(lengths) * len(shard) // len(some)
+    room.require_for_features(experiment, directory(experiment), data.feature_dtype, tokens)
 
 
 def opened(experiment: Experiment) -> records.Records | None:
@@ -83,10 +94,9 @@ def _features(target: Target, params: dict, tokens_BxT: jax.Array, dtype: str) -
     return target_outputs.Features(outputs.taps.astype(dtype), outputs.hidden.astype(dtype))
 
 
-def _compute(experiment: Experiment, name: str) -> None:
+def _compute(experiment: Experiment, name: str, texts: records.Records, loop: progress.Loop) -> None:
     """One shard; texts of like length share a forward pass."""
     data = experiment.settings.data
-    texts = records.Records(experiment.workdir / "responses", [name])
     tokens = [texts[i]["tokens"][: data.length] for i in range(len(texts))]
     ordered = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     rows: dict[int, dict[str, np.ndarray]] = {}
@@ -104,6 +114,7 @@ def _compute(experiment: Experiment, name: str) -> None:
         arrays = processes.host(found._asdict())
         for row, i in enumerate(batch):
             rows[i] = {k: v[row, : len(tokens[i])] for k, v in arrays.items()}
+        loop.add(len(batch))
     write(directory(experiment), name, [rows[i] for i in range(len(tokens))], data.feature_dtype)
 
 

@@ -21,10 +21,9 @@ from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.decode.sampling import Sampling
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment
-from ppow_jax.parallel import files, partition, preemption, processes
+from ppow_jax.parallel import files, partition, preemption, processes, progress
 from ppow_jax.parallel.console import log
-from ppow_jax.stages import features
-from ppow_jax.training.metrics import duration
+from ppow_jax.stages import features, room
 
 _IMPORT_ROWS = 128  # a shard
 # Tokens of a text, the prompt's first turn and an answer, that the batch size is meant for.
@@ -210,11 +209,14 @@ def write(
     batches = batches_of(selection.prompts, selection.lengths, batch_size, max_new_tokens)
     done = set(processes.agreed(records.shards(directory)))
     todo = [(i, batch) for i, batch in enumerate(batches) if f"write-{i:05}" not in done]
+    if todo:
+        _require_room(experiment, label, todo, selection.lengths, max_new_tokens, kept, feature_dtype)
     began, tokens = time.monotonic(), 0
     for n, (i, batch) in enumerate(todo, 1):
         seed = jax.random.fold_in(experiment.key("respond"), i)
         dtype = feature_dtype if kept else ""
-        conversations = converse(experiment, batch, batch_size, max_new_tokens, temperature, seed, dtype)
+        with progress.during(f"{label}: batch {len(batches) - len(todo) + n}/{len(batches)}"):
+            conversations = converse(experiment, batch, batch_size, max_new_tokens, temperature, seed, dtype)
         if kept:
             features.write(kept, f"write-{i:05}", [t.features for c in conversations for t in c.texts], dtype)
         records.write_shard(directory, f"write-{i:05}", (r for c in conversations for r in c.records()))
@@ -227,7 +229,7 @@ def write(
             len(batches),
             tokens,
             tokens / seconds,
-            duration(seconds / n * (len(todo) - n)),
+            progress.duration(seconds / n * (len(todo) - n)),
         )
         preemption.leave(f"{label} is written up to batch {len(batches) - len(todo) + n} of {len(batches)}")
     processes.together(f"{label} is written")
@@ -245,6 +247,24 @@ def _turns_not_asked(directory: pathlib.Path, batches: int, prompts: list[Prompt
         return 0
     written = records.Records(directory, [f"write-{i:05}" for i in range(batches)])
     return turns - sum(len(spans(written[i]["assistant"])) for i in range(len(written)))
+
+
+def _require_room(
+    experiment: Experiment,
+    label: str,
+    todo: list[tuple[int, list[Prompt]]],
+    lengths: dict[str, int],
+    max_new_tokens: int,
+    kept: pathlib.Path | None,
+    feature_dtype: str,
+) -> None:
+    """Asks for memory for the largest batch, and for disk for all features."""
+    batches = [[lengths[p.id] for p in batch] for _, batch in todo]
+    largest = max(len(batch) * (max(batch) + max_new_tokens) for batch in batches)
+    room.warn_of_writing(experiment, label, largest, feature_dtype if kept else "")
+    if kept:
+        answers = max_new_tokens * sum(map(len, batches))
+        room.require_for_features(experiment, kept, feature_dtype, sum(map(sum, batches)), answers)
 
 
 def batches_of(

@@ -4,16 +4,17 @@ from ppow_jax.config import FRESH, Settings
 from ppow_jax.data import texts
 from ppow_jax.errors import ConfigError
 from ppow_jax.experiment import Experiment
-from ppow_jax.stages import features
-from ppow_jax.training import drafters, loop
+from ppow_jax.stages import features, room
+from ppow_jax.training import boards, drafters, loop
 
 
 def check(settings: Settings) -> None:
-    """Keys that do not go together.
+    """Keys that do not go together, or that want a package which is missing.
 
     Raises:
-      ConfigError: naming the key.
+      UserError: naming the key.
     """
+    boards.check(settings.log)
     if not settings.chosen():
         raise ConfigError("config.train: found no run, expected at least one for the stage 'train'")
     for name, run in settings.chosen().items():
@@ -41,7 +42,7 @@ def check(settings: Settings) -> None:
 
 
 def check_target(experiment: Experiment) -> None:
-    """Keys that do not fit the target, and drafters that runs start from but that cannot be read.
+    """Keys that do not fit the target, drafters that runs start from but that cannot be read, a small disk.
 
     Raises:
       UserError: naming the key or the file.
@@ -52,6 +53,8 @@ def check_target(experiment: Experiment) -> None:
             run.method.check(shape.vocab_size)
         except ConfigError as e:
             raise ConfigError(f"config.train.{name}.{e}") from e
+        room.warn_of_training(experiment, name)
+    room.require_for_checkpoints(experiment, experiment.settings.chosen())
 
 
 def run(experiment: Experiment, name: str) -> None:

@@ -4,6 +4,7 @@ import pathlib
 import re
 
 from ppow_jax.errors import ConfigError, UserError
+from ppow_jax.parallel.files import path_of
 from ppow_jax.targets import weights
 
 CONFIG = "config.json"
@@ -25,13 +26,13 @@ def find(path: str, key: str) -> pathlib.Path | None:
       UserError: a directory of something else, a file that cannot be read, or the hub does not give it.
     """
     try:
-        found = pathlib.Path(path).expanduser()
+        found = path_of(path)
         if found.is_dir() and path:
             return _checked(found, path, key)
         if found.is_file():
             return _of_file(found, key)
         here = found.exists()
-    except (OSError, ValueError, RuntimeError) as e:  # no permission, a name too long, no such user
+    except (OSError, ValueError) as e:  # no permission, a name too long
         raise ConfigError(f"config.{key}: {path!r} cannot be read ({e})") from e
     named = re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and not path.endswith((".gguf", ".safetensors", ".json"))
     return _download(path, key) if named and not here else None

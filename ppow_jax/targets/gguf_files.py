@@ -10,6 +10,7 @@ import numpy as np
 
 from ppow_jax.errors import UserError
 from ppow_jax.models.fields import Fields, shown
+from ppow_jax.parallel.files import path_of
 from ppow_jax.targets import weights
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -44,7 +45,7 @@ def find(path: str) -> pathlib.Path:
       UserError: the file or the package is missing, or a package holds no or several models.
     """
     if not path.startswith("package:"):
-        file = pathlib.Path(path).expanduser()
+        file = path_of(path)
         if not path or not file.is_file():
             raise UserError(
                 f"config.target.path: no file {path!r}; expected a Hugging Face directory, a name of its hub "

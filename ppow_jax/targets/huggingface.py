@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ppow_jax.errors import UserError
 from ppow_jax.models import fields
 from ppow_jax.models.target import TargetConfig, abstract_params, with_taps
-from ppow_jax.parallel import partition
+from ppow_jax.parallel import files, partition
 from ppow_jax.targets import directories, families, weights
 from ppow_jax.targets.weights import Stored
 
@@ -58,7 +58,7 @@ def find(path: str) -> pathlib.Path | None:
 
 def description(path: str) -> dict[str, Any]:
     """What a local directory's config.json says; {} if there is none."""
-    return _json(pathlib.Path(path).expanduser() / "config.json")
+    return _json(files.path_of(path) / "config.json")
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:

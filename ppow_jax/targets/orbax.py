@@ -16,7 +16,7 @@ from ppow_jax.parallel import checkpoint, files, partition
 from ppow_jax.targets.tokenizer import Tokenizer
 from ppow_jax.targets.tokenizer_files import read_core
 
-_MANIFEST, _TOKENIZER, _PARAMS = "target_manifest.json", "tokenizer.json", "params"
+WRITTEN = _MANIFEST, _TOKENIZER, _PARAMS = "target_manifest.json", "tokenizer.json", "params"
 
 
 def save(directory: pathlib.Path, config: TargetConfig, params: dict, tokens: Tokenizer) -> None:
@@ -33,10 +33,10 @@ def save(directory: pathlib.Path, config: TargetConfig, params: dict, tokens: To
 def find(path: str) -> pathlib.Path | None:
     """The directory that `save` wrote, also by the name of its manifest, or None."""
     try:
-        found = pathlib.Path(path).expanduser()
+        found = files.path_of(path)
         directory = found.parent if found.name == _MANIFEST else found
         return directory if (directory / _MANIFEST).is_file() else None
-    except (OSError, ValueError, RuntimeError):  # said where the path is looked for next
+    except (OSError, ValueError):  # said where the path is looked for next
         return None
 
 

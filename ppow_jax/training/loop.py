@@ -22,8 +22,9 @@ from ppow_jax.objectives.base import Memory, Sizes
 from ppow_jax.parallel import files, partition, preemption, processes
 from ppow_jax.parallel.checkpoint import Checkpoints
 from ppow_jax.parallel.console import log
+from ppow_jax.parallel.progress import duration
 from ppow_jax.training import curves, drafters
-from ppow_jax.training.metrics import Writer, duration
+from ppow_jax.training.metrics import Writer
 from ppow_jax.training.step import Recipe, State, Step, drafter_params, make_optimizer, make_step
 
 # A run of so many minutes is timed over so many steps and seconds, whichever is more, but no more than the
@@ -71,9 +72,9 @@ def _train(experiment: Experiment, run: str, corpus: texts.Corpus, store: Checkp
     key = experiment.key(run, settings.seed)
     step = make_step(made, experiment.target_params, key, log_settings.profile)
     about = {"target": experiment.fingerprint, "drafter": dataclasses.asdict(drafter.config), "steps": steps}
-    every = (log_settings.every_steps, log_settings.tensorboard)
     measure, numbers = curves.acceptance(experiment, corpus, drafter), range(done + 1, steps + 1)
-    with Writer(experiment.workdir, run, steps, done, seconds, *every) as writer, preemption.at_steps():
+    about_run = (experiment.workdir, run, steps, done, seconds, log_settings)
+    with Writer(*about_run) as writer, preemption.at_steps():
         _walk(experiment, run, state, step, batches, measure, numbers, store, writer, about)
 
 

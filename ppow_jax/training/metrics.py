@@ -1,8 +1,8 @@
 """Metrics: one step late, so that reading them never stalls the devices.
 
 `metrics.jsonl` has one object a line: `stage` (the name of a training run), `step`, `seconds` (of the run,
-across restarts) and the metrics. The terminal gets a line now and then with speed and time left; TensorBoard
-on request.
+across restarts) and the metrics. The log gets a line now and then, with what matters most, speed and time
+left; boards (`training.boards`) get all numbers.
 """
 
 import json
@@ -13,9 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from ppow_jax.config import LogSettings
 from ppow_jax.errors import UserError
-from ppow_jax.parallel import processes
+from ppow_jax.parallel import files, processes
 from ppow_jax.parallel.console import log
+from ppow_jax.parallel.progress import duration, rate, width
+from ppow_jax.training import boards
+
+_SECONDS = 10.0  # between lines of the log, at most
+# What a line of the log shows beside the loss, if it is there; of "/" the first.
+_SHOWN = ("accepted/accuracy_0/reward", "holdout_tau")
 
 
 class Writer:
@@ -28,17 +35,18 @@ class Writer:
         steps: int,
         first_step: int = 0,
         seconds: float = 0.0,
-        every: int = 1,
-        tensorboard: bool = False,
+        settings: LogSettings | None = None,
     ) -> None:
         """Continues a run after `first_step`, dropping lines that were written beyond and never saved."""
         self._path = workdir / "metrics.jsonl"
-        self._run, self._steps, self._every = run, steps, every
+        settings = settings or LogSettings()
+        self._run, self._steps, self._every = run, steps, settings.every_steps
         self._first, self._began, self._before = first_step, time.monotonic(), seconds
         self._pending: tuple[int, float, Any] | None = None
         _drop_after(self._path, run, first_step)
         self._file = self._path.open("a") if processes.first() else None
-        self._board = _tensorboard(workdir / "tensorboard" / run) if tensorboard and self._file else None
+        self._boards = boards.opened(settings, workdir, run) if self._file else []
+        self._shown = self._began  # when the log had its last line
 
     def __enter__(self) -> "Writer":
         return self
@@ -47,8 +55,8 @@ class Writer:
         self.flush()
         if self._file:
             self._file.close()
-        if self._board:
-            self._board.close()
+        for board in self._boards:
+            board.close()
 
     @property
     def seconds(self) -> float:
@@ -74,12 +82,13 @@ class Writer:
             row = {"stage": self._run, "step": step, "seconds": round(seconds, 3)} | values
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-        if self._board:
-            for key, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(key, value, step)
-        if step % self._every == 0 or step == self._steps:
-            log.info("%s", self._line(step, seconds, values))
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        for board in self._boards:
+            board.add(step, numbers)
+        now = time.monotonic()
+        if step % self._every == 0 or step == self._steps or now - self._shown >= _SECONDS:
+            self._shown = now
+            log.info("%s", self._line(step, seconds, numbers))
         for key, name in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
             if not np.isfinite(values.get(key, 0.0)):
                 raise UserError(
@@ -88,18 +97,16 @@ class Writer:
                     "clip_norm"
                 )
 
-    def _line(self, step: int, seconds: float, values: Mapping[str, Any]) -> str:
-        done = max(1, step - self._first)
-        left = (seconds - self._before) / done * (self._steps - step)
-        shown = " ".join(f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, int | float))
-        return f"{self._run} {step}/{self._steps} {shown} | {duration(left)} left"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as `1h02m`, `3m05s` or `7s`."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}h{m:02}m" if hours else f"{m}m{s:02}s" if m else f"{s}s"
+    def _line(self, step: int, seconds: float, values: Mapping[str, float]) -> str:
+        """What matters most, as much of it as fits."""
+        done, spent = max(1, step - self._first), seconds - self._before
+        begin = f"{self._run} {step}/{self._steps}"
+        end = f"| {rate(done, spent, 'steps')} | {duration(spent / done * (self._steps - step))} left"
+        names = [next((n for n in of.split("/") if n in values), "") for of in ("loss", *_SHOWN)]
+        shown = [f"{name} {values[name]:.4g}" for name in names if name]
+        while shown and len(" ".join((begin, *shown, end))) > width():
+            shown.pop()
+        return " ".join((begin, *shown, end))[: width()]
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -120,14 +127,5 @@ def _drop_after(path: pathlib.Path, run: str, step: int) -> None:
         return
     rows = read(path.parent)
     kept = [r for r in rows if r["stage"] != run or r["step"] <= step]
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    scratch.replace(path)
-
-
-def _tensorboard(directory: pathlib.Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as e:
-        raise UserError("log.tensorboard needs tensorboardX: `pip install -e .[tensorboard]`") from e
-    return SummaryWriter(str(directory))
+    with files.replacing(path) as scratch:
+        scratch.write_text("".join(json.dumps(r) + "\n" for r in kept))

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ppow_jax.config import LogSettings
 from ppow_jax.errors import UserError
 from ppow_jax.training import metrics
 from ppow_jax.training.metrics import Writer
@@ -84,27 +85,40 @@ def test_a_gradient_that_is_not_finite_is_refused_before_it_is_saved(tmp_path):
         writer.flush()
 
 
-def test_the_terminal_gets_a_line_now_and_then(tmp_path, monkeypatch):
-    clock, shown = [0.0], []
+def shown(monkeypatch, workdir, every: int, seconds: float, values: dict, width: int = 120) -> list[str]:
+    """The lines of the log of steps 3 to 7, which take so many seconds each."""
+    clock, lines = [0.0], []
     monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(metrics.log, "info", lambda form, *values: shown.append(form % values))
-    with Writer(tmp_path, "cst", 7, first_step=2, every=4) as writer:
+    monkeypatch.setattr(metrics, "width", lambda: width)
+    monkeypatch.setattr(metrics.log, "info", lambda form, *values: lines.append(form % values))
+    with Writer(workdir, "cst", 7, first_step=2, settings=LogSettings(every_steps=every)) as writer:
         for step in range(3, 8):
-            clock[0] += 10
-            writer.write(step, {"loss": step / 8, "shares": [0.5]})
-    # 2 of 5 steps took 20 s, so 3 more take 30 s; the last step is always shown.
-    assert shown == [
-        "cst 4/7 loss 0.5 | 30s left",
-        "cst 7/7 loss 0.875 | 0s left",
+            clock[0] += seconds
+            writer.write(step, {"loss": step / 8, "shares": [0.5]} | values)
+    return lines
+
+
+def test_the_log_gets_a_line_now_and_then(tmp_path, monkeypatch):
+    """2 of 5 steps took 4 s, so 3 more take 6 s; the last step is always shown."""
+    assert shown(monkeypatch, tmp_path, 4, 2.0, {}) == [
+        "cst 4/7 loss 0.5 | 2 s each | 6s left",
+        "cst 7/7 loss 0.875 | 2 s each | 0s left",
     ]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0s"), (7.4, "7s"), (59.4, "59s"), (59.6, "1m00s"), (185, "3m05s"), (3599, "59m59s"),
-        (3599.7, "1h00m"), (3725, "1h02m"), (90_000, "25h00m"),
-    ],
-)  # fmt: skip
-def test_duration(seconds, text):
-    assert metrics.duration(seconds) == text
+def test_slow_steps_get_a_line_each_ten_seconds(tmp_path, monkeypatch):
+    lines = shown(monkeypatch, tmp_path, 100, 4.0, {})
+    assert [line.split()[1] for line in lines] == ["4/7", "7/7"]  # step 4 is written after 12 s
+
+
+def test_a_line_shows_what_matters_most_and_as_much_of_it_as_fits(tmp_path, monkeypatch):
+    many = {f"metric_{i}": i for i in range(30)} | {"accepted": 2.5, "accuracy_0": 0.5, "holdout_tau": 3.25}
+    for width, line in (
+        (120, "cst 4/7 loss 0.5 accepted 2.5 holdout_tau 3.25 | 2 s each | 6s left"),
+        (66, "cst 4/7 loss 0.5 accepted 2.5 | 2 s each | 6s left"),
+        (40, "cst 4/7 loss 0.5 | 2 s each | 6s left"),
+        (20, "cst 4/7 | 2 s each |"),
+    ):
+        assert shown(monkeypatch, tmp_path, 4, 2.0, many, width)[0] == line
+    del many["accepted"]
+    assert " loss 0.5 accuracy_0 0.5 holdout" in shown(monkeypatch, tmp_path, 4, 2.0, many)[0]

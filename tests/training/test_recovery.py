@@ -15,7 +15,7 @@ import runs
 
 from ppow_jax import main
 from ppow_jax.errors import UserError
-from ppow_jax.parallel import preemption, processes
+from ppow_jax.parallel import console, preemption, processes
 from ppow_jax.parallel.checkpoint import Checkpoints
 from ppow_jax.training import loop
 
@@ -119,8 +119,8 @@ def test_the_command_says_so_and_how_to_go_on(monkeypatch, capsys):
     def stopped(*_, **__):
         raise preemption.Stopped("ppow is saved after step 7 of 9")
 
-    monkeypatch.setattr(main.app, "run", stopped)
-    monkeypatch.setattr(main.sys, "argv", ["ppow_jax"])
+    monkeypatch.setattr(console.app, "run", stopped)
+    monkeypatch.setattr(console.sys, "argv", ["ppow_jax"])
     with pytest.raises(SystemExit) as end:
         main.cli()
     assert end.value.code == preemption.STATUS
@@ -131,8 +131,8 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, "No space left on device", "metrics.jsonl")
 
-    monkeypatch.setattr(main.app, "run", full)
-    monkeypatch.setattr(main.sys, "argv", ["ppow_jax"])
+    monkeypatch.setattr(console.app, "run", full)
+    monkeypatch.setattr(console.sys, "argv", ["ppow_jax"])
     with pytest.raises(SystemExit) as end:
         main.cli()
     said = capsys.readouterr().err
