@@ -44,7 +44,7 @@ def test_a_directory_with_other_files_is_left_alone(tmp_path, command, monkeypat
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "tokenizer.json").write_text("{}")
     before = runs.digest(tmp_path)
-    monkeypatch.setattr(convert, "load", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(convert, "read", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(UserError, match=r"--out: .* holds 'config.json', expected a new or empty directory"):
         command("markov:0", str(tmp_path))
     assert runs.digest(tmp_path) == before
