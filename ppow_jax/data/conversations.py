@@ -19,13 +19,13 @@ _ROUND_TRIPS = 0.5  # share of them that must come back; text of this tokenizer:
 class Conversation:
     """A dialogue as it grows: all ids so far, a mask of those that the target wrote, and their features.
 
-    `features` has the fields of `target_outputs.Features`, one row a token; None if they are not kept.
+    `features` has the fields of `target_outputs.Features`, one row a token; none if they are not kept.
     """
 
     prompt: Prompt
     tokens: list[int] = dataclasses.field(default_factory=list)
     assistant: list[bool] = dataclasses.field(default_factory=list)
-    features: dict[str, np.ndarray] | None = None
+    features: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def question(self, tokenizer: Tokenizer, turn: int) -> list[int]:
         """The ids of the user's message number `turn`, the next one, and of the template around it."""
@@ -74,7 +74,7 @@ def import_responses(path: str, tokenizer: Tokenizer, vocab_size: int) -> list[C
     key = "respond.responses"
     conversations = []
     for number, row in enumerate(read_jsonl(path, key), 1):
-        turns, responses = row.get("turns"), row.get("response_ids")
+        turns, responses = row.get("turns", ()), row.get("response_ids", ())
         lists = isinstance(turns, list) and isinstance(responses, list) and responses
         if not lists or not all(isinstance(t, str) for t in turns):
             raise UserError(f"{path}: object {number} lacks 'turns' or 'response_ids'")

@@ -50,7 +50,7 @@ def parse(spec: str, key: str) -> list[tuple[str, str, int | None]]:
     Raises:
       ConfigError: a pair that is not NAME=SOURCE, or a name that occurs twice.
     """
-    pairs = []
+    pairs: list[tuple[str, str, int | None]] = []
     for part in filter(None, (p.strip() for p in spec.split(","))):
         match = re.fullmatch(r"([\w.-]+)=(.+?)(?:\[:(\d+)\])?", part)
         if not match:

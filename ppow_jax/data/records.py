@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -36,7 +36,7 @@ def shards(directory: pathlib.Path) -> list[str]:
     return sorted(p.name.removesuffix(_SUFFIX) for p in directory.glob(f"*{_SUFFIX}"))
 
 
-class Records(Sequence):
+class Records:
     """All records of a directory, in the order of shard names."""
 
     def __init__(self, directory: pathlib.Path, names: Sequence[str] = ()) -> None:
@@ -55,6 +55,9 @@ class Records(Sequence):
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):

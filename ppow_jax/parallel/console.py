@@ -77,7 +77,7 @@ def command(
 ) -> None:
     """Runs a command of flags; `--help` shows its module's text, a user's mistake is one line on stderr."""
     if any(a in ("--help", "-h") for a in sys.argv):
-        print(module.__doc__.strip() + "\n\n" + flags.FLAGS.module_help(module))
+        print((module.__doc__ or "").strip() + "\n\n" + flags.FLAGS.module_help(module))
         return
     try:
         app.run(main, flags_parser=parse) if parse else app.run(main)

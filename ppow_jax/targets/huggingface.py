@@ -146,7 +146,7 @@ def _tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, 
     listed = _json(index).get("weight_map")
     names = sorted(set(listed.values())) if listed else ["model.safetensors"]
     expected = f"the model's safetensors{f', which {index.name} names' if listed else ''}"
-    found = {}
+    found: dict[str, _Stored] = {}
     for file in (directory / name for name in names):
         reader = stack.enter_context(files.open_safetensors(file, expected))
         found |= {_plain(name): _Stored(file, reader, name) for name in reader.keys()}  # noqa: SIM118
@@ -187,7 +187,7 @@ def _read(stored: _Stored, like: jax.ShapeDtypeStruct, mesh: Mesh, path: str) ->
             f"{like.shape} by config.json"
         )
     layout = jax.sharding.NamedSharding(mesh, partition.spec(path, like.shape, mesh))
-    array = jax.make_array_from_callback(like.shape, layout, lambda at: _slice(rows, at, like))
+    array = jax.make_array_from_callback(like.shape, layout, lambda at: _slice(rows, at or (), like))
     return jax.block_until_ready(array)  # copies go on in the background: the next would be held beside it
 
 

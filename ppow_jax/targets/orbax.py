@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def load(directory: pathlib.Path, dtype: str, mesh: Mesh) -> tuple[TargetConfig,
     manifest = files.read_json(directory / _MANIFEST)
     if manifest.get("format") != 1:
         raise UserError(f"{directory}: found format {manifest.get('format')!r}, expected 1; convert again")
-    shape = {k: tuple(v) if isinstance(v, list) else v for k, v in manifest["shape"].items()}
+    shape: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in manifest["shape"].items()}
     config = TargetConfig(**shape | {"dtype": dtype})
     like = partition.laid_out(abstract_params(config), mesh)
     params = checkpoint.load_params(directory / _PARAMS, like)

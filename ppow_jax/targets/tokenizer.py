@@ -119,7 +119,7 @@ def _words(digits: str) -> list[pre_tokenizers.PreTokenizer]:
     ]
 
 
-_BYTES = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+_BYTES: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
 _PRE = {  # tokenizer.ggml.pre -> how text is split before merges
     "gpt-2": _BYTES,
     "smollm": [pre_tokenizers.Digits(individual_digits=True), *_BYTES],
@@ -132,9 +132,17 @@ def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
     """Rebuilds a byte-level BPE tokenizer from GGUF metadata.
 
     Raises:
-      UserError: a tokenizer or pre-tokenizer of another kind, or no chat template.
+      UserError: a tokenizer or pre-tokenizer of another kind, no chat template, or metadata that are missing.
     """
     get = lambda key: metadata.get(f"tokenizer.ggml.{key}")  # noqa: E731
+
+    def need(key: str) -> Any:
+        if get(key) is None:
+            raise UserError(
+                f"GGUF metadata: found no tokenizer.ggml.{key}, expected it; convert the model again"
+            )
+        return get(key)
+
     if get("model") != "gpt2" or get("pre") not in _PRE:
         raise UserError(
             f"GGUF tokenizer {get('model')!r} with pre-tokenizer {get('pre')!r} is not supported; expected "
@@ -142,8 +150,8 @@ def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
         )
     if "tokenizer.chat_template" not in metadata:
         raise UserError("the GGUF file has no chat template; use an instruct model")
-    tokens = get("tokens")
-    merges = [tuple(pair.split(" ")) for pair in get("merges")]
+    tokens = need("tokens")
+    merges = [tuple(pair.split(" ")) for pair in need("merges")]
     core = tokenizers.Tokenizer(
         models.BPE(
             vocab={t: i for i, t in enumerate(tokens)},
@@ -152,9 +160,9 @@ def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
             ignore_merges=get("pre") == "llama-bpe",
         )
     )
-    core.pre_tokenizer = pre_tokenizers.Sequence(_PRE[get("pre")])
+    core.pre_tokenizer = pre_tokenizers.Sequence(_PRE[need("pre")])
     core.decoder = decoders.ByteLevel()
-    control = [t for t, kind in zip(tokens, get("token_type"), strict=True) if kind in (_CONTROL, _ADDED)]
+    control = [t for t, kind in zip(tokens, need("token_type"), strict=True) if kind in (_CONTROL, _ADDED)]
     core.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in control])
     written = [get("eos_token_id"), get("eot_token_id"), *_ends(tokens)]
     return with_stops(
@@ -163,7 +171,7 @@ def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
             template=metadata["tokenizer.chat_template"],
             stop_ids=tuple(dict.fromkeys(i for i in written if i is not None)),
             bos="" if get("bos_token_id") is None else tokens[get("bos_token_id")],
-            eos=tokens[get("eos_token_id")],
+            eos=tokens[need("eos_token_id")],
         )
     )
 

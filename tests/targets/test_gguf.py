@@ -208,21 +208,27 @@ def test_files_of_other_models(tmp_path):
         gguf.load(str(file), "float32")
 
 
-def tokenizer_of(pre: str) -> tokenizer.Tokenizer:
+def tokenizer_of(pre: str, without: str = "") -> tokenizer.Tokenizer:
     """One token a byte, 1 and 2 as one, and two that end a turn."""
     letters = [*"12?ab!ĠĊ'", "12", "<end>", "<eot>"]
-    return tokenizer.from_gguf(
-        {
-            "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": pre,
-            "tokenizer.ggml.tokens": letters,
-            "tokenizer.ggml.merges": ["1 2"],
-            "tokenizer.ggml.token_type": [1] * 10 + [3, 4],
-            "tokenizer.ggml.eos_token_id": 10,
-            "tokenizer.ggml.eot_token_id": 11,
-            "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}<eot>{% endfor %}",
-        }
-    )
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": letters,
+        "tokenizer.ggml.merges": ["1 2"],
+        "tokenizer.ggml.token_type": [1] * 10 + [3, 4],
+        "tokenizer.ggml.eos_token_id": 10,
+        "tokenizer.ggml.eot_token_id": 11,
+        "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}<eot>{% endfor %}",
+    }
+    metadata.pop(without, None)
+    return tokenizer.from_gguf(metadata)
+
+
+@pytest.mark.parametrize("key", ["tokens", "merges", "token_type", "eos_token_id"])
+def test_metadata_that_a_tokenizer_cannot_do_without(key):
+    with pytest.raises(UserError, match=f"found no tokenizer.ggml.{key}, expected it"):
+        tokenizer_of("qwen2", without=f"tokenizer.ggml.{key}")
 
 
 def test_how_text_is_split_before_merges():
