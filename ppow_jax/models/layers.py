@@ -313,8 +313,7 @@ def _attend(
         parts.append((s, functools.partial(_weighed, "bgwrkj,bgwje->bgwrke", own.values)))
     largest = functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for s, _ in parts))
     weights = [jnp.exp(s - jax.lax.stop_gradient(largest)) for s, _ in parts]
-    found = [weigh(w) for w, (_, weigh) in zip(weights, parts, strict=True)]
-    outs, totals = zip(*found, strict=True)
+    outs, totals = zip(*(weigh(w) for w, (_, weigh) in zip(weights, parts, strict=True)), strict=True)
     # divided by the sum last: on an accelerator a pass less over the weights
     out = (functools.reduce(jnp.add, outs) / functools.reduce(jnp.add, totals)).astype(q.dtype)
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, W, K, H * E)
