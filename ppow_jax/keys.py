@@ -65,7 +65,7 @@ def build(
     hints, built = typing.get_type_hints(cls), {}
     for name in values:
         where, value = f"{path}.{name}", values[name]
-        if typing.get_origin(hints[name]) is Mapping:
+        if named and typing.get_origin(hints[name]) is Mapping:
             if not hasattr(value, "keys"):
                 raise ConfigError(f"{where}: found {value!r}, expected runs by name")
             built[name] = {entry: named(value[entry], f"{where}.{entry}") for entry in value}
@@ -79,7 +79,7 @@ def build(
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return build(kind, value, path)
     if typing.get_origin(kind) is tuple:
         of = typing.get_args(kind)[0]

@@ -168,7 +168,7 @@ def _keep_programs(workdir: pathlib.Path) -> None:
     On accelerators alone, where a large target's steps take minutes each to compile; a CPU's program may end
     the process on another kind of CPU.
     """
-    if partition.platform() != "cpu" and not jax.config.jax_compilation_cache_dir:
+    if partition.platform() != "cpu" and not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
 
 

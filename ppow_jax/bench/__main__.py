@@ -108,14 +108,14 @@ COMMANDS = {
 def _settings(command: str) -> config.Settings:
     """Those of the workdir, of the config file, or the defaults."""
     if _WORKDIR.value:
-        path = files.path_of(_WORKDIR.value) / "config.json"
-        if not path.exists():
-            raise ConfigError(f"{path}: not there, expected the workdir of a run")
+        file = files.path_of(_WORKDIR.value) / "config.json"
+        if not file.exists():
+            raise ConfigError(f"{file}: not there, expected the workdir of a run")
         if _CONFIG.value is not None or _TARGET.value:
             raise ConfigError(
                 "found --workdir beside --config or --target, expected one: it has its own config"
             )
-        settings = config.from_config(json.loads(path.read_text()))
+        settings = config.from_config(json.loads(file.read_text()))
     elif command in ("cost", "decode", "parting"):
         raise ConfigError(f"{command}: found no --workdir, expected one of a run with a trained drafter")
     else:

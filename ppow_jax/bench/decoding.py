@@ -159,13 +159,14 @@ def _drafters(
     experiment: Experiment, candidate: evaluate.Candidate, names: Sequence[str]
 ) -> dict[str, tuple[Drafting, Any]]:
     """Who drafts, with weights, by name: a shape, `lookup:K`, `lookahead`, or two of them with a +."""
-    drafter, found = candidate.drafter, {}
+    drafter = candidate.drafter
+    found: dict[str, tuple[Drafting, Any]] = {}
     for name in names:
         if name == "auto":
             shape, _ = evaluate.choose_shape(experiment, candidate)
             found[f"auto ({shapes.name(shape)})"] = (Eagle(drafter, shape), candidate.weights)
             continue
-        drafters = []
+        drafters: list[tuple[Drafting, Any]] = []
         for part in name.split("+"):
             kind, _, size = part.partition(":")
             if kind == "lookup" and size.isdecimal() and int(size):
@@ -188,7 +189,7 @@ def _ours(session: Session) -> Decoder:
         seconds = time.perf_counter() - began
         emitted = np.asarray(out.emitted_by_round[0])
         return DecodedPrompt(
-            seconds, np.asarray(out.tokens[0, : out.count[0]]).tolist(), emitted[emitted > 0].tolist()
+            seconds, np.asarray(out.tokens[0, : out.emitted[0]]).tolist(), emitted[emitted > 0].tolist()
         )
 
     return decode
@@ -205,6 +206,7 @@ class _Worker:
         log.info("decode: %s", self._answer())
 
     def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout  # a pipe
         line = self._process.stdout.readline()
         if not line:
             raise UserError(f"--torch_python: the worker ended with status {self._process.wait()}; see above")
@@ -216,8 +218,7 @@ class _Worker:
         return DecodedPrompt(**self._answer(), emitted=[])
 
     def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()
 
 
 def _cores() -> int:

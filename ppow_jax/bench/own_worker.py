@@ -58,8 +58,8 @@ def _answer(made: experiment.Experiment, name: str, answers: object) -> None:
     signal, kept, _ = make(*about)
     state["memory"] = kept  # what it was given is donated
     counted = max(int((x > 0).sum()) for x in signal.weights.values())
-    about = {"version": f"jax {jax.__version__}", "positions": counted, "operations": asked}
-    answer(once, about | {"rate": matrix_rate("jax")}, answers)
+    first = {"version": f"jax {jax.__version__}", "positions": counted, "operations": asked}
+    answer(once, first | {"rate": matrix_rate("jax")}, answers)
 
 
 if __name__ == "__main__":

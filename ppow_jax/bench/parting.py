@@ -53,7 +53,7 @@ def conversations(experiment: Experiment, plain: Session, sources: str, count: i
                     break
                 talk.ask(question)
                 out = plain([talk.tokens])
-                answer = np.asarray(out.tokens[0, : out.count[0]]).tolist()
+                answer = np.asarray(out.tokens[0, : out.emitted[0]]).tolist()
                 yield list(talk.tokens), answer
                 talk.answer(answer)
 
@@ -106,7 +106,7 @@ def _partings(
         contexts = [context for context, _ in some]
         out = session(contexts + contexts[:1] * (size - len(some)))
         for row, (context, answer) in enumerate(some):
-            text = np.asarray(out.tokens[row, : out.count[row]]).tolist()
+            text = np.asarray(out.tokens[row, : out.emitted[row]]).tolist()
             if text != answer:
                 found.append(parting(experiment.target, experiment.target_params, context, answer, text))
         done = at + len(some)

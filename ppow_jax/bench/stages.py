@@ -77,8 +77,8 @@ def batch_writing(experiment: Experiment, machine: Machine, size: int, tokens: i
         decode_batch(*inputs)
         seconds = time.perf_counter() - began
         best = (before + machine.matrix_rate()) / 2
-        rate = work.writing(length_B, out.count) / seconds
-        cells = (out.count.sum() / seconds, rate / 1e9, best / 1e9)
+        rate = work.writing(length_B, out.emitted) / seconds
+        cells = (out.emitted.sum() / seconds, rate / 1e9, best / 1e9)
         rows.append([str(size), *(f"{c:.0f}" for c in cells), f"{rate / best:.0%}"])
     columns = ["batch", "tokens/s", "useful operations/s (1e9)", "matrix products (1e9/s)", "share"]
     show("respond", columns, rows)

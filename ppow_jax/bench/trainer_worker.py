@@ -36,8 +36,9 @@ def specjax(given: dict[str, Any], directory: str) -> tuple[Step, int, str]:
         with contextlib.suppress(ImportError):
             import transformers  # noqa: F401
     if "transformers" not in sys.modules:  # it wants a tokenizer, which a step does not
-        sys.modules["transformers"] = types.ModuleType("transformers")
-        sys.modules["transformers"].AutoTokenizer = None
+        stand_in: Any = types.ModuleType("transformers")
+        stand_in.AutoTokenizer = None
+        sys.modules["transformers"] = stand_in
     import jax
     import jax.numpy as jnp
     import optax
@@ -184,11 +185,12 @@ def _without_triton() -> Any:
         def __call__(self, *about: Any, **more: Any) -> Any:
             return about[0] if about else self
 
-    names = ("triton", "triton.language")
-    sys.modules |= {name: Nothing(name) for name in names}
-    sys.modules["triton"].language = sys.modules["triton.language"]
+    triton: Any = Nothing("triton")
+    triton.language = Nothing("triton.language")
+    stand_ins = {"triton": triton, "triton.language": triton.language}
+    sys.modules |= stand_ins
     yield
-    for name in names:
+    for name in stand_ins:
         del sys.modules[name]
 
 

@@ -48,7 +48,7 @@ class Contender:
     """
 
     name: str
-    process: subprocess.Popen
+    process: subprocess.Popen[str]
     positions: int = 0
     operations: float = 0.0
     rate: float = 0.0
@@ -62,6 +62,7 @@ class Contender:
         Raises:
           UserError: it has ended instead.
         """
+        assert self.process.stdout  # a pipe
         line = self.process.stdout.readline()
         if not line:
             raise UserError(f"{self.name}: the worker ended with status {self.process.wait()}; see above")
@@ -160,8 +161,8 @@ def _start(
 
 def _ready(name: str, command: Sequence[str]) -> Contender:
     log.info("train: starting %s", name)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    one = Contender(name, subprocess.Popen(command, **pipes))
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    one = Contender(name, worker)
     for key, value in one.answer().items():
         setattr(one, key, value)
     return one
@@ -169,7 +170,10 @@ def _ready(name: str, command: Sequence[str]) -> Contender:
 
 def _write_inputs(path: pathlib.Path, shape: DrafterConfig, B: int, T: int, K: int) -> None:
     rng, D, N = np.random.default_rng(0), shape.width, shape.vocab_size
-    normal = lambda *size: rng.normal(size=size).astype(np.float32)  # noqa: E731
+
+    def normal(*size: int) -> np.ndarray:
+        return rng.normal(size=size).astype(np.float32)
+
     names = ("width", "mlp_hidden", "heads", "kv_heads", "head_size", "vocab_size", "rope_theta")
     np.savez(
         path,

@@ -1,13 +1,13 @@
 """Operations and times of the phases of training steps."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.stages import Wrapped
 
 from ppow_jax.compile.operations import operations
 from ppow_jax.config import Settings, TrainSettings
@@ -50,9 +50,10 @@ def phases(experiment: Experiment, run: TrainSettings, trained: Trained) -> Phas
     objective, key = recipe.objective, jax.random.key(0)
     frozen = (state["vocab"], experiment.target_params, batch)
     learner, memory = {k: state[k] for k in ("params", "opt_state")}, state["memory"]
-    inside, rounds = {}, objective.rounds(run.batch_size)
+    inside: Phases = {}
+    rounds = objective.rounds(run.batch_size)
     if isinstance(objective, PPOW):
-        inside, rounds = _inside_ppow(recipe, state["params"], *frozen, key)
+        inside, rounds = _inside_ppow(recipe, objective, state["params"], *frozen, key)
     signal, update = make_signal(recipe), make_update(recipe)
 
     def asked() -> tuple:
@@ -155,25 +156,30 @@ def random_texts(experiment: Experiment, rows: int) -> Batch:
     return batch
 
 
-def _phase(function: Callable[..., Any], arguments: tuple, rounds: int = 1) -> tuple[float, float]:
+def _phase(function: Wrapped, arguments: tuple, rounds: int = 1) -> tuple[float, float]:
     """Operations and seconds of a jitted function; `rounds` of its loop that ends when data say so."""
     asks = operations(function.trace(*arguments).jaxpr, rounds)
     return asks, cost.median_seconds(lambda: function(*arguments), _REPEATS)
 
 
 def _inside_ppow(
-    recipe: Recipe, params: dict, vocab: jax.Array, target_params: dict, batch: Batch, key: jax.Array
+    recipe: Recipe,
+    o: PPOW,
+    params: dict,
+    vocab: jax.Array,
+    target_params: dict,
+    batch: Batch,
+    key: jax.Array,
 ) -> tuple[Phases, int]:
     """Rollout and verification apart, and how often the loop of verification runs."""
-    o = recipe.objective
 
     @jax.jit
     def rollout(params: dict, vocab: jax.Array, target_params: dict, batch: Batch, key: jax.Array) -> Rollout:
         models = recipe.models(target_params, params, vocab)
         about = (models, batch, outputs_of(recipe.target, target_params, batch))
-        picked, _ = pick_anchors(o.anchor_rule, *about, {}, 1, key, o.anchors, o.window)
-        shape = (o.group, o.window, o.rollout_temperature, o.along_text)
-        return roll(*about, picked.anchors, picked.real, key, *shape)
+        picked, _ = pick_anchors(o.anchor_rule, *about, {}, jnp.int32(1), key, o.anchors, o.window)
+        shape = (o.group, o.window, o.rollout_temperature)
+        return roll(*about, picked.anchors, picked.real, key, *shape, o.along_text)
 
     @jax.jit
     def verification(

@@ -8,7 +8,7 @@ loop once.
 import dataclasses
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {
@@ -28,10 +28,10 @@ class Costs:
     """
 
     cycles: float = 0.0
-    counts: Counter = dataclasses.field(default_factory=Counter)
-    bytes: Counter = dataclasses.field(default_factory=Counter)
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
+    bytes: defaultdict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
 
-    def add(self, other: "Costs", times: float = 1) -> None:
+    def add(self, other: "Costs", times: int = 1) -> None:
         """Adds what runs `times` times."""
         self.cycles += times * other.cycles
         for kind in other.counts:
@@ -146,7 +146,7 @@ def _size(dtype: str, dimensions: str) -> float:
 
 
 def _attribute(instruction: _Instruction, name: str) -> str:
-    return re.search(rf"{name}=%([^\s,}}]+)", instruction.rest)[1]
+    return re.findall(rf"{name}=%([^\s,}}]+)", instruction.rest)[0]
 
 
 def _branches(instruction: _Instruction) -> list[str]:
@@ -163,14 +163,15 @@ def _rounds(computations: dict[str, dict[str, _Instruction]], name: str, loop: _
     if test.opcode != "compare" or "direction=LT" not in test.rest:
         return 0
     counter, end = (condition.get(operand) for operand in test.operands)
-    if _constant(end) is None or counter is None or counter.opcode != "get-tuple-element":
+    last = _constant(end)
+    if last is None or counter is None or counter.opcode != "get-tuple-element":
         return 0
-    at = int(re.search(r"index=(\d+)", counter.rest)[1])
+    at = int(re.findall(r"index=(\d+)", counter.rest)[0])
     step = body[list(body.values())[-1].operands[at]]
     by = [c for o in step.operands if (c := _constant(body.get(o)))] if step.opcode == "add" else []
     start = computations[name].get(loop.operands[0])
     first = _constant(computations[name].get(start.operands[at])) if start and start.operands[at:] else 0
-    return -(-(_constant(end) - (first or 0)) // by[0]) if by else 0
+    return -(-(last - (first or 0)) // by[0]) if by else 0
 
 
 def _constant(instruction: _Instruction | None) -> int | None:

@@ -76,7 +76,7 @@ class Plan:
     drafter: Drafter
     params: dict
     drafter_params: dict
-    vocab: jax.ShapeDtypeStruct
+    vocab: Any
 
     def whole(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         """An array that every device holds."""

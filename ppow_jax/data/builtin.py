@@ -120,7 +120,7 @@ def _fields(table: str, word: str, suffix: str) -> dict[str, str]:
     """The slots that a drawn word fills: most often one, several for a record."""
     if table == "name":
         forms = ("she", "her", "her") if word in _WORDS["she"] else ("he", "his", "him")
-        parts = (word, forms[0].title(), *forms)
+        parts = [word, forms[0].title(), *forms]
     else:  # tables are comma-separated, so a comma within a word is written as a semicolon
         parts = re.split(r" ?\| ?", word.replace(";", ","))
     filled = dict(zip(_RECORDS.get(table, (table,)), parts, strict=True))

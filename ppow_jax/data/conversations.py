@@ -41,12 +41,12 @@ class Question(NamedTuple):
 class Text:
     """Token ids, a mask of those that the target wrote, and their features.
 
-    `features` has the fields of `target_outputs.Features`, one row a token; None if they are not kept.
+    `features` has the fields of `target_outputs.Features`, one row a token; none if they are not kept.
     """
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     assistant: list[bool] = dataclasses.field(default_factory=list)
-    features: dict[str, np.ndarray] | None = None
+    features: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class _Answer(NamedTuple):

@@ -1,7 +1,7 @@
 """Records in ArrayRecord shards: written whole or not at all, read at random."""
 
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -44,7 +44,7 @@ def shards(directory: pathlib.Path) -> list[str]:
     return sorted(p.name.removesuffix(_SUFFIX) for p in directory.glob(f"*{_SUFFIX}"))
 
 
-class Records(Sequence):
+class Records:
     """All records of a directory, in the order of shard names."""
 
     def __init__(self, directory: pathlib.Path, names: Sequence[str] = ()) -> None:
@@ -63,6 +63,9 @@ class Records(Sequence):
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):

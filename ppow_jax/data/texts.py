@@ -15,7 +15,7 @@ from ppow_jax.parallel.console import log
 _ENDLESS = 2**40  # batches
 
 
-class Texts(Sequence):
+class Texts:
     """Random access to texts of `length` tokens; the source of the Grain pipeline.
 
     An item has `index` (of the record), `tokens` int32 `[T]`, `assistant` bool `[T]` and, with
@@ -107,7 +107,7 @@ def draft_vocabulary(
     return chosen.astype(np.int32), float(counts[chosen].sum() / counts.sum())
 
 
-def iterate(texts: Texts, batch_size: int, seed: int, rows: Sequence[int] | None = None) -> Any:
+def iterate(texts: Texts, batch_size: int, seed: int, rows: np.ndarray | None = None) -> Any:
     """An endless Grain iterator of batches, reshuffled every epoch.
 
     Its state is saved with the checkpoint, and is the same for every process.
@@ -124,7 +124,7 @@ def iterate(texts: Texts, batch_size: int, seed: int, rows: Sequence[int] | None
     if len(texts) < batch_size:
         raise UserError(f"batch_size: found {batch_size}, expected at most {len(texts)}, the training texts")
     order = grain.MapDataset.source(texts).seed(seed).shuffle().repeat()
-    wanted = np.arange(batch_size) if rows is None else np.asarray(rows)
+    wanted = np.arange(batch_size) if rows is None else rows
 
     def batch(number: int) -> dict[str, np.ndarray]:
         items = [order[number * batch_size + int(row)] for row in wanted]
@@ -164,8 +164,8 @@ def corpus(responses: records.Records, features: records.Records | None, setting
       UserError: see `split`.
     """
     train, held = split(responses, settings.length, settings.holdout)
-    texts = (Texts(responses, features, indices, settings.length) for indices in (train, held))
-    return Corpus(*texts, train, len(responses))
+    first, second = (Texts(responses, features, indices, settings.length) for indices in (train, held))
+    return Corpus(first, second, train, len(responses))
 
 
 def spread(available: int, wanted: int) -> range:

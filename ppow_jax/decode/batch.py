@@ -37,15 +37,15 @@ ROUNDS = 64  # at most, of a stretch
 def decode_batch(
     target: Target,
     params: dict,
-    prompt_BxP: jax.Array,
-    length_B: jax.Array,
+    prompt_BxP: jax.Array | np.ndarray,
+    length_B: jax.Array | np.ndarray,
     keys_B: jax.Array,
     config: DecodeConfig,
     mesh: Mesh,
     feature_dtype: str = "",
     drafting: Drafting | None = None,
     weights: Any = None,
-) -> tuple[Decoded, Features | None]:
+) -> tuple[Decoded[np.ndarray], Features[np.ndarray] | None]:
     """`loop.decode` for many rows: the same texts, as NumPy arrays.
 
     Args:
@@ -75,11 +75,12 @@ def decode_batch(
     )
     state = state._replace(prompt=np.int32(first_slot))  # what follows need not wait for padding to end
     where = np.arange(B)  # the rows of the batch that the state's are
-    tokens, count, emitted = np.zeros((B, L), np.int32), np.zeros(B, np.int32), np.zeros((B, L), np.int32)
+    tokens, emitted, by_round = np.zeros((B, L), np.int32), np.zeros(B, np.int32), np.zeros((B, L), np.int32)
     book = _Book(features, lengths, P + L) if feature_dtype else None
     while True:
-        found = processes.host((state.tokens, state.count, state.emitted_by_round, state.done))
-        tokens[where], count[where], emitted[where], done = found[0][:, :L], *found[1:]
+        found = processes.host((state.tokens, state.emitted, state.emitted_by_round, state.done))
+        written, emitted[where], by_round[where], done = found
+        tokens[where] = written[:, :L]
         if done.all():
             break
         rows = np.argsort(done, kind="stable")[: rows_for(int((~done).sum()), B, mesh)]
@@ -97,9 +98,9 @@ def decode_batch(
         )
         if book:
             book.add(features, where, first, int(state.round))
-    tokens[np.arange(L) >= count[:, None]] = 0
-    finished = np.isin(tokens[np.arange(B), count - 1], config.stop_ids)
-    return Decoded(tokens, count, finished, emitted), book and book.close(count)
+    tokens[np.arange(L) >= emitted[:, None]] = 0
+    finished = np.isin(tokens[np.arange(B), emitted - 1], config.stop_ids)
+    return Decoded(tokens, emitted, finished, by_round), book.close(emitted) if book else None
 
 
 class _Book:
@@ -117,10 +118,10 @@ class _Book:
             for number in range(first, last):
                 whole[where_L, self._length_B[where_L] + number] = part[number - first]
 
-    def close(self, count_B: np.ndarray) -> Features:
+    def close(self, emitted_B: np.ndarray) -> Features[np.ndarray]:
         """The features, with what lies beyond the texts set to 0."""
         for whole in self._features:
-            beyond = np.arange(whole.shape[1]) >= (self._length_B + count_B)[:, None] - 1
+            beyond = np.arange(whole.shape[1]) >= (self._length_B + emitted_B)[:, None] - 1
             whole[beyond] = 0
         return self._features
 
@@ -151,13 +152,13 @@ def _prefill(
     layout = partition.batch_sharding(mesh, B // parts)
 
     def some(here: dict, *rows: jax.Array) -> tuple[State, Features | None]:
-        rows = jax.lax.with_sharding_constraint(rows, layout)
-        state, features = prefill(target, here, *rows, config, drafting, weights)
+        prompt, length, keys = jax.lax.with_sharding_constraint(rows, layout)
+        state, features = prefill(target, here, prompt, length, keys, config, drafting, weights)
         reach = drafting.depth + 1 if drafting else 1
         state = grow(state, -(-(P + reach) // _SLOTS) * _SLOTS, drafting)
         if partition.platform() == "cpu" and not drafting:
             state = state._replace(cache=kv_cache.in_blocks(state.cache, _SLOTS))
-        state = state._replace(keys=None)
+        state = state._replace(keys=state.prompt)  # any scalar: no zeros can stand for keys
         return state, Features(*(x.astype(dtype) for x in features)) if dtype else None
 
     # On several devices a part is every so manieth row, so that it lies on all of them; on one, rows that

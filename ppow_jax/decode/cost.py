@@ -60,8 +60,8 @@ class Costs:
     def round(self, tokens: int, depth: int, top_k: int) -> float:
         """Seconds of a round."""
         over = self.target[min(n for n in self.target if n >= tokens)]
-        rest = np.interp(tokens, *zip(*sorted(self.overhead.items()), strict=True))
-        return over + self.draft(depth, top_k) + float(rest)
+        sizes, seconds = zip(*sorted(self.overhead.items()), strict=True)
+        return over + self.draft(depth, top_k) + float(np.interp(tokens, sizes, seconds))
 
 
 def measure(

@@ -42,17 +42,19 @@ class VerifiedTokens(NamedTuple):
 
 
 class Drafting(Protocol):
-    """Proposes a tree a round. Static and hashable; arrays come in as `weights` and `state`, both pytrees.
+    """Proposes a tree a round. Static and hashable; arrays come in as `weights` and `state`, both pytrees."""
 
-    Attributes:
-      tokens: J, of a tree, its root included.
-      depth: D, drafted tokens that can be accepted at most.
-      straight: whether every tree is a chain, node n + 1 below node n, so that any way is its first nodes.
-    """
+    @property
+    def tokens(self) -> int:
+        """J, of a tree, its root included."""
 
-    tokens: int
-    depth: int
-    straight: bool
+    @property
+    def depth(self) -> int:
+        """D, drafted tokens that can be accepted at most."""
+
+    @property
+    def straight(self) -> bool:
+        """Whether every tree is a chain, node n + 1 below node n, so that any way is its first nodes."""
 
     def read(self, weights: Any, state: Any, verified: VerifiedTokens) -> Any:
         """The state after what the target has read; None before the prompt, which is read first."""
@@ -178,9 +180,9 @@ class Together:
         parents = jnp.where(later > 0, later + self.first.tokens - 1, 0)
         drawn, more = one.drawn, self.second.tokens - 1
         if drawn is not None:  # the second one's nodes have no drawn children
-            index = jnp.pad(drawn.index, (0, more))
+            row = jnp.pad(drawn.row, (0, more))
             children = jnp.pad(drawn.children, ((0, more), (0, 0)), constant_values=-1)
-            drawn = drawn._replace(index=index, children=children)
+            drawn = drawn._replace(row=row, children=children)
         tokens = jnp.concatenate([one.tokens, two.tokens[:, 1:]], 1)
         return Draft(tokens, jnp.concatenate([one.parents, parents], 1), drawn)
 

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.cache import Cache
 from ppow_jax.models.layers import likeliest
 from ppow_jax.models.target import Target
-from ppow_jax.models.target_outputs import Features
+from ppow_jax.models.target_outputs import Array, Features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,28 +45,28 @@ class DecodeConfig:
     sampling: Sampling = GREEDY
 
 
-class Decoded(NamedTuple):
+class Decoded(NamedTuple, Generic[Array]):
     """What a loop returns.
 
     Attributes:
-      tokens: int32 `[B, L]`, zero beyond `count`.
-      count: int32 `[B]`, tokens emitted, the stop token included.
+      tokens: int32 `[B, L]`, zero beyond `emitted`.
+      emitted: int32 `[B]`, tokens emitted, the stop token included.
       finished: bool `[B]`, whether a stop token ended the text; else it ran into `max_new_tokens` or the end
         of the target's context.
       emitted_by_round: int32 `[B, L]`, tokens that each verification pass emitted, zero beyond the last.
     """
 
-    tokens: jax.Array
-    count: jax.Array
-    finished: jax.Array
-    emitted_by_round: jax.Array
+    tokens: Array
+    emitted: Array
+    finished: Array
+    emitted_by_round: Array
 
 
 class State(NamedTuple):
     """Between rounds. `known` counts the tokens of prompt and text; the last one is not cached yet."""
 
     tokens: jax.Array  # [B, T + M]
-    count: jax.Array  # [B]
+    emitted: jax.Array  # [B]
     limit: jax.Array  # [B], the longest text that its context has room for
     known: jax.Array  # [B]
     last: jax.Array  # [B]
@@ -121,7 +121,7 @@ def prefill(
     stop_B = jnp.isin(first_B, jnp.asarray(config.stop_ids))
     state = State(
         tokens=jnp.zeros((B, L + depth + 1), jnp.int32).at[:, 0].set(first_B),
-        count=jnp.ones(B, jnp.int32),
+        emitted=jnp.ones(B, jnp.int32),
         limit=limit_B,
         known=length_B + 1,
         last=first_B,
@@ -165,7 +165,7 @@ def next_round(
     read, new = Features(out.taps[:, 0], out.hidden[:, 0]), kv_cache.as_prefix(out.new)
     if drafting and not drafting.straight:
         read, new = _along(way, read, new)
-    kept_B, stopped_B = verify.emitted(way.tokens, way.accepted, state.limit - state.count, config.stop_ids)
+    kept_B, stopped_B = verify.emitted(way.tokens, way.accepted, state.limit - state.emitted, config.stop_ids)
     kept_B = jnp.where(state.done, 0, kept_B)
     done_B = state.done | stopped_B
     going_on = ~done_B.all()
@@ -175,8 +175,8 @@ def next_round(
         verified = VerifiedTokens(read.taps, way.tokens, offset_B, way.accepted, going_on, preferred_BxJ)
         drafts = drafting.read(weights, state.drafts, verified)
     state = state._replace(
-        tokens=_put(state.tokens, way.tokens, state.count),
-        count=state.count + kept_B,
+        tokens=_put(state.tokens, way.tokens, state.emitted),
+        emitted=state.emitted + kept_B,
         known=state.known + kept_B,
         last=jnp.take_along_axis(way.tokens, way.accepted[:, None], 1)[:, 0],
         done=done_B,
@@ -201,7 +201,7 @@ def _chooser(
         logits_BxV = jnp.take_along_axis(logits_BxJxV, node_B[:, None, None], 1)[:, 0]
         log_p_BxV = sampling.log_probs(logits_BxV, how)
         if draft.drawn is not None:
-            offered = verify.offered_after(draft, node_B, log_p_BxV.shape[1])
+            offered = verify.offered_after(draft.drawn, draft.tokens, node_B, log_p_BxV.shape[1])
             log_p_BxV = jnp.log(jax.vmap(verify.emission_probs)(jnp.exp(log_p_BxV), *offered))
         return sampling.draw(_keys_at(state.keys, state.known + step, 0), log_p_BxV)
 
@@ -224,7 +224,7 @@ def _in_step(state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
     slots = jnp.arange(state.cache[0].values.shape[2])
     slot = state.prompt + state.round
     written = (slots >= state.prompt) & (slots < slot)
-    length_B = state.known - state.count
+    length_B = state.known - state.emitted
     places_BxS = jnp.where(slots < state.prompt, slots, slots - state.prompt + length_B[:, None])
     return slot, kv_cache.visible(length_B, len(slots)) | written, places_BxS
 
@@ -243,14 +243,14 @@ _numbers = itertools.count()
 def decode(
     target: Target,
     params: dict,
-    prompt_BxP: jax.Array,
-    length_B: jax.Array,
+    prompt_BxP: jax.Array | np.ndarray,
+    length_B: jax.Array | np.ndarray,
     keys_B: jax.Array,
     config: DecodeConfig,
     drafting: Drafting | None = None,
     weights: Any = None,
     watch: Watch | None = None,
-) -> Decoded:
+) -> Decoded[jax.Array]:
     """Decodes every prompt to its stop.
 
     Args:
@@ -296,24 +296,24 @@ def _decode(
     drafting: Drafting | None,
     weights: Any,
     watcher: jax.Array | None,
-) -> Decoded:
+) -> Decoded[jax.Array]:
     L, depth = config.max_new_tokens, drafting.depth if drafting else 0
 
     def watched(state: State, kept_B: jax.Array) -> State:
         if watcher is not None:
             rows = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (depth + 1,)))
-            tokens_BxM = rows(state.tokens, state.count - kept_B)
+            tokens_BxM = rows(state.tokens, state.emitted - kept_B)
             io_callback(_tell, None, watcher, tokens_BxM, kept_B, ordered=True)
         return state
 
     def body(state: State) -> State:
         after, _ = next_round(target, params, state, config, drafting, weights)
-        return watched(after, after.count - state.count)
+        return watched(after, after.emitted - state.emitted)
 
     state, _ = prefill(target, params, prompt_BxP, length_B, keys_B, config, drafting, weights)
-    state = grow(watched(state, state.count), prompt_BxP.shape[1] + L + depth + 1, drafting)
+    state = grow(watched(state, state.emitted), prompt_BxP.shape[1] + L + depth + 1, drafting)
     state = jax.lax.while_loop(lambda s: ~s.done.all(), body, state)
-    tokens = jnp.where(jnp.arange(L) < state.count[:, None], state.tokens[:, :L], 0)
-    end_B = jnp.take_along_axis(tokens, state.count[:, None] - 1, 1)[:, 0]
+    tokens = jnp.where(jnp.arange(L) < state.emitted[:, None], state.tokens[:, :L], 0)
+    end_B = jnp.take_along_axis(tokens, state.emitted[:, None] - 1, 1)[:, 0]
     finished_B = jnp.isin(end_B, jnp.asarray(config.stop_ids))
-    return Decoded(tokens, state.count, finished_B, state.emitted_by_round)
+    return Decoded(tokens, state.emitted, finished_B, state.emitted_by_round)

@@ -115,13 +115,13 @@ class Pool(NamedTuple):
       last: int32 `[B]`, the last known token.
       window: int32 `[B, K, W]`, guesses: row by row those of earlier rounds, the oldest first.
       grams: int32 `[B, V, Q, K]`, of every token up to Q continuations.
-      count: int32 `[B, V]`, continuations ever seen; the next replaces the oldest.
+      seen: int32 `[B, V]`, continuations ever seen; the next replaces the oldest.
     """
 
     last: jax.Array
     window: jax.Array
     grams: jax.Array
-    count: jax.Array
+    seen: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Lookahead:
         """See `Drafting`."""
         B = len(verified.last)
         last_B = jnp.take_along_axis(verified.next, verified.last[:, None], 1)[:, 0]
-        if state is None:  # as guesses, what ends the prompt
+        if state is None or verified.preferred is None:  # as guesses, what ends the prompt
             rows, columns = self.ngram - 1, self.columns
             back = jnp.arange(rows)[:, None] + jnp.arange(columns) - rows - columns
             at = jnp.maximum(verified.last[:, None] + back.reshape(-1), 0)
@@ -172,8 +172,8 @@ class Lookahead:
             return Pool(last_B, window, grams, jnp.zeros((B, self.vocab_size), jnp.int32))
         said_BxW = verified.preferred[:, -self.columns :]
         ngrams = jnp.concatenate([state.window, said_BxW[:, None]], 1)  # [B, K + 1, W]
-        grams, count = jax.vmap(self._add)(state.grams, state.count, ngrams)
-        return Pool(last_B, ngrams[:, 1:], grams, count)
+        grams, seen = jax.vmap(self._add)(state.grams, state.seen, ngrams)
+        return Pool(last_B, ngrams[:, 1:], grams, seen)
 
     def draft(self, weights: None, state: Pool, sampling: Sampling, keys_B: jax.Array) -> Draft:
         """See `Drafting`."""
@@ -197,12 +197,12 @@ class Lookahead:
         parents += [0, *range(first, first + W - 1)]
         return parents + list(range(first, first + W * (length - 1)))
 
-    def _add(self, grams_VxQxK: jax.Array, count_V: jax.Array, ngrams: jax.Array) -> tuple:
+    def _add(self, grams_VxQxK: jax.Array, seen_V: jax.Array, ngrams: jax.Array) -> tuple:
         """The pool of one text with one n-gram more for each column, unless it is there."""
         for column in range(self.columns):
             first, rest = ngrams[0, column], ngrams[1:, column]
             new = ~(grams_VxQxK[first] == rest).all(-1).any()
-            at = jnp.where(new, count_V[first] % self.candidates, self.candidates)
+            at = jnp.where(new, seen_V[first] % self.candidates, self.candidates)
             grams_VxQxK = grams_VxQxK.at[first, at].set(rest, mode="drop")
-            count_V = count_V.at[first].add(new)
-        return grams_VxQxK, count_V
+            seen_V = seen_V.at[first].add(new)
+        return grams_VxQxK, seen_V

@@ -44,10 +44,10 @@ class Session:
 
     def __call__(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | np.ndarray],
         keys_B: jax.Array | None = None,
         watch: Watch | None = None,
-    ) -> Decoded:
+    ) -> Decoded[jax.Array]:
         """Decodes prompts side by side.
 
         Args:
@@ -65,7 +65,7 @@ class Session:
         inputs = (self.target, self.params, prompt_BxP, length_B, keys_B, self.config)
         return decode(*inputs, self.drafting, self.weights, watch)
 
-    def pad(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    def pad(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """int32 `[B, P]`, P the bucket of the longest, and lengths `[B]`; errors as in `__call__`."""
         c = self.target.config
         if not prompts:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ppow_jax.decode import tree, verify
 from ppow_jax.decode.sampling import GREEDY
@@ -51,8 +52,8 @@ def simulate(
     weights: DrafterWeights,
     taps_BxTxC: jax.Array,
     tokens_BxT: jax.Array,
-    start_B: jax.Array,
-    end_B: jax.Array,
+    start_B: jax.Array | np.ndarray,
+    end_B: jax.Array | np.ndarray,
     shape: Shape,
 ) -> Rounds:
     """Rounds of decoding over responses.

@@ -64,7 +64,8 @@ def _fixed(
     parents, ranks = shape.parents, (0, *(path[-1] for path in shape.paths))
     if sampled:  # a second draw is worth something only beside the first
         ranks = (0, *(shape.children[parents[n]].index(n) for n in range(1, shape.tokens)))
-    tokens, log_qs, index = [start.token[:, 0]], [], [0] * shape.tokens
+    tokens, row = [start.token[:, 0]], [0] * shape.tokens
+    log_qs: list[jax.Array] = []
     at, inner = windows.begin(drafter, weights, prefix, start), [0]  # the nodes that are continued
     for depth in range(1, shape.depth + 1):
         if depth > 1:
@@ -80,7 +81,7 @@ def _fixed(
         if sampled:
             log_q_BxWxN = log_probs(logits_BxWxN, sampling)
             for n in inner:
-                index[n] = sum(log_q.shape[1] for log_q in log_qs) + inner.index(n)
+                row[n] = sum(log_q.shape[1] for log_q in log_qs) + inner.index(n)
             log_qs.append(log_q_BxWxN)
             logits_BxWxN = log_q_BxWxN + _noise(keys_B, inner, logits_BxWxN)
         best_BxWxQ = _best(logits_BxWxN, 1 + max(ranks[n] for n in level))
@@ -88,7 +89,7 @@ def _fixed(
     drawn = None
     if sampled:
         log_q_BxJxN = jnp.concatenate(log_qs, 1)
-        drawn = Drawn(log_q_BxJxN, jnp.array(index), jnp.array(shape.children), weights.vocab)
+        drawn = Drawn(log_q_BxJxN, jnp.array(row), jnp.array(shape.children), weights.vocab)
     return Draft(jnp.stack(tokens, 1), jnp.broadcast_to(jnp.array(parents), (B, shape.tokens)), drawn)
 
 

@@ -26,13 +26,13 @@ class Drawn(NamedTuple):
 
     Attributes:
       log_probs: float32 `[B, I, N]`, of the I nodes that have children.
-      index: int32 `[J]`, which of the I a node is; anything where it has no children.
+      row: int32 `[J]`, which of the I a node is; anything where it has no children.
       children: int32 `[J, Q]`, the nodes below each, in the order in which they were drawn; then -1.
       vocab: int32 `[N]`, target ids of the draft ids.
     """
 
     log_probs: jax.Array
-    index: jax.Array
+    row: jax.Array
     children: jax.Array
     vocab: jax.Array
 
@@ -142,13 +142,15 @@ def _normed(x: jax.Array, otherwise: jax.Array) -> jax.Array:
     return jnp.where(total > 0, x / jnp.where(total > 0, total, 1.0), otherwise)
 
 
-def offered_after(draft: Draft, node_B: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
+def offered_after(
+    drawn: Drawn, tokens_BxJ: jax.Array, node_B: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
     """What `emission_probs` wants of drawn candidates after a node: Q `[B, V]` and the tokens `[B, Q]`."""
-    drawn, rows = draft.drawn, jnp.arange(len(node_B))
-    q_BxN = jnp.exp(drawn.log_probs[rows, drawn.index[node_B]])
+    rows = jnp.arange(len(node_B))
+    q_BxN = jnp.exp(drawn.log_probs[rows, drawn.row[node_B]])
     q_BxV = jnp.zeros((len(rows), vocab_size)).at[:, drawn.vocab].set(q_BxN)
     below_BxQ = drawn.children[node_B]
-    return q_BxV, jnp.where(below_BxQ >= 0, draft.tokens[rows[:, None], below_BxQ], -1)
+    return q_BxV, jnp.where(below_BxQ >= 0, tokens_BxJ[rows[:, None], below_BxQ], -1)
 
 
 def emitted(

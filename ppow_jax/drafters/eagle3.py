@@ -172,14 +172,15 @@ class Drafter(nn.Module):
         """
         x = self.hidden_norm(hidden_BxWxKxD) if self.config.normed_residual else hidden_BxWxKxD
         inputs, read = self.inputs(embeddings_BxWxKxD, hidden_BxWxKxD), []
-        for i, layer in enumerate((self, *self.layers)):
+        layers: tuple[Drafter | DecoderLayer, ...] = (self, *self.layers)
+        for i, layer in enumerate(layers):
             if i:
                 inputs = layer.attention_norm(x)
-            mine = own and own[i]
+            mine = own[i] if own else None
             if not in_prefix:
                 mine = append(mine, layer.attention.keys_values(inputs, positions_BxWxK))
                 read.append(mine)
-            shared = prefix and prefix[i]
+            shared = prefix[i] if prefix else None
             x = x + layer.attention(inputs, positions_BxWxK, shared, visible_BxWxS, mine, None)
             x = partition.keep_rows(x + layer.mlp(layer.mlp_norm(x)))
         return self.norm(x) if self.config.feeds_normed else x, tuple(read) or None

@@ -30,13 +30,13 @@ class Moments(NamedTuple):
     """Sums over positions of texts.
 
     Attributes:
-      count: `[]`, of positions.
+      positions: `[]`, how many.
       square: `[]`, mean squares of fused features.
       inputs: `[I]`, what a position's token (as a query sees it) and features (as a key does) look like.
       products: `[I, I]`, of the same with itself.
     """
 
-    count: jax.Array
+    positions: jax.Array
     square: jax.Array
     inputs: jax.Array
     products: jax.Array
@@ -133,7 +133,7 @@ def _matching(config: DrafterConfig, moments: Moments) -> tuple[jax.Array, jax.A
     D, half = config.width, config.head_size // 2
     slow = jnp.arange(half // 2, half)
     slow = jnp.concatenate([slow, slow + half])
-    second = moments.products / moments.count
+    second = moments.products / moments.positions
     clean = [_without(moments.inputs[:D]), _without(moments.inputs[D:])]
     tokens, features = clean[0] @ second[:D, :D] @ clean[0], clean[1] @ second[D:, D:] @ clean[1]
     white = [_inverse_root(tokens), _inverse_root(features)]
@@ -157,7 +157,7 @@ def _copying(
     n = groups * config.head_size
     read, write = _columns(vt.T, n), _columns(u, n)
     own_V = jnp.sum((outputs @ write) * (inputs_VxD @ read), -1)
-    rms = jnp.sqrt(moments.square / moments.count)
+    rms = jnp.sqrt(moments.square / moments.positions)
     return read, write * _BOOST * rms / own_V.mean()
 
 

@@ -203,7 +203,8 @@ def window_pass(
         values = partition.share(B, drafter.config.vocab_size) * A * hidden_BxAxGxD.shape[2]
         return blocks.mapped(some, blocks.count(values, A), hidden_BxAxGxD, given(step))
 
-    first, onward = functools.partial(begin, drafter), functools.partial(advance, drafter)
+    first: Callable[..., Windows] = functools.partial(begin, drafter)
+    onward: Callable[..., Windows] = functools.partial(advance, drafter)
     if remat != "none":
         again = functools.partial(jax.checkpoint, policy=_POLICIES[remat])
         first, onward = again(first), again(onward)

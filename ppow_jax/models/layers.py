@@ -254,7 +254,7 @@ def _attend_by_windows(
     scale: float,
 ) -> jax.Array:
     """`attend`, some windows at a time."""
-    each = own_mask if own is not None and own_mask.ndim == 4 else None
+    each = own_mask if own_mask is not None and own_mask.ndim == 4 else None
     turn = lambda kv: kv and KeyValues(*(x.swapaxes(1, 2) for x in kv))  # noqa: E731
 
     def some(q: jax.Array, visible: Any, own: Any, each: Any) -> jax.Array:
@@ -277,12 +277,12 @@ def _attend_by_tokens(
     shared = visible if visible is not None and visible.ndim == 3 else None
     each = visible[:, 0] if visible is not None and shared is None else None
     mask = own_mask
-    if own is not None:
+    if own_mask is not None:
         mask = own_mask[:, 0] if own_mask.ndim == 4 else own_mask[None]
 
     def some(q: jax.Array, each: Any, mask: Any) -> jax.Array:
         visible = shared if each is None else each[:, None]
-        return _attend(q[:, None], prefix, visible, own, None if own is None else mask[:, None], scale)[:, 0]
+        return _attend(q[:, None], prefix, visible, own, None if mask is None else mask[:, None], scale)[:, 0]
 
     return blocks.mapped(some, parts, queries_Bx1xKxHxE[:, 0], each, mask)[:, None]
 
@@ -297,23 +297,25 @@ def _attend(
 ) -> jax.Array:
     """`attend`, all at once."""
     B, W, K, H, E = queries_BxWxKxHxE.shape
-    F = (prefix or own).keys.shape[1]
+    F = next(kv.keys.shape[1] for kv in (prefix, own) if kv is not None)
     q = (queries_BxWxKxHxE * scale).reshape(B, W, K, F, H // F, E).transpose(0, 3, 1, 4, 2, 5)
     parts = []  # (scores, values' product): the two softmaxes are merged without concatenating them
     if prefix is not None:
+        assert visible is not None
         s = _prefix_scores(q, prefix.keys)
         mask = visible[:, None, :, None, None] if visible.ndim == 3 else visible[:, None, :, None]
         s = jnp.where(mask, s, -jnp.inf)
         parts.append((s, functools.partial(_weighed, "bgwrks,bgse->bgwrke", prefix.values)))
     if own is not None:
+        assert own_mask is not None
         s = jnp.einsum("bgwrke,bgwej->bgwrkj", q, own.keys, preferred_element_type=jnp.float32)
         s = jnp.where(own_mask if own_mask.ndim == 2 else own_mask[:, None, :, None], s, -jnp.inf)
         parts.append((s, functools.partial(_weighed, "bgwrkj,bgwje->bgwrke", own.values)))
     largest = functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for s, _ in parts))
     weights = [jnp.exp(s - jax.lax.stop_gradient(largest)) for s, _ in parts]
-    found = [weigh(w) for w, (_, weigh) in zip(weights, parts, strict=True)]
+    outs, totals = zip(*(weigh(w) for w, (_, weigh) in zip(weights, parts, strict=True)), strict=True)
     # divided by the sum last: on an accelerator a pass less over the weights
-    out = (sum(out for out, _ in found) / sum(total for _, total in found)).astype(q.dtype)
+    out = (functools.reduce(jnp.add, outs) / functools.reduce(jnp.add, totals)).astype(q.dtype)
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, W, K, H * E)
 
 

@@ -5,10 +5,11 @@ Shape letters: B rows, T positions, D width, C taps width, V vocabulary.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ppow_jax.models import blocks
 from ppow_jax.models.cache import Cache, as_prefix
@@ -16,8 +17,10 @@ from ppow_jax.models.layers import inner, likeliest
 from ppow_jax.models.target import Target, head_at_hand
 from ppow_jax.parallel import partition
 
+Array = TypeVar("Array", jax.Array, np.ndarray)  # on devices, or in memory
 
-class Features(NamedTuple):
+
+class Features(NamedTuple, Generic[Array]):
     """What a drafter learns from, and all that is kept of a pass of the target.
 
     Attributes:
@@ -25,8 +28,8 @@ class Features(NamedTuple):
       hidden: `[B, T, D]`, final hidden states; times the head they are logits.
     """
 
-    taps: jax.Array
-    hidden: jax.Array
+    taps: Array
+    hidden: Array
 
 
 class TargetOutputs(NamedTuple):

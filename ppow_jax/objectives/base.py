@@ -10,6 +10,7 @@ Shape letters: B texts, T positions of a text, A anchors, G windows of an anchor
 of the A anchors, N draft vocabulary, D width.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -54,7 +55,8 @@ class Models:
 
     def with_params(self, params: dict) -> "Models":
         """The same with other parameters of the drafter."""
-        return self.replace(weights=weights_of(params, self.target_params, self.weights.vocab))
+        weights = weights_of(params, self.target_params, self.weights.vocab)
+        return dataclasses.replace(self, weights=weights)
 
 
 def models_of(

@@ -134,8 +134,8 @@ class Expected(Objective):
         }
         extra = {}
         if self.temperature > 0:
-            about = (models.target, models.target_params, outputs.hidden, self.temperature)
-            extra = {"log_normaliser": target_outputs.log_normaliser(*about)}
+            whole = (models.target, models.target_params, outputs.hidden, self.temperature)
+            extra = {"log_normaliser": target_outputs.log_normaliser(*whole)}
         return Signal(picked.anchors, tokens, weights, extra), memory, {}
 
     def prepare(self, models: Models, signal: Signal, batch: Batch, outputs: TargetOutputs) -> Any:

@@ -130,8 +130,8 @@ class OPD(Objective):
         if self.rollout_temperature == 0:
             rollout = draft_greedily(*about, picked, self.window)
         else:
-            shape = (self.group, self.window, self.rollout_temperature, False)
-            rollout = roll(*about, picked.anchors, picked.real, keys[1], *shape)
+            shape = (self.group, self.window, self.rollout_temperature)
+            rollout = roll(*about, picked.anchors, picked.real, keys[1], *shape, along_text=False)
         replayed = replay(*about, rollout, keys[2], self.temperature)
         accepted, refused = self.weights(replayed, picked.importance)
         weights = {"accepted": per_token(accepted), "refused": per_token(refused)}

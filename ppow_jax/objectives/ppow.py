@@ -137,8 +137,8 @@ class PPOW(Objective):
         picked, memory = pick_anchors(
             self.anchor_rule, *about, memory, step, keys[0], self.anchors, self.window
         )
-        shape = (self.group, self.window, self.rollout_temperature, self.along_text)
-        rollout = roll(*about, picked.anchors, picked.real, keys[1], *shape)
+        shape = (self.group, self.window, self.rollout_temperature)
+        rollout = roll(*about, picked.anchors, picked.real, keys[1], *shape, self.along_text)
         verified = verify(*about, rollout, keys[2], self.temperature, self.scores_windows)
         signal, metrics = self.judge(models.gamma, batch, picked.importance, rollout, verified)
         return signal, memory, metrics
@@ -166,8 +166,8 @@ class PPOW(Objective):
         if self.along_text:
             tokens = along_text(batch["tokens"], rollout.anchors, 2, self.window)[:, :, None]
         weights = {"policy": per_token(credited * importance), "kl": per_token(reached * importance)}
-        context = verified.context if self.temperature > 0 else None
-        extra = Extra(rollout.ids, rollout.log_prob, advantage, verified.valid, context)
+        predicts = verified.context if self.temperature > 0 else None
+        extra = Extra(rollout.ids, rollout.log_prob, advantage, verified.valid, predicts)
         signal = Signal(rollout.anchors, tokens, weights, extra)
         return signal, reward_metrics(rollout, verified, speedup, proximity)
 

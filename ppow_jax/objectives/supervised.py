@@ -188,7 +188,7 @@ class Supervised(Objective):
 
     def loss_per_token(self, stats: Stats, summary: dict[str, jax.Array]) -> jax.Array:
         """`[B, A, 1, K]`: the sum of losses."""
-        total = stats.get("loss", 0.0)
+        total = stats.get("loss", jnp.float32(0))
         for weight, name in losses.parse_losses(self.losses, "losses"):
             if name == _BY_BATCH:
                 mix_K = losses.lk_lambda(summary["acceptance_K"], self.lk_scale, self.lk_decay)

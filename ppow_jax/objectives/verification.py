@@ -87,8 +87,8 @@ def score_windows(
             ahead = target_window_pass(target, here, text, anchors, tokens[..., :-1])
             context = jnp.concatenate([context, ahead], 2)
         values = partition.share(B, target.config.vocab_size) * chunk * K
-        scored = blocks.mapped(log_probs, blocks.count(values, chunk), context, tokens)
-        found = WindowScores(*scored, context)
+        raw, tempered = blocks.mapped(log_probs, blocks.count(values, chunk), context, tokens)
+        found = WindowScores(raw, tempered, context)
         put = lambda all_, new: all_.at[rows, picked_BxL].set(new)  # noqa: E731
         return i + 1, jax.tree.map(put, scores, found)
 

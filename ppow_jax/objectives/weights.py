@@ -95,10 +95,10 @@ class Outcomes(NamedTuple):
     valid: jax.Array | None = None
 
 
-# The name of each weight, and the outcome that it is made from.
-WEIGHTS: dict[str, str | None] = {
-    "uniform": None,
-    "decay": None,
+# The name of each weight, and the outcome that it is made from, if any.
+WEIGHTS = {
+    "uniform": "",
+    "decay": "",
     "reach": "greedy_hits",
     "reach_sampled": "sampled_hits",
     "dpace": "confidence",
@@ -125,7 +125,7 @@ def parse_weights(text: str, key: str) -> tuple[str, ...]:
 
 def needed_outcomes(names: Sequence[str]) -> frozenset[str]:
     """The fields of `Outcomes` that `product` of these names needs; `valid` is never among them."""
-    return frozenset(WEIGHTS[name] for name in names) - {None}
+    return frozenset(WEIGHTS[name] for name in names) - {""}
 
 
 def product(
@@ -159,8 +159,7 @@ def product(
             return jnp.ones(window, jnp.float32)
         if name == "decay":
             return decay(window, rate)
-        if name == "dpace":
-            return dpace(outcomes.confidence, alpha, outcomes.valid)
-        return reach(getattr(outcomes, WEIGHTS[name]))
+        outcome = getattr(outcomes, WEIGHTS[name])
+        return dpace(outcome, alpha, outcomes.valid) if name == "dpace" else reach(outcome)
 
     return functools.reduce(operator.mul, map(weight, names))

@@ -155,7 +155,8 @@ class Checkpoints:
         Each reads by itself, and they compare notes: orbax would have those that met no damage wait for those
         that did, for minutes, and then fail everywhere.
         """
-        me, found, error = jax.process_index(), None, None
+        me, error = jax.process_index(), None
+        found: dict[str, Any] = {}
         context = ocp.Context()
         context.pytree.loading.partial_load = partial
         context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
@@ -183,7 +184,7 @@ class Checkpoints:
         processes.together("damaged checkpoints are set aside")
         self._checkpointer.reload()
 
-    def restore_part(self, state: Any) -> tuple[int, Any, dict[str, Any]]:
+    def restore_part(self, state: Any) -> tuple[int | None, Any, dict[str, Any]]:
         """Like `restore`, for some of the state's entries; the others are not read.
 
         Raises:
@@ -229,7 +230,7 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """The first line of an error, or of what it came from, not too long."""
     while error.__cause__:
         error = error.__cause__

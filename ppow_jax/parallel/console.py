@@ -90,7 +90,7 @@ def command(
     asked to end (SIGTERM), to be started again; 130, interrupted.
     """
     if any(a in ("--help", "-h", "--helpfull", "--helpshort") for a in sys.argv):
-        print(module.__doc__.strip() + "\n\n" + flags.FLAGS.module_help(module))
+        print((module.__doc__ or "").strip() + "\n\n" + flags.FLAGS.module_help(module))
         return
     try:
         app.run(main, flags_parser=parse) if parse else app.run(main)

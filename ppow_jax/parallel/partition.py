@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.parallel.console import log
@@ -44,17 +44,17 @@ def make_mesh(shape: tuple[int, int, int], devices: Sequence[jax.Device] | None 
     Raises:
       ConfigError: the axes do not multiply to the number of devices.
     """
-    asked, shape = shape, list(shape)
+    sizes = list(shape)
     count = len(devices) if devices else jax.device_count()
-    if shape.count(-1) == 1:
-        known = -int(np.prod(shape))
-        shape[shape.index(-1)] = count // known if known > 0 else 0
-    if any(n < 1 for n in shape) or int(np.prod(shape)) != count:
+    if sizes.count(-1) == 1:
+        known = -int(np.prod(sizes))
+        sizes[sizes.index(-1)] = count // known if known > 0 else 0
+    if any(n < 1 for n in sizes) or int(np.prod(sizes)) != count:
         raise ConfigError(
-            f"config.mesh: found (data, fsdp, tensor) = {asked}, expected a product of {count} "
+            f"config.mesh: found (data, fsdp, tensor) = {shape}, expected a product of {count} "
             "(the devices found), at most one axis -1"
         )
-    return Mesh(_placed(shape, devices or jax.devices()), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(_placed(sizes, devices or jax.devices()), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _placed(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
@@ -135,12 +135,12 @@ def hold(tree: Any, mesh: Mesh | None) -> Any:
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
 
 
-def batch_ways(mesh: Mesh) -> int:
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts rows are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def _divides(mesh: Mesh, rows: int) -> bool:
+def _divides(mesh: Mesh | AbstractMesh, rows: int) -> bool:
     """Whether rows divide evenly over data and fsdp."""
     return rows % batch_ways(mesh) == 0
 

@@ -63,9 +63,8 @@ def _compare(
     result: Mapping[str, Any], measured: AllMeasured, ones: Sequence[str], others: Sequence[str]
 ) -> None:
     """Adds what drafters differ by to a result's benchmarks and mean."""
-    pairs = {
-        b: tuple([measured[name][b] for name in side] for side in (ones, others)) for b in measured[ones[0]]
-    }
+    of = lambda names, b: [measured[name][b] for name in names]  # noqa: E731
+    pairs = {b: (of(ones, b), of(others, b)) for b in measured[ones[0]]}
     for b, pair in pairs.items():
         result["benchmarks"][b].update(statistics.compared([pair]))
     result["mean"].update(statistics.compared(list(pairs.values())))

@@ -171,7 +171,9 @@ def _decoded(
     found = decode_all(experiment, candidates, some, shape)
     plain = found.pop(AUTOREGRESSIVE)
     return {
-        run: statistics.decoded_by_prompt(plain, drafted, expected and [r.emitted for r in expected[run]])
+        run: statistics.decoded_by_prompt(
+            plain, drafted, [r.emitted for r in expected[run]] if expected else None
+        )
         for run, drafted in found.items()
     }
 
@@ -257,12 +259,11 @@ def decode_all(
                 jax.block_until_ready(run())
                 compiled.add(program)
             began = time.perf_counter()
-            out: Decoded = jax.block_until_ready(run())
+            out = jax.block_until_ready(run())
             seconds = time.perf_counter() - began
-            out = processes.host(out)
-            count = int(out.count[0])
-            emitted = out.emitted_by_round[0]
-            tokens = out.tokens[0, :count]
+            text: Decoded[np.ndarray] = processes.host(out)
+            emitted = text.emitted_by_round[0]
+            tokens = text.tokens[0, : text.emitted[0]]
             found[name].append(TurnDecoded(turn.prompt, tokens, emitted[emitted > 0], seconds))
             loop.add(1)
     return found

@@ -15,12 +15,13 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.typing import ColorType
 
 Report = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 
 _INK = "#010203"  # stands for the page's own colour
-_STYLE = {
+_STYLE: dict = {
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": _INK,
@@ -65,7 +66,7 @@ def figures(report: Report, rows: Rows) -> dict[str, Figure]:
     return {name: figure for name, figure in found.items() if figure}
 
 
-def colours(names: Sequence[str]) -> dict[str, str]:
+def colours(names: Sequence[str]) -> dict[str, ColorType]:
     """A colour for every run, by their order; of more than twenty runs some share one."""
     few, many = matplotlib.color_sequences["tab10"], matplotlib.color_sequences["tab20"]
     return dict(zip(names, itertools.cycle(few if len(names) <= len(few) else many), strict=False))
@@ -137,7 +138,7 @@ def acceptance_by_position(report: Report) -> Figure:
             panel.plot(at, shares, marker="o", markersize=3, label=name, color=colour[name])
         panel.set_title(benchmark)
         panel.set_xlabel("position in the window")
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.locator_params(axis="x", integer=True)
     panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("rounds that accept it")
     figure.legend(*panels[0].get_legend_handles_labels(), ncols=5, loc="outside upper center")
@@ -151,8 +152,7 @@ def differences(report: Report) -> Figure | None:
         return None
     colour = colours(report["drafters"])
     benchmarks = [*next(iter(compared.values()))["benchmarks"], "mean"]
-    size = dict(width=2.75, height=0.7 + 0.22 * len(compared))
-    figure, panels = _grid(len(benchmarks), **size, sharey=True)
+    figure, panels = _grid(len(benchmarks), 2.75, 0.7 + 0.22 * len(compared), sharey=True)
     for panel, benchmark in zip(panels, benchmarks, strict=True):
         for row, (name, drafter) in enumerate(compared.items()):
             result = drafter["mean"] if benchmark == "mean" else drafter["benchmarks"][benchmark]
@@ -170,7 +170,7 @@ def differences(report: Report) -> Figure | None:
 
 
 def training_curves(
-    rows: Rows, lineages: Mapping[str, Sequence[str]], colour: Mapping[str, str]
+    rows: Rows, lineages: Mapping[str, Sequence[str]], colour: Mapping[str, ColorType]
 ) -> Figure | None:
     """Acceptance on held-out texts (solid) and on training texts (dotted), against steps and against minutes.
 
@@ -199,7 +199,9 @@ def training_curves(
     return figure
 
 
-def training_metrics(rows: Rows, objectives: Mapping[str, str], colour: Mapping[str, str]) -> Figure | None:
+def training_metrics(
+    rows: Rows, objectives: Mapping[str, str], colour: Mapping[str, ColorType]
+) -> Figure | None:
     """What objectives report of their steps: the loss of each, reward and accepted length where there are."""
     panels: list[tuple[str, str, list[str]]] = []
     for objective in dict.fromkeys(objectives.values()):
@@ -233,7 +235,7 @@ def _curve(
     name: str,
     axis: str,
     before: float,
-    colour: str,
+    colour: ColorType,
     key: str,
     label: str | None = None,
     linestyle: str = "-",
@@ -244,7 +246,7 @@ def _curve(
         return
     at, values = np.array(points, float).T
     at = (at + before) / (60 if axis == "minutes" else 1)
-    look = dict(color=colour, linewidth=1.2, linestyle=linestyle)
+    look: dict[str, Any] = dict(color=colour, linewidth=1.2, linestyle=linestyle)
     if len(values) <= _FEW:
         panel.plot(at, values, marker="o", markersize=3, label=label, **look)
         return

@@ -251,14 +251,17 @@ def compared(
     return found
 
 
-def _part(benchmarks: Sequence[tuple[Sequence[Measured], ...]], name: str) -> list[tuple[list[Any], ...]]:
+def _part(
+    benchmarks: Sequence[tuple[Sequence[Measured], Sequence[Measured]]], name: str
+) -> list[tuple[list[Any], list[Any]]]:
     """One part of what was measured, in the same places."""
-    return [tuple([getattr(of, name) for of in side] for side in pair) for pair in benchmarks]
+    part = lambda side: [getattr(of, name) for of in side]  # noqa: E731
+    return [(part(ones), part(others)) for ones, others in benchmarks]
 
 
 def spread(benchmark_results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Mean and standard deviation (of a sample: n - 1) over repetitions of tau, of trees too, and speedup."""
-    found = {}
+    found: dict[str, float] = {}
     for name in ("tau", "tau_tree", "speedup"):
         if all(name in result for result in benchmark_results):
             values = [result[name] for result in benchmark_results]

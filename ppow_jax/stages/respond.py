@@ -321,7 +321,7 @@ def converse(
             feature_dtype,
         )
         for row, conversation in enumerate(active):
-            conversation.answer(out.tokens[row, : out.count[row]].tolist())
+            conversation.answer(out.tokens[row, : out.emitted[row]].tolist())
             if kept:
                 known = len(conversation.tokens)
                 of_row = {k: v[row, :known].copy() for k, v in kept._asdict().items()}

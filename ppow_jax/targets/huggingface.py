@@ -162,7 +162,7 @@ def _read(stored: Stored, like: jax.ShapeDtypeStruct, mesh: Mesh, path: str) -> 
             f"{like.shape} by config.json"
         )
     layout = jax.sharding.NamedSharding(mesh, partition.spec(path, like.shape, mesh))
-    array = jax.make_array_from_callback(like.shape, layout, lambda at: _slice(rows, at, like))
+    array = jax.make_array_from_callback(like.shape, layout, lambda at: _slice(rows, at or (), like))
     return jax.block_until_ready(array)  # copies go on in the background: the next would be held beside it
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -229,7 +228,7 @@ def _seconds_a_step(
     step = make_step(recipe, experiment.target_params, experiment.key("timing"))
     batches = _batches(experiment, run, corpus)
     log.info("%s: timing some steps, to see how many fit into %s", run, duration(settings.minutes * 60))
-    for count in itertools.count(1 - _LEFT_OUT):
+    for count in range(1 - _LEFT_OUT, _TIMED_AT_MOST + 1):
         batch = partition.assemble(next(batches), experiment.mesh, settings.batch_size)
         state, metrics = step(_LATE + count, state, batch)
         jax.block_until_ready((state, metrics))
@@ -237,6 +236,6 @@ def _seconds_a_step(
             began = time.monotonic()
             continue
         spent = time.monotonic() - began
-        enough = count >= _TIMED_STEPS and spent >= _TIMED_SECONDS
-        if processes.agreed(enough or count == _TIMED_AT_MOST):
-            return spent / count
+        if processes.agreed(count >= _TIMED_STEPS and spent >= _TIMED_SECONDS):
+            break
+    return spent / count

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jax.stages import Wrapped
 
 from ppow_jax.config import OptimizerSettings
 from ppow_jax.drafters import windows
@@ -131,7 +132,7 @@ def make_step(recipe: Recipe, target_params: dict, key: jax.Array, profile: bool
     return step
 
 
-def make_signal(recipe: Recipe) -> Callable[..., tuple[Signal, Memory, Metrics]]:
+def make_signal(recipe: Recipe) -> Wrapped:
     """(params, vocab, target parameters, batch, memory, number, key) -> (signal, memory, metrics), jitted.
 
     The memory is donated.
@@ -154,7 +155,7 @@ def make_signal(recipe: Recipe) -> Callable[..., tuple[Signal, Memory, Metrics]]
     return signal
 
 
-def make_update(recipe: Recipe) -> Callable[..., tuple[Learner, Metrics]]:
+def make_update(recipe: Recipe) -> Wrapped:
     """(learner, vocab, target parameters, batch, signal) -> (learner, metrics), jitted; learner donated."""
     objective, optimizer = recipe.objective, recipe.optimizer
 
@@ -165,7 +166,7 @@ def make_update(recipe: Recipe) -> Callable[..., tuple[Learner, Metrics]]:
         outputs = outputs_of(recipe.target, target_params, batch)
         models = recipe.models(target_params, learner["params"], vocab)
 
-        def once(carry: tuple, _: None) -> tuple:
+        def once(carry: tuple, _: None) -> tuple[tuple, Metrics]:
             params, opt_state = carry
             (loss, metrics), grads = gradient(recipe, models, params, signal, batch, outputs)
             updates, opt_state = optimizer.update(grads, opt_state, params)

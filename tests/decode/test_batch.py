@@ -62,8 +62,8 @@ def test_sampled_texts_that_end_at_different_times_are_those_of_the_plain_loop(m
     same(whole, found)
     assert features is None
     assert found.finished.any() and not found.finished.all()
-    assert len(set(found.count.tolist())) > 5
-    assert seen == stretches(found.count.tolist())
+    assert len(set(found.emitted.tolist())) > 5
+    assert seen == stretches(found.emitted.tolist())
     assert seen[0][0] > 2 * seen[-1][0]
 
 
@@ -78,7 +78,7 @@ def test_drafted_texts_that_end_at_different_times_are_those_of_the_plain_loop(
     weights = pupil if name in shapes_ else None
     whole, found, _, seen = both(monkeypatch, mesh, tiny, config, "", drafting, weights)
     same(whole, found)
-    assert len(set(found.count.tolist())) > 5
+    assert len(set(found.emitted.tolist())) > 5
     assert found.emitted_by_round.max() > 2
     rows, slots, _ = zip(*seen, strict=True)
     assert rows[0] >= 2 * rows[-1]
@@ -108,10 +108,10 @@ def stretches(counts: list[int]) -> list[tuple[int, int, int]]:
 def test_the_features_kept_while_writing_are_those_of_reading_the_text(monkeypatch, mesh, tiny):
     config = DecodeConfig(L, (STOP, 12), Sampling(1.0))
     _, found, features, seen = both(monkeypatch, mesh, tiny, config, "float32")
-    assert len(seen) > 3 and len(set(found.count.tolist())) > 3
+    assert len(seen) > 3 and len(set(found.emitted.tolist())) > 3
     read = jax.jit(target_outputs.read, static_argnums=0)
     for row, prompt in enumerate(PROMPTS):
-        text = prompt + found.tokens[row, : found.count[row]].tolist()
+        text = prompt + found.tokens[row, : found.emitted[row]].tolist()
         last = len(text) - 1  # the token that the target has not read
         padded = np.zeros((1, 8 + L), np.int32)
         padded[0, : len(text)] = text

@@ -40,7 +40,7 @@ def rounds_by_hand(prompt, text, window, wrong, vocab=LETTERS) -> list[int]:
 def test_autoregressive_text_is_that_of_reading_everything_again_for_every_token(tiny, texts):
     out = small.generate(tiny, PROMPTS, greedy())
     assert out.tokens.tolist() == texts
-    assert out.count.tolist() == [L] * len(PROMPTS)
+    assert out.emitted.tolist() == [L] * len(PROMPTS)
     assert not out.finished.any()
     assert small.rounds_of(out, 0) == [1] * (L - 1)
 
@@ -51,7 +51,7 @@ def test_drafted_text_is_the_targets_own_and_simulation_counts_the_same_rounds(t
     for number, w in enumerate(weights):
         out = small.generate(tiny, PROMPTS, greedy(), Eagle(tiny.drafter, shapes.chain(window)), w)
         assert out.tokens.tolist() == texts
-        assert (out.emitted_by_round.sum(1) == out.count - 1).all()
+        assert (out.emitted_by_round.sum(1) == out.emitted - 1).all()
         assert simulated(tiny, tiny.drafter, w, texts, shapes.chain(window)) == [
             small.rounds_of(out, row) for row in range(len(PROMPTS))
         ]
@@ -127,7 +127,7 @@ def test_a_stop_token_ends_the_text_wherever_it_falls_in_a_window(chain):
     assert all(text[-1] == stop for text in texts)
     for out in (plain, drafted):
         assert out.tokens.tolist() == [text + [0] * (L - len(text)) for text in texts]
-        assert out.count.tolist() == list(range(1, 10))
+        assert out.emitted.tolist() == list(range(1, 10))
         assert out.finished.all()
     walked = [rounds_by_hand(p, t, 3, ()) for p, t in zip(prompts, texts, strict=True)]
     assert walked[4] == [4]
@@ -143,7 +143,7 @@ def test_a_text_is_cut_at_max_new_tokens_inside_a_window(chain, count):
     out = small.generate(chain, prompts, greedy(NEVER, count), Eagle(drafter, shapes.chain(3)), weights)
     texts = [small.walk(p[-1], count) for p in prompts]
     assert out.tokens.tolist() == texts
-    assert out.count.tolist() == [count] * 4
+    assert out.emitted.tolist() == [count] * 4
     assert not out.finished.any()
     walked = [rounds_by_hand(p, t, 3, (9,)) for p, t in zip(prompts, texts, strict=True)]
     assert [small.rounds_of(out, row) for row in range(4)] == walked

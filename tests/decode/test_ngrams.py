@@ -136,7 +136,7 @@ def test_two_trees_share_their_root_and_keep_their_branches():
     assert both.tokens.tolist() == [[9, 1, 2, 3, 4, 5]]
     assert both.parents.tolist() == [[0, 0, 1, 0, 3, 0]]
     assert both.drawn.children.tolist() == [[1], [2], [-1], [-1], [-1], [-1]]
-    assert both.drawn.index.tolist()[:3] == [0, 1, 0]
+    assert both.drawn.row.tolist()[:3] == [0, 1, 0]
 
 
 def test_beside_a_drafter_that_draws_the_distribution_is_still_the_targets(chain):

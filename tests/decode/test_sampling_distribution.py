@@ -124,7 +124,7 @@ def emitted_distribution(shape: shapes.Fixed, all_probs: Laws, again: bool) -> d
 @jax.jit
 def after(draft: Draft, node_B: jax.Array, target_BxV: jax.Array) -> jax.Array:
     """The code's distribution of the token after a node."""
-    offered = verify.offered_after(draft, node_B, V)
+    offered = verify.offered_after(draft.drawn, draft.tokens, node_B, V)
     return jax.vmap(verify.emission_probs)(jnp.asarray(target_BxV, jnp.float32), *offered)
 
 

@@ -58,7 +58,7 @@ def test_those_who_watch_see_the_tokens_in_order_as_they_come(chain, name):
     out = decoder([[5], [5, 6]], watch=watch)
     for row in range(2):
         parts = [round_[row] for round_ in seen]
-        assert list(itertools.chain(*parts)) == out.tokens[row, : out.count[row]].tolist()
+        assert list(itertools.chain(*parts)) == out.tokens[row, : out.emitted[row]].tolist()
         assert [len(p) for p in parts[1:] if p] == small.rounds_of(out, row)
     assert len(seen[0][0]) == 1 and not loop._watchers
     count = loop._decode._cache_size()
@@ -81,7 +81,7 @@ def test_a_text_ends_with_the_targets_context_inside_a_window(chain, name):
     prompts = [[4 + i % 27 for i in range(n)] for n in (15, 14, 10, 1)]
     out = session(chain, name, context=16)(prompts)
     room = [1, 2, 6, 15]
-    assert out.count.tolist() == room
+    assert out.emitted.tolist() == room
     assert not out.finished.any()
     for row, (ids, n) in enumerate(zip(prompts, room, strict=True)):
         assert out.tokens[row].tolist() == small.walk(ids[-1], n) + [0] * (L - n)
@@ -95,7 +95,7 @@ def test_a_row_that_ends_in_the_prefill_leaves_the_others_alone(chain, name):
     prompts = [[5], [int(np.flatnonzero(small.successors() == 5)[-1])], [9]]
     out = session(chain, name, stops=(stop,))(prompts)
     texts = [[stop], [5, stop], small.walk(9, small.walk(9, 40).index(stop) + 1)[:L]]
-    assert [out.tokens[row, : out.count[row]].tolist() for row in range(3)] == texts
+    assert [out.tokens[row, : out.emitted[row]].tolist() for row in range(3)] == texts
     assert small.rounds_of(out, 0) == []
     assert small.rounds_of(out, 1) == [1]
     assert out.finished.tolist() == [True, True, texts[2][-1] == stop]
@@ -141,7 +141,7 @@ def test_a_batch_of_1_4_or_16_gives_the_same_texts(tiny, pupil, name, how):
     prompts = [small.PROMPTS[i % 5] + [i] for i in range(16)]
     keys = jax.random.split(jax.random.key(2), 16)
     whole = decoder(prompts, keys)
-    assert len(set(whole.count.tolist())) > 2
+    assert len(set(whole.emitted.tolist())) > 2
     for size in (1, 4):
         for at in range(0, 16 if size == 4 else 5, size):
             some = slice(at, at + size)

@@ -177,7 +177,7 @@ def test_drawn_trees_follow_the_drafters_distribution_without_replacement(chain,
     tempered /= tempered.sum(-1, keepdims=True)
     first, second, below = (np.searchsorted(LETTERS, draft.tokens[:, n]) for n in (1, 2, 3))
     assert draft.parents[0].tolist() == [0, 0, 0, 2]
-    np.testing.assert_allclose(np.exp(draft.drawn.log_probs[0, draft.drawn.index[0]]), tempered[5], atol=1e-5)
+    np.testing.assert_allclose(np.exp(draft.drawn.log_probs[0, draft.drawn.row[0]]), tempered[5], atol=1e-5)
     q, N = tempered[5], len(LETTERS)
     pairs = q[:, None] * q / (1 - q)[:, None] * (1 - np.eye(N))
     small.check_counts(np.bincount(first * N + second, minlength=N * N), pairs.ravel())
@@ -185,7 +185,7 @@ def test_drawn_trees_follow_the_drafters_distribution_without_replacement(chain,
         np.bincount(second * N + below, minlength=N * N), (pairs.sum(0)[:, None] * tempered[LETTERS]).ravel()
     )
     assert (
-        draft.drawn.log_probs[:, draft.drawn.index[2]].argmax(-1) == tempered[LETTERS[second]].argmax(-1)
+        draft.drawn.log_probs[:, draft.drawn.row[2]].argmax(-1) == tempered[LETTERS[second]].argmax(-1)
     ).all()
 
 

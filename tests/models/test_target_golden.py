@@ -149,7 +149,7 @@ def test_greedy_decoding_equals_the_reference(loaded):
     config = DecodeConfig(count, stop_ids=(-1,))
     out = decode(loaded.target, loaded.params, pad(PROMPTS), lengths, keys, config)
     assert out.tokens.tolist() == [case["continuation"] for case in CASES]
-    assert out.count.tolist() == [count] * len(CASES)
+    assert out.emitted.tolist() == [count] * len(CASES)
     assert not out.finished.any()
 
 

@@ -99,7 +99,7 @@ def compare_decoding(
     for name, stops in (("unstopped", (-1,)), ("stopped", stop_ids)):
         config = DecodeConfig(len(continuations[0]), stops)
         out = decode(target, params, tokens, lengths, keys, config)
-        got = [np.asarray(t)[:c].tolist() for t, c in zip(out.tokens, out.count, strict=True)]
+        got = [np.asarray(t)[:c].tolist() for t, c in zip(out.tokens, out.emitted, strict=True)]
         want = [c[: next((i + 1 for i, t in enumerate(c) if t in stops), None)] for c in continuations]
         result[f"continuations_equal_{name}"] = sum(map(list.__eq__, got, want))
     return result

@@ -70,7 +70,7 @@ def test_curves_are_measured_on_held_out_and_on_training_texts(tmp_path):
     assert [r["step"] for r in measured] == [7, 14, 20]
     run = runs.build(workdir, **chosen)
     texts, trained = corpus(run), drafters.load(run, "supervise")
-    state = {"params": trained.params, "vocab": trained.vocab}
+    state = {"params": trained.params, "opt_state": (None,), "vocab": trained.vocab}
     again = curves.acceptance(run, texts, trained.drafter)(state)
     one = dataclasses.replace(run.settings.evaluate, batch_size=1)
     by_one = dataclasses.replace(run, settings=dataclasses.replace(run.settings, evaluate=one))
