@@ -52,7 +52,8 @@ def run(settings: Settings, workdir: pathlib.Path) -> None:
         todo = processes.agreed(plan(settings, workdir))
         known = files.read_json(workdir / "target.json") or {}
         moved = known.get("path", settings.target.path) != settings.target.path
-        made = _prepared(settings, workdir, todo) if todo or moved else None
+        if todo or moved:
+            made = _prepared(settings, workdir, todo)
         if not todo:
             log.info("every stage is finished; nothing to do in %s", workdir)
             return
@@ -78,7 +79,7 @@ def _prepared(settings: Settings, workdir: pathlib.Path, todo: list[str]) -> Exp
 def _do(made: Experiment, unit: str) -> None:
     """Does a unit, and notes how far it is and what it takes."""
     settings, workdir = made.settings, made.workdir
-    about = {"read": inputs.read(settings, unit, workdir)}
+    about: dict[str, Any] = {"read": inputs.read(settings, unit, workdir)}
     _mark(settings, workdir, unit, finished=False, **about)
     began, before = time.monotonic(), _seconds(workdir, unit)
     memory.forget_peak()

@@ -225,8 +225,7 @@ def read_responses(path: str, key: str, warn: bool = True) -> list[Answered]:
     found, unanswered = [], 0
     for row, prompt in of_rows(rows.read(path, key), key, path, warn):
         responses, finished = row.values.get("response_ids"), row.values.get("finished")
-        listed = isinstance(responses, list) and responses
-        if not listed or not all(isinstance(ids, list) for ids in responses):
+        if not (isinstance(responses, list) and responses and all(isinstance(x, list) for x in responses)):
             raise UserError(
                 f"{row.place}: found {reprlib.repr(responses)} as 'response_ids', expected one list of token "
                 "ids a turn"

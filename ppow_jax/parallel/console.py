@@ -20,8 +20,10 @@ from ppow_jax.parallel import preemption, processes
 log = logging.getLogger("ppow_jax")
 # Of a system's errors, those that are about the disk or a user's files.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
-_NO_ACCESS += (errno.ELOOP, errno.EIO, errno.ESTALE, errno.ENOTEMPTY)
+_NO_ACCESS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ELOOP, errno.EIO, errno.ESTALE, errno.ENOTEMPTY),
+)
 
 
 def setup() -> None:

@@ -53,20 +53,20 @@ def during(what: str) -> Iterator[None]:
         _tasks.remove(task)
 
 
-def _compilation_begins(event: str, began: float, **about: object) -> None:
+def _compilation_begins(event: str, value: float, **about: str | int) -> None:
     if event in _COMPILATION:
         _tasks.append(_Task(_compilation(event, **about), time.monotonic()))
 
 
-def _compilation_ends(event: str, seconds: float, **about: object) -> None:
+def _compilation_ends(event: str, duration_secs: float, **about: str | int) -> None:
     what = _compilation(event, **about) if event in _COMPILATION else None
     for task in [task for task in _tasks if task.what == what][-1:]:
         _tasks.remove(task)
         if task.told:
-            log.info("%s: done in %s", what, duration(seconds))
+            log.info("%s: done in %s", what, duration(duration_secs))
 
 
-def _compilation(event: str, fun_name: str = "a program", **_: object) -> str:
+def _compilation(event: str, fun_name: str | int = "a program", **_: str | int) -> str:
     return f"{_COMPILATION[event]} {fun_name}"
 
 

@@ -24,8 +24,10 @@ def _words(digits: str) -> list[pre_tokenizers.PreTokenizer]:
     ]
 
 
-_BYTES = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-_PRE = {  # tokenizer.ggml.pre -> how text is split before merges
+_BYTES: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+_PRE: dict[
+    str, list[pre_tokenizers.PreTokenizer]
+] = {  # tokenizer.ggml.pre -> how text is split before merges
     "gpt-2": _BYTES,
     "smollm": [pre_tokenizers.Digits(individual_digits=True), *_BYTES],
     "llama-bpe": _words("{1,3}"),
@@ -61,7 +63,7 @@ def from_gguf(metadata: Mapping[str, Any], where: str = "GGUF file") -> Tokenize
     stops = tuple(dict.fromkeys(i for i in written if i is not None))
     if not stops:
         raise read.wrong("eos_token_id", "nowhere", f"the id that ends a text; {_ELSEWHERE}")
-    named = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos") if ids[name] is not None}
+    named = {f"{name}_token": tokens[i] for name in ("bos", "eos") if (i := ids[name]) is not None}
     return Tokenizer(core, read.template(), stops, named)
 
 
