@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ppow_jax import keys
-from ppow_jax.config import OBJECTIVES, Settings, TrainSettings, objective_class
+from ppow_jax.config import objective_class
 from ppow_jax.parallel import console
+from ppow_jax.settings import OBJECTIVES, Settings, TrainSettings
 
 _RUN = "config.train.NAME"
 _WIDTH = 110

@@ -10,11 +10,11 @@ import zlib
 import jax
 from jax.sharding import Mesh
 
-from ppow_jax.config import Settings
 from ppow_jax.data import records
 from ppow_jax.errors import UserError
 from ppow_jax.models.target import Target, fingerprint
 from ppow_jax.parallel import files, partition
+from ppow_jax.settings import Settings
 from ppow_jax.targets.load import load
 from ppow_jax.targets.tokenizer import Tokenizer
 

@@ -12,11 +12,12 @@ from typing import Any
 import jax
 
 from ppow_jax import experiment
-from ppow_jax.config import Settings, to_dict, training_run
+from ppow_jax.config import to_dict, training_run
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.parallel import files, memory, partition, processes, progress
 from ppow_jax.parallel.console import log
+from ppow_jax.settings import Settings
 from ppow_jax.stages import evaluate, export, inputs, respond, train
 
 _STAGES = {"respond": respond, "train": train, "evaluate": evaluate, "export": export}

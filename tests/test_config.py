@@ -12,6 +12,7 @@ from configs import base
 from ppow_jax import config, keys
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.objectives.supervised import Supervised
+from ppow_jax.settings import OBJECTIVES, DataSettings, OptimizerSettings, Settings
 from ppow_jax.stages import evaluate, export, respond, train
 
 READY = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -47,7 +48,7 @@ def test_every_ready_config_is_valid(name):
     found = config.from_config(values)
     assert config.to_dict(found) == values.to_dict()  # nothing lost, nothing changed
     if name == "objectives":  # one run for each, and some of supervised
-        assert {run.objective for run in found.train.values()} == set(config.OBJECTIVES)
+        assert {run.objective for run in found.train.values()} == set(OBJECTIVES)
     else:
         assert list(found.train) == ["supervise", "cst", "ppow"]
     if name != "hf_directory":
@@ -66,15 +67,15 @@ def test_values_arrive_with_their_types():
 
 def test_what_a_config_leaves_out_has_its_default():
     found = config.from_config({"data": {"length": 64}, "train": {"a": {"objective": "ppow", "steps": 3}}})
-    assert (found.data.length, found.data.holdout) == (64, config.DataSettings().holdout)
+    assert (found.data.length, found.data.holdout) == (64, DataSettings().holdout)
     assert found.train["a"].method == config.objective_class("ppow")()
-    assert found.train["a"].optimizer == config.OptimizerSettings()
+    assert found.train["a"].optimizer == OptimizerSettings()
 
 
 def test_every_key_has_a_comment():
-    for where, _, comment in keys.described(config.Settings()):
+    for where, _, comment in keys.described(Settings()):
         assert comment, where
-    for name in config.OBJECTIVES:
+    for name in OBJECTIVES:
         for where, _, comment in keys.described(config.objective_class(name)()):
             assert comment, (name, where)
 

@@ -3,6 +3,7 @@
 import itertools
 
 from ppow_jax import config, config_help
+from ppow_jax.settings import OBJECTIVES, Settings
 
 
 def leaves(values: dict, path: str) -> set[str]:
@@ -15,8 +16,8 @@ def leaves(values: dict, path: str) -> set[str]:
 
 
 def test_every_key_is_listed_with_its_default_and_what_it_means():
-    wanted = leaves(config.to_dict(config.Settings()), "config") - {"config.train"}
-    for objective in config.OBJECTIVES:
+    wanted = leaves(config.to_dict(Settings()), "config") - {"config.train"}
+    for objective in OBJECTIVES:
         run = config.training_run(objective).to_dict()
         wanted |= leaves(run, "config.train.NAME")
     lines = list(config_help.lines())

@@ -9,9 +9,9 @@ import pytest
 import runs
 
 from ppow_jax import convert
-from ppow_jax.config import TargetSettings
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.parallel import files, partition
+from ppow_jax.settings import TargetSettings
 from ppow_jax.targets.load import load
 
 

@@ -14,6 +14,7 @@ CONFIGS = PACKAGE.parent / "configs"
 ORDER = (
     "errors",
     "keys",
+    "settings",
     "config",
     "parallel",
     "models",

@@ -35,6 +35,7 @@ from ppow_jax.bench.machine import Machine
 from ppow_jax.errors import ConfigError
 from ppow_jax.experiment import Experiment
 from ppow_jax.parallel import console, files
+from ppow_jax.settings import Settings
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/, where there is no --workdir.")
 _TARGET = flags.DEFINE_string("target", "", "As config.target.path, in its place, where no --workdir is.")
@@ -105,7 +106,7 @@ COMMANDS = {
 }
 
 
-def _settings(command: str) -> config.Settings:
+def _settings(command: str) -> Settings:
     """Those of the workdir, of the config file, or the defaults."""
     if _WORKDIR.value:
         file = files.path_of(_WORKDIR.value) / "config.json"

@@ -7,9 +7,9 @@ import time
 import jax
 
 from ppow_jax.bench.machine import show
-from ppow_jax.config import Settings
 from ppow_jax.errors import UserError
 from ppow_jax.parallel import partition
+from ppow_jax.settings import Settings
 from ppow_jax.targets.load import load as load_target
 
 _STATUS = pathlib.Path("/proc/self/status")

@@ -18,12 +18,13 @@ import numpy as np
 
 from ppow_jax.bench import training_steps
 from ppow_jax.bench.machine import Machine, fresh_drafter, show
-from ppow_jax.config import TrainSettings, to_dict
+from ppow_jax.config import to_dict
 from ppow_jax.drafters.eagle3 import DrafterConfig
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.objectives.supervised import Supervised
 from ppow_jax.parallel.console import log
+from ppow_jax.settings import TrainSettings
 
 _PAUSE = 0.3  # seconds after which threads of another library have stopped spinning
 # What a peer computes that others do not, and the other way round.

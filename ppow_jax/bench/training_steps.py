@@ -10,7 +10,6 @@ import optax
 from jax.stages import Wrapped
 
 from ppow_jax.compile.operations import operations
-from ppow_jax.config import Settings, TrainSettings
 from ppow_jax.decode import cost
 from ppow_jax.drafters import windows
 from ppow_jax.experiment import Experiment
@@ -21,6 +20,7 @@ from ppow_jax.objectives.ppow import PPOW
 from ppow_jax.objectives.rollout import Rollout, roll
 from ppow_jax.objectives.verification import Verified, verify, windows_at_once
 from ppow_jax.parallel import partition
+from ppow_jax.settings import Settings, TrainSettings
 from ppow_jax.training import loop
 from ppow_jax.training.drafters import Trained
 from ppow_jax.training.step import Recipe, State, gradient, make_signal, make_update

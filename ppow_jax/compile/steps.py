@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ppow_jax.config import Settings, from_config, to_dict
+from ppow_jax.config import from_config, to_dict
 from ppow_jax.decode import batch, loop, shapes
 from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig
@@ -26,6 +26,7 @@ from ppow_jax.models.target import Target, TargetConfig
 from ppow_jax.models.target import abstract_params as target_shapes
 from ppow_jax.objectives.base import Objective, Signal, Sizes
 from ppow_jax.parallel import partition
+from ppow_jax.settings import Settings
 from ppow_jax.training import drafters
 from ppow_jax.training.loop import memory_layout
 from ppow_jax.training.step import Recipe, make_optimizer, make_signal, make_update

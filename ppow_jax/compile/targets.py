@@ -1,8 +1,8 @@
 """Shapes of targets, without their weights."""
 
-from ppow_jax.config import TargetSettings
 from ppow_jax.errors import UserError
 from ppow_jax.models.target import TargetConfig
+from ppow_jax.settings import TargetSettings
 from ppow_jax.targets import families, huggingface
 
 _LLAMA3 = {

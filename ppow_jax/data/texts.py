@@ -7,10 +7,10 @@ from typing import Any, SupportsIndex
 import grain
 import numpy as np
 
-from ppow_jax.config import DataSettings
 from ppow_jax.data import records
 from ppow_jax.errors import UserError
 from ppow_jax.parallel.console import log
+from ppow_jax.settings import DataSettings
 
 _ENDLESS = 2**40  # batches
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-from ppow_jax.config import Settings
 from ppow_jax.parallel import files
 from ppow_jax.report import statistics
 from ppow_jax.report.statistics import Measured
+from ppow_jax.settings import Settings
 
 # by drafter and benchmark
 AllMeasured = Mapping[str, Mapping[str, Measured]]

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from ppow_jax.config import AUTOREGRESSIVE
 from ppow_jax.data import conversations, records
 from ppow_jax.data.prompts import Prompt
 from ppow_jax.decode import shapes
@@ -33,6 +32,7 @@ from ppow_jax.parallel import files, partition, processes
 from ppow_jax.parallel.progress import Loop
 from ppow_jax.report import contents, statistics
 from ppow_jax.report.statistics import TurnDecoded, TurnRounds
+from ppow_jax.settings import AUTOREGRESSIVE
 
 _BUCKET = 64  # texts are padded to a multiple of this
 Kind = TypeVar("Kind", statistics.Simulated, statistics.Decoded)

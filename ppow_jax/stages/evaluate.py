@@ -11,7 +11,6 @@ import hashlib
 import json
 from typing import Any
 
-from ppow_jax.config import IMPORTED, Settings
 from ppow_jax.data import prompts, texts
 from ppow_jax.decode import cost, shapes
 from ppow_jax.decode.profile import Texts
@@ -23,6 +22,7 @@ from ppow_jax.parallel.console import log
 from ppow_jax.report import contents, render, samples, statistics
 from ppow_jax.report import measure as measuring
 from ppow_jax.report.measure import Benchmark, Candidate, params_sha256
+from ppow_jax.settings import IMPORTED, Settings
 from ppow_jax.stages import features, respond
 from ppow_jax.training import curves, drafters
 

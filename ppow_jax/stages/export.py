@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from ppow_jax.config import Settings, to_dict
+from ppow_jax.config import to_dict
 from ppow_jax.drafters.eagle3 import DrafterConfig, abstract_params, config_from
 from ppow_jax.drafters.files import dialects, writing
 from ppow_jax.errors import ConfigError, UserError
@@ -22,6 +22,7 @@ from ppow_jax.experiment import Experiment
 from ppow_jax.parallel import checkpoint, files, processes
 from ppow_jax.parallel.console import log
 from ppow_jax.report.measure import params_sha256
+from ppow_jax.settings import Settings
 from ppow_jax.training import drafters
 
 

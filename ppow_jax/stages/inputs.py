@@ -8,9 +8,9 @@ import hashlib
 import json
 import pathlib
 
-from ppow_jax.config import FRESH, Settings
 from ppow_jax.data import prompts
 from ppow_jax.parallel import files
+from ppow_jax.settings import FRESH, Settings
 
 _OF_DRAFTERS = (".json", ".safetensors", ".bin")
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ppow_jax.config import Settings
 from ppow_jax.data import records
 from ppow_jax.data.conversations import Conversation, cut, import_responses, read_responses, spans
 from ppow_jax.data.prompt import Prompt
@@ -23,6 +22,7 @@ from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.parallel import files, partition, preemption, processes, progress
 from ppow_jax.parallel.console import log
+from ppow_jax.settings import Settings
 from ppow_jax.stages import features, room
 
 _IMPORT_ROWS = 128  # a shard

@@ -1,9 +1,9 @@
 """Stage `train`: the training runs of `config.train`, one after the other."""
 
-from ppow_jax.config import FRESH, Settings
 from ppow_jax.data import texts
 from ppow_jax.errors import ConfigError
 from ppow_jax.experiment import Experiment
+from ppow_jax.settings import FRESH, Settings
 from ppow_jax.stages import features, room
 from ppow_jax.training import boards, drafters, loop
 

@@ -4,9 +4,9 @@ import dataclasses
 
 from jax.sharding import Mesh
 
-from ppow_jax.config import TargetSettings
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.models.target import TargetConfig, with_taps
+from ppow_jax.settings import TargetSettings
 from ppow_jax.targets import chat, gguf, huggingface, markov, orbax, tokenizer_files, tokenizer_gguf
 from ppow_jax.targets.tokenizer import Tokenizer, with_stops
 

@@ -6,9 +6,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Protocol
 
-from ppow_jax.config import LogSettings
 from ppow_jax.errors import UserError
 from ppow_jax.parallel import files
+from ppow_jax.settings import LogSettings
 
 
 class Board(Protocol):

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppow_jax.config import FRESH, IMPORTED, DrafterSettings
 from ppow_jax.data import texts
 from ppow_jax.drafters import induction
 from ppow_jax.drafters.eagle3 import (
@@ -31,6 +30,7 @@ from ppow_jax.models.target_outputs import taps_of
 from ppow_jax.parallel import partition
 from ppow_jax.parallel.checkpoint import Checkpoints
 from ppow_jax.parallel.console import log
+from ppow_jax.settings import FRESH, IMPORTED, DrafterSettings
 from ppow_jax.targets import directories
 
 _INDUCTION_TEXTS, _INDUCTION_BATCH = 256, 16  # what the relation of features to tokens is read from

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ppow_jax.config import TrainSettings
 from ppow_jax.data import texts
 from ppow_jax.decode.cost import measure_gamma
 from ppow_jax.drafters.eagle3 import Drafter, config_from, drafter_of, weights_of
@@ -22,6 +21,7 @@ from ppow_jax.parallel import files, partition, preemption, processes
 from ppow_jax.parallel.checkpoint import Checkpoints
 from ppow_jax.parallel.console import log
 from ppow_jax.parallel.progress import duration
+from ppow_jax.settings import TrainSettings
 from ppow_jax.training import curves, drafters
 from ppow_jax.training.metrics import Writer
 from ppow_jax.training.step import Recipe, State, Step, drafter_params, make_optimizer, make_step

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ppow_jax.config import LogSettings
 from ppow_jax.errors import UserError
 from ppow_jax.parallel import files, processes
 from ppow_jax.parallel.console import log
 from ppow_jax.parallel.progress import duration, rate, width
+from ppow_jax.settings import LogSettings
 from ppow_jax.training import boards
 
 _SECONDS = 10.0  # between lines of the log, at most

@@ -18,13 +18,13 @@ import optax
 from jax.sharding import Mesh
 from jax.stages import Wrapped
 
-from ppow_jax.config import OptimizerSettings
 from ppow_jax.drafters import windows
 from ppow_jax.drafters.eagle3 import Drafter
 from ppow_jax.models.target import Target
 from ppow_jax.models.target_outputs import TargetOutputs, outputs_of
 from ppow_jax.objectives.base import Batch, Memory, Metrics, Models, Objective, Signal, Stats, models_of
 from ppow_jax.parallel import partition
+from ppow_jax.settings import OptimizerSettings
 
 State = dict[str, Any]  # params, opt_state, vocab, memory
 Learner = dict[str, Any]  # params and opt_state: what an update changes, and may donate

@@ -18,6 +18,7 @@ from ppow_jax.compile.operations import operations
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.objectives.ppow import PPOW
 from ppow_jax.parallel import partition
+from ppow_jax.settings import OBJECTIVES, Settings, TargetSettings
 
 ROOT = pathlib.Path(ppow_jax.__file__).parents[1]
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d","iteration_bounds":["1"]}}'
@@ -162,7 +163,7 @@ def test_shapes_of_the_papers_targets():
     }
     assert set(want) == set(targets.KNOWN)
     for path, billions in want.items():
-        shape = targets.shape_of(config.TargetSettings(path, "bfloat16", ()))
+        shape = targets.shape_of(TargetSettings(path, "bfloat16", ()))
         leaves = jax.tree.leaves(steps.target_shapes(shape))
         assert sum(x.size for x in leaves) / 1e9 == pytest.approx(billions, abs=0.006), path
         assert {x.dtype.name for x in leaves} == {"bfloat16"}
@@ -170,7 +171,7 @@ def test_shapes_of_the_papers_targets():
 
 def test_a_target_without_a_known_shape_is_an_error():
     with pytest.raises(UserError, match="Qwen/Qwen3-8B"):
-        targets.shape_of(config.TargetSettings("nobody/nothing", "bfloat16", ()))
+        targets.shape_of(TargetSettings("nobody/nothing", "bfloat16", ()))
 
 
 def test_a_slice_of_no_known_kind_is_an_error():
@@ -255,7 +256,7 @@ def test_what_a_slice_would_hold_and_the_steps_there_are(tmp_path):
     assert names == ["respond", "supervise", "cst", "ppow", "decode"]
 
 
-def traced_steps(chosen: config.Settings, *only: str) -> dict[str, steps.Step]:
+def traced_steps(chosen: Settings, *only: str) -> dict[str, steps.Step]:
     """Every step, or those of some groups, as it would be compiled, on a mesh of one device here."""
     mesh = partition.make_mesh((1, 1, 1), jax.devices()[:1])
     plan = steps.plan(chosen, targets.shape_of(chosen.target), mesh)
@@ -322,7 +323,7 @@ def test_the_steps_of_whatever_runs_a_config_has(tmp_path):
     assert {k: x.shape for k, x in table.items()} == {"scores": (2**16, 64), "scored_at": (2**16,)}
 
 
-@pytest.mark.parametrize("objective", config.OBJECTIVES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_has_its_steps(tmp_path, objective):
     given = small_config(tmp_path)
     given.train = {"one": config.training_run(objective, steps=3, batch_size=8)}

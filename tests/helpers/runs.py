@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from ppow_jax import experiment
 from ppow_jax import run as runner
-from ppow_jax.config import Settings, from_config
+from ppow_jax.config import from_config
+from ppow_jax.settings import Settings
 
 RUNS = ("supervise", "cst")
 LETTERS = "abcdefghijklmnopqrstuvwx"

@@ -7,10 +7,10 @@ import tempfile
 
 import pytest
 
-from ppow_jax.config import TargetSettings
 from ppow_jax.data import prompts, records
 from ppow_jax.errors import UserError
 from ppow_jax.parallel import files, partition
+from ppow_jax.settings import TargetSettings
 from ppow_jax.targets.load import load
 
 

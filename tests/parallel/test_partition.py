@@ -15,11 +15,11 @@ import sharded
 import small
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from ppow_jax.config import OptimizerSettings
 from ppow_jax.drafters import eagle3
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.models import target
 from ppow_jax.parallel import partition
+from ppow_jax.settings import OptimizerSettings
 from ppow_jax.training.step import make_optimizer
 
 MESH = AbstractMesh((2, 2, 2), partition.AXES)

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from ppow_jax.config import Settings, TrainSettings
 from ppow_jax.objectives.supervised import Supervised
 from ppow_jax.report import contents
 from ppow_jax.report.statistics import Decoded, Measured, Simulated
+from ppow_jax.settings import Settings, TrainSettings
 
 RUN = TrainSettings(steps=10, method=Supervised())
 

@@ -9,6 +9,7 @@ import runs
 from ppow_jax import config, run
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.parallel import partition
+from ppow_jax.settings import STAGES
 from ppow_jax.stages import inputs
 from ppow_jax.targets import orbax
 from ppow_jax.targets.load import load
@@ -117,7 +118,7 @@ def test_a_new_training_run_asks_what_the_responses_were_made_of(tmp_path, workd
 @pytest.mark.parametrize(
     ("file", "stages"),
     [
-        ("benchmark.jsonl", config.STAGES),
+        ("benchmark.jsonl", STAGES),
         ("imported.jsonl", ("evaluate",)),
     ],
 )

@@ -12,11 +12,11 @@ import tokenizers
 from golden_families import GOLDEN, load, parity, write
 from tokenizers import decoders, models, pre_tokenizers
 
-from ppow_jax.config import TargetSettings
 from ppow_jax.errors import UserError
 from ppow_jax.models import rotary
 from ppow_jax.models.target import fingerprint
 from ppow_jax.parallel import partition
+from ppow_jax.settings import TargetSettings
 from ppow_jax.targets import families, huggingface, orbax
 from ppow_jax.targets.load import load as load_target
 from ppow_jax.targets.load import read as read_target

@@ -9,10 +9,10 @@ import small
 import tokenizers
 from tokenizers import models
 
-from ppow_jax.config import TargetSettings
 from ppow_jax.errors import UserError
 from ppow_jax.models.target import abstract_params
 from ppow_jax.parallel import partition
+from ppow_jax.settings import TargetSettings
 from ppow_jax.targets import orbax
 from ppow_jax.targets.load import load
 from ppow_jax.targets.tokenizer import Tokenizer

@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import runs
 
-from ppow_jax.config import OptimizerSettings
 from ppow_jax.objectives.base import Sizes
+from ppow_jax.settings import OptimizerSettings
 from ppow_jax.training import drafters, loop
 from ppow_jax.training.step import drafter_params, make_optimizer
 

@@ -6,8 +6,8 @@ import types
 import pytest
 import runs
 
-from ppow_jax.config import LogSettings
 from ppow_jax.errors import UserError
+from ppow_jax.settings import LogSettings
 from ppow_jax.stages import train
 from ppow_jax.training import boards
 from ppow_jax.training.metrics import Writer

@@ -11,10 +11,10 @@ import runs
 import safetensors.numpy
 import small
 
-from ppow_jax.config import IMPORTED
 from ppow_jax.drafters import eagle3
 from ppow_jax.drafters.files import writing
 from ppow_jax.errors import ConfigError, UserError
+from ppow_jax.settings import IMPORTED
 from ppow_jax.training import drafters
 
 STEPS = dict(

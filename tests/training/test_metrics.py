@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppow_jax.config import LogSettings
 from ppow_jax.errors import UserError
+from ppow_jax.settings import LogSettings
 from ppow_jax.training import metrics
 from ppow_jax.training.metrics import Writer
 
