@@ -78,7 +78,7 @@ class RespondSettings:
     keep_answers: bool = key(False, "take the answers that prompts have as the target's, word for word")
     max_new_tokens: int = key(128, "a turn", at_least=1)
     temperature: float = key(0.0, "of the target; 0: greedy")
-    batch_size: int = key(192, "prompts", at_least=1)
+    batch_size: int = key(192, "prompts, or as many as the free memory has room for", at_least=1)
 
     @property
     def greedy(self) -> bool:

@@ -29,7 +29,7 @@ _IMPORT_ROWS = 128  # a shard
 # Tokens of a text, the prompt's first turn and an answer, that the batch size is meant for.
 _TEXT = {"cpu": 256, "default": 2048}
 _BUCKET = 8  # prompts are padded to a multiple of this, so that few shapes are compiled
-LEFT_OUT = "responses.json"  # in the workdir: what was left out or cut
+LEFT_OUT, SETTLED = "responses.json", "respond.json"  # in the workdir: what was left out or cut; batch_size
 
 
 class Selection(NamedTuple):
@@ -143,11 +143,29 @@ def run(experiment: Experiment) -> None:
         directory,
         settings.max_new_tokens,
         settings.temperature,
-        settings.batch_size,
+        _batch_size(experiment),
         kept=features.directory(experiment) if data.cache_features else None,
         feature_dtype=data.feature_dtype,
     )
     files.write_json(experiment.workdir / LEFT_OUT, left_out | {"imported_cut": shortened})
+
+
+def _batch_size(experiment: Experiment) -> int:
+    """That of the settings, or as many as there is memory for; settled once, as batches are known by their
+    number."""
+    workdir, settings = experiment.workdir, experiment.settings.respond
+    known = files.read_json(workdir / SETTLED)
+    if known is None:
+        begun = any(name.startswith("write-") for name in records.shards(workdir / "responses"))
+        dtype = experiment.settings.data.feature_dtype if experiment.settings.data.cache_features else ""
+        fitting = room.texts_that_fit(experiment, partition.suited(_TEXT), dtype)
+        size = settings.batch_size if begun else min(settings.batch_size, fitting)
+        known = processes.agreed({"batch_size": size})
+        files.write_json(workdir / SETTLED, known)
+    if known["batch_size"] < settings.batch_size:
+        log.info("respond: %d prompts at a time instead of %d, for which memory was short when it began",
+                 known["batch_size"], settings.batch_size)  # fmt: skip
+    return known["batch_size"]
 
 
 def select(

@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import sys
 from collections.abc import Iterable
 
 import jax
@@ -60,10 +61,24 @@ def require_for_checkpoints(experiment: Experiment, runs: Iterable[str]) -> None
 def warn_of_writing(experiment: Experiment, label: str, tokens: int, dtype: str) -> None:
     """A line in the log if a batch of so many tokens, answers included, is likely to be more than the free
     memory; `dtype` is that of the features that are kept, or empty."""
-    c = experiment.target.config
-    cache = 2 * c.layers * c.kv_heads * c.head_size * jnp.dtype(c.dtype).itemsize
-    needed = tokens * (cache + (_feature_bytes(experiment, dtype) if dtype else 0))
+    needed = tokens * _written_bytes(experiment, dtype)
     _warn(experiment, label, needed, f"config.{label.split()[0]}.batch_size")
+
+
+def texts_that_fit(experiment: Experiment, length: int, dtype: str) -> int:
+    """How many texts of so many tokens may be written at a time in half of the memory that is free, which
+    leaves room for what is made on the way: a multiple of 8 where there are more.
+
+    Args:
+      experiment: whose target writes.
+      length: of a text, its prompt included.
+      dtype: of the features that are kept, or empty.
+    """
+    free = memory.free_bytes()
+    if free is None:
+        return sys.maxsize
+    fitting = free // 2 * _ways(experiment) // (length * _written_bytes(experiment, dtype))
+    return max(1, fitting if fitting < 8 else fitting // 8 * 8)
 
 
 def warn_of_training(experiment: Experiment, run: str) -> None:
@@ -79,11 +94,22 @@ def warn_of_training(experiment: Experiment, run: str) -> None:
 
 def _warn(experiment: Experiment, label: str, split: int, key: str, whole: int = 0) -> None:
     """Compares bytes, of which `split` are spread over devices as rows are, with the free ones."""
-    ways = 1 if partition.platform() == "cpu" else partition.batch_ways(experiment.mesh)
-    needed, free = split // ways + whole, memory.free_bytes()
+    needed, free = split // _ways(experiment) + whole, memory.free_bytes()
     if free is not None and needed > free:
         figures = (needed / 1e9, free / 1e9)
         log.warning("%s: about %.3g GB of memory needed, %.3g GB free; lower %s", label, *figures, key)
+
+
+def _ways(experiment: Experiment) -> int:
+    """Over how many memories rows are spread."""
+    return 1 if partition.platform() == "cpu" else partition.batch_ways(experiment.mesh)
+
+
+def _written_bytes(experiment: Experiment, dtype: str) -> int:
+    """Of a token of a text that is being written: keys, values and features."""
+    c = experiment.target.config
+    cache = 2 * c.layers * c.kv_heads * c.head_size * jnp.dtype(c.dtype).itemsize
+    return cache + (_feature_bytes(experiment, dtype) if dtype else 0)
 
 
 def _feature_bytes(experiment: Experiment, dtype: str) -> int:

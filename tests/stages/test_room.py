@@ -1,15 +1,17 @@
 """Disk and memory that do not suffice are found before the work, with the figures."""
 
 import shutil
+import sys
 
 import jax
 import pytest
 import runs
 
 from ppow_jax import run
+from ppow_jax.data import records
 from ppow_jax.errors import UserError
 from ppow_jax.parallel import files, memory, progress
-from ppow_jax.stages import features, room
+from ppow_jax.stages import features, respond, room
 from ppow_jax.training import drafters
 
 TOKEN = (3 + 1) * 32 * 2  # three taps and the last state, of the chain's width, in float16
@@ -145,3 +147,26 @@ def test_a_workdir_that_cannot_be_written_is_found_before_a_target_is_loaded(tmp
     monkeypatch.setattr(run.experiment, "build", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(UserError, match="cannot be written"):
         runs.run(tmp_path / "w", stages=("respond",))
+
+
+def test_so_many_texts_are_written_at_a_time_as_half_of_the_memory_has_room_for(experiment, monkeypatch):
+    c = experiment.target.config
+    text = 100 * (2 * c.layers * c.kv_heads * c.head_size * 4 + TOKEN)
+    for free, fits in ((2 * 20 * text, 16), (2 * 7 * text, 7), (10, 1), (None, sys.maxsize)):
+        monkeypatch.setattr(memory, "free_bytes", lambda free=free: free)
+        assert room.texts_that_fit(experiment, 100, "float16") == fits
+
+
+def test_the_batch_size_is_settled_once(tmp_path, monkeypatch, caplog):
+    """Batches are known by their number: with another size a run that goes on would write others."""
+    few = dict(stages=("respond",), respond__batch_size=64)
+    monkeypatch.setattr(room, "texts_that_fit", lambda *_: 16)
+    made = runs.build(tmp_path / "w", **few)
+    assert respond._batch_size(made) == 16
+    monkeypatch.setattr(room, "texts_that_fit", lambda *_: 40)
+    with caplog.at_level("INFO", logger="ppow_jax"):
+        assert respond._batch_size(made) == 16
+    assert "16 prompts at a time instead of 64" in caplog.text
+    (made.workdir / respond.SETTLED).unlink()
+    records.write_shard(made.workdir / "responses", "write-00000", [{"x": 1}])  # of an older version
+    assert respond._batch_size(made) == 64
