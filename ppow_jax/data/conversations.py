@@ -50,12 +50,11 @@ class Text:
 
 
 class _Answer(NamedTuple):
-    """Tokens `start` to `end` of a text; `content`: the answer where the data has it, else None."""
+    """Tokens `start` to `end` of a text."""
 
     text: Text
     start: int
     end: int
-    content: str | None
 
 
 @dataclasses.dataclass
@@ -114,12 +113,12 @@ class Conversation:
         self.assistant.extend([False] * len(question.ids))
         self._rendered = question.text
 
-    def answer(self, ids: list[int], content: str | None = None) -> None:
-        """Appends what the target wrote, its end-of-turn token included, or what the data says it did."""
+    def answer(self, ids: list[int]) -> None:
+        """Appends what the target wrote, its end-of-turn token included."""
         start = len(self.tokens)
         self.tokens.extend(ids)
         self.assistant.extend([True] * len(ids))
-        self._answers.append(_Answer(self.texts[-1], start, len(self.tokens), content))
+        self._answers.append(_Answer(self.texts[-1], start, len(self.tokens)))
 
     def take(self, tokenizer: Tokenizer, longest: int) -> None:
         """Appends the answers that the prompt itself has.
@@ -137,7 +136,7 @@ class Conversation:
             if question.length + len(ids) > longest:
                 return
             self.ask(question)
-            self.answer(ids, answer)
+            self.answer(ids)
 
     def records(self) -> list[dict[str, Any]]:
         """The form in which conversations are stored: the texts, all under the id of the prompt."""
@@ -160,13 +159,15 @@ class Conversation:
                 ids = tokenizer.encode_after(text[len(known) :])
                 return Question(text, ids, len(self.tokens) + len(ids), afresh=False)
         ids = tokenizer.encode(text)
+        if not ids:
+            raise UserError(
+                f"found no tokens in {text!r}, which the template makes of it; expected at least one"
+            )
         return Question(text, ids, len(ids), afresh=bool(self._answers))
 
 
 def _content(tokenizer: Tokenizer, answer: _Answer) -> str:
     """An answer as a server hands it out: without special tokens and the token that ends the turn."""
-    if answer.content is not None:
-        return answer.content
     before, ids = answer.text.tokens[: answer.start], answer.text.tokens[answer.start : answer.end]
     finished = bool(ids) and ids[-1] in tokenizer.stop_ids
     return tokenizer.added(before, ids[:-1] if finished else ids, special=False)

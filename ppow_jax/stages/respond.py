@@ -183,7 +183,8 @@ def select(
     lengths = {}
     for prompt in prompts:
         conversation = Conversation(prompt)
-        conversation.check(experiment.tokenizer)
+        if len(prompt.turns) > 1:
+            conversation.check(experiment.tokenizer)
         lengths[prompt.id] = conversation.question(experiment.tokenizer, 0).length
     limits = {
         "beyond_context": f"of more than {max(0, context - max_new_tokens)} tokens, which with "

@@ -69,7 +69,7 @@ class ChatTemplate:
         self, messages: Sequence[Message], variables: Mapping[str, Any], prompt: bool, marking: bool
     ) -> str:
         given = dict(variables) | dict(
-            messages=[dict(message) for message in messages],
+            messages=list(messages),
             tools=None,
             documents=None,
             add_generation_prompt=prompt,

@@ -79,18 +79,17 @@ class Tokenizer:
         ids = self.encode((self.core.id_to_token(self.stop_ids[0]) or "") + text)
         return ids[1:] if ids[0] == self.stop_ids[0] else self.encode(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens included."""
-        return self.core.decode(list(ids), skip_special_tokens=False)
+    def decode(self, ids: Sequence[int], special: bool = True) -> str:
+        """Text of ids, with or without special tokens."""
+        return self.core.decode(list(ids), skip_special_tokens=not special)
 
     def added(self, before: Sequence[int], ids: Sequence[int], special: bool = True) -> str:
         """What ids add to the text of those before, with or without special tokens.
 
         Decoded alone, their bytes may be no characters, and a first blank is lost.
         """
-        decode = functools.partial(self.core.decode, skip_special_tokens=not special)
-        known = decode(list(before)).rstrip("\ufffd")
-        return decode([*before, *ids])[len(known) :] if ids else ""
+        known = self.decode(before, special).rstrip("\ufffd")
+        return self.decode([*before, *ids], special)[len(known) :] if ids else ""
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as text, ending where the assistant's next turn begins, if so wanted.

@@ -22,12 +22,10 @@ QWEN = (
 )
 
 
-def talk(
-    text: Tokenizer, answers: list[str], turns: tuple[str, ...] = ("a", "b", "c"), **fields: Any
-) -> Conversation:
+def talk(text: Tokenizer, said: list[str], **fields: Any) -> Conversation:
     """Asks all turns; an answer is text with its special tokens."""
-    conversation = Conversation(Prompt("p", "", turns[: len(answers)], **fields))
-    for turn, answer in enumerate(answers):
+    conversation = Conversation(Prompt("p", "", ("a", "b", "c")[: len(said)], **fields))
+    for turn, answer in enumerate(said):
         conversation.ask(conversation.question(text, turn))
         conversation.answer(text.encode(answer))
     return conversation
@@ -120,6 +118,14 @@ def test_a_turn_has_a_text_of_its_own_where_the_template_changes_what_was_said(
     ]
 
 
+def test_answers_of_the_data_are_no_answers_of_the_target():
+    text = tokenizer(THINKING)
+    conversation = talk(text, ["r</think>x<e>", "y<e>"], answers=("other", "others"))
+    assert "other" not in "".join(whole for whole, _ in read(text, conversation))
+    question = conversation.question(text, 1)
+    assert question.afresh and question.length == len(question.ids)
+
+
 def test_a_text_of_its_own_goes_on_where_it_can():
     """The first turn thinks, the others do not: one text, and one more for the others together."""
     text = tokenizer(QWEN)
@@ -156,6 +162,13 @@ def test_a_prompt_that_the_template_refuses_is_named():
     with pytest.raises(UserError, match=r"^prompt .mine.: chat template: line 1: no system$"):
         Conversation(Prompt("mine", "", ("a",), "be")).question(tokenizer(NO_SYSTEM), 0)
     Conversation(Prompt("mine", "", ("a", "b"), "be")).check(tokenizer())
+
+
+def test_a_prompt_of_which_the_template_makes_nothing():
+    with pytest.raises(
+        UserError, match=r"^prompt 'p': found no tokens in '', which the template makes of it"
+    ):
+        talk(tokenizer("{{ messages[0].nothing }}"), ["x"])
 
 
 def test_a_system_message_stands_before_all_turns():

@@ -123,7 +123,7 @@ def test_malformed_responses_are_named_with_the_line(path, row, message):
 
 
 def test_a_row_that_the_chat_template_refuses_is_named(path):
-    template = "{% if messages[0]['content'] == 'b' %}{{ raise_exception('no b') }}{% endif %}x"
+    template = "{% if messages[0]['content'] == 'b' %}{{ raise_exception('no b') }}{% endif %}a"
     strict = dataclasses.replace(TOKENIZER, template=template)
     runs.write_jsonl(path, [{"turns": [x], "response_ids": [[A]]} for x in "ab"])
     with pytest.raises(

@@ -124,7 +124,7 @@ def test_what_is_no_file(tmp_path, monkeypatch):
         assert refusal(path).startswith(f"{KEY}: no file {str(path)!r}; expected JSON Lines")
     assert "cannot be read (File name too long)" in refusal("x" * 300)
     assert "is no path (embedded null byte)" in refusal("a\0b")
-    assert "is no path (" in refusal("~nobody-of-this-name/x")
+    assert "no file '~nobody-of-this-name/x'" in refusal("~nobody-of-this-name/x")
 
     def denied(self):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

@@ -21,7 +21,7 @@ from ppow_jax.decode.loop import DecodeConfig, decode
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.cache import KeyValues
 from ppow_jax.models.target import Target, TargetOutput
-from ppow_jax.targets import gguf
+from ppow_jax.targets import gguf, gguf_files
 from ppow_jax.targets.tokenizer import with_stops
 from ppow_jax.targets.tokenizer_gguf import from_gguf
 
@@ -36,7 +36,7 @@ TEXTS = [case["ids"] + case["continuation"] for case in CASES]
 
 @pytest.fixture(scope="module")
 def loaded(smollm2) -> small.Loaded:
-    with gguf.find(f"package:{small.SMOLLM2}").open("rb") as f:
+    with gguf_files.find(f"package:{small.SMOLLM2}").open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     assert digest == GOLDEN["comparison"]["gguf_sha256"], "the wheel holds another target"
     return smollm2

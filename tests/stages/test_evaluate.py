@@ -20,6 +20,7 @@ from ppow_jax.parallel import preemption
 from ppow_jax.report import contents, measure, samples
 from ppow_jax.report.samples import as_text
 from ppow_jax.stages import evaluate, respond
+from ppow_jax.targets.tokenizer import Tokenizer
 from ppow_jax.training import drafters
 
 BENCHMARK = {
@@ -203,6 +204,22 @@ def test_trees_are_measured_beside_what_is_known(workdir, calls):
     assert "tree difference" in (workdir / "report.md").read_text()
 
 
+def test_what_the_template_gets_and_system_messages_decide_which_texts_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.respond, "write", lambda *_, **__: None)
+    experiment = runs.build(tmp_path / "w")
+
+    def name(*prompts: Prompt, variables: str = "") -> str:
+        target = dataclasses.replace(experiment.settings.target, template_variables=variables)
+        settings = dataclasses.replace(experiment.settings, target=target)
+        chosen = dataclasses.replace(experiment, settings=settings)
+        return evaluate.write_texts(chosen, "b", list(prompts)).directory.name
+
+    asked = Prompt("1", "", ("a",))
+    assert name(asked) == name(dataclasses.replace(asked, category="c", answers=("x",)))
+    others = {name(Prompt("1", "", ("a",), "be kind")), name(asked, variables='{"enable_thinking": false}')}
+    assert len(others | {name(asked)}) == 3
+
+
 def test_a_stopped_evaluation_goes_on_with_the_next_benchmark(workdir, calls, monkeypatch):
     for path in (workdir / "evaluate").rglob("*-*.json"):
         path.unlink()
@@ -340,10 +357,13 @@ def test_samples_are_of_the_prompts_that_they_name(measured, monkeypatch):
     assert [(s["prompt"], s["turn"]) for s in found] == [("c0", "c0"), ("c1", "c1"), ("c2", "c2")]
 
 
-class Bytes:
+class Bytes(Tokenizer):
     """A tokenizer whose tokens are bytes, and which drops a first space."""
 
-    def decode(self, ids: list[int]) -> str:
+    def __init__(self) -> None:
+        pass
+
+    def decode(self, ids: list[int], special: bool = True) -> str:
         return bytes(ids).decode(errors="replace").removeprefix(" ")
 
 

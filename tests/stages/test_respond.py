@@ -15,9 +15,10 @@ import runs
 from ppow_jax.data import records
 from ppow_jax.data.conversations import Conversation, spans
 from ppow_jax.data.prompt import Prompt
-from ppow_jax.errors import UserError
+from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.models.target import Target
-from ppow_jax.stages import respond
+from ppow_jax.report import measure
+from ppow_jax.stages import evaluate, respond, train
 from ppow_jax.targets import markov
 
 USER, ASSISTANT, END = (markov.SPECIALS.index(x) for x in ("<user>", "<assistant>", "<end>"))
@@ -181,6 +182,48 @@ def test_features_are_kept_turn_by_turn_and_belong_to_their_texts(experiment):
         want[-1] = 0.0  # never read
         np.testing.assert_allclose(held.texts[-1].features["hidden"], want, atol=1e-4)
         np.testing.assert_allclose(held.texts[-1].features["taps"], np.tile(want, 3), atol=1e-4)
+
+
+# Of what the assistant said before, it keeps two letters.
+SHORT = TEMPLATE.replace(
+    "m['content'] }}", "m['content'][:2] if m['role'] == 'assistant' else m['content'] }}"
+)
+
+
+def test_a_turn_whose_template_changes_what_was_said_is_a_text_of_its_own(experiment, tmp_path):
+    """Written, with its features, and read by `evaluate` as one more turn of the prompt."""
+    changed = dataclasses.replace(experiment.tokenizer, template=SHORT)
+    experiment = dataclasses.replace(experiment, tokenizer=changed)
+    prompts, answer = [Prompt("1", "", ("ab",)), Prompt("2", "", ("a", "bc"))], greedy(ASSISTANT, 4)
+    about = (tmp_path / "r", 4, 0.0, 4)
+    respond.write(
+        experiment, respond.select(experiment, prompts, 4), *about, kept=tmp_path / "r" / "features"
+    )
+    begun = [USER, *ids("a"), ASSISTANT]
+    again = [*begun, *answer[:2], END, USER, *ids("bc"), ASSISTANT]
+    found = {(r["id"], *r["tokens"].tolist()): r for r in records.Records(tmp_path / "r")}
+    assert set(found) == {
+        ("1", USER, *ids("ab"), ASSISTANT, *answer),
+        ("2", *begun, *answer),
+        ("2", *again, *answer),
+    }
+    assert found["2", *again, *answer]["assistant"].tolist() == [0] * len(again) + [1] * 4
+    turns = measure.Benchmark("b", prompts, tmp_path / "r").turns(["2"])
+    assert [turn.context.tolist() for turn in turns] == [begun, again]
+    for turn in turns:  # the chain's taps are known: the token, one-hot times sqrt(width)
+        text = [*turn.context, *turn.response]
+        want = np.eye(32)[text] * np.sqrt(32)
+        want[-1] = 0.0  # never read
+        np.testing.assert_allclose(turn.taps, np.tile(want, 3), atol=1e-4)
+
+
+def test_a_prompt_that_the_template_refuses_is_named_before_any_is_answered(experiment):
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    changed = dataclasses.replace(experiment.tokenizer, template=refusing)
+    experiment = dataclasses.replace(experiment, tokenizer=changed)
+    prompts = [Prompt("fine", "", ("a",)), Prompt("mine", "", ("a",), "be kind")]
+    with pytest.raises(UserError, match=r"^prompt 'mine': chat template: line 1: no system$"):
+        respond.select(experiment, prompts, 4)
 
 
 def test_an_answer_ends_at_the_stop_id_which_is_not_said_twice(experiment):
@@ -372,3 +415,40 @@ def test_imported_responses_alone(tmp_path):
     path = runs.write_jsonl(tmp_path / "r.jsonl", IMPORTED)
     sampled(tmp_path / "w", respond__responses=str(path), respond__prompts="")
     assert set(stored(tmp_path / "w")) == {"t3", "t5", "new"}
+
+
+@pytest.fixture
+def answered(monkeypatch) -> None:
+    """Prompts of which some have answers already."""
+    prompts = [
+        Prompt("taken", "c", ("ab", "c"), answers=("xy", "z")),
+        Prompt("open", "", ("ab",)),
+        Prompt("long", "", ("a", "b"), answers=("x", "y" * 600)),
+        Prompt("too long", "", ("a",), answers=("y" * 600,)),
+    ]
+    monkeypatch.setattr(respond, "load", lambda spec, key, warn=True: {"p": prompts} if spec else {})
+
+
+def test_answers_that_are_there_are_taken_word_for_word(tmp_path, answered, caplog):
+    changes = {"respond__keep_answers": True, "stages": ("respond",)}
+    with caplog.at_level("INFO", logger="ppow_jax"):
+        runs.run(tmp_path / "w", **changes)
+    found = stored(tmp_path / "w")
+    assert set(found) == {"taken", "open", "long"}
+    first, second = [USER, *ids("ab"), ASSISTANT], [USER, *ids("c"), ASSISTANT]
+    assert found["taken"]["tokens"].tolist() == [*first, *ids("xy"), END, *second, *ids("z"), END]
+    assert found["taken"]["assistant"].tolist() == [0] * 4 + [1] * 3 + [0] * 3 + [1] * 2
+    assert found["taken"]["category"] == "c"
+    assert found["open"]["tokens"].tolist() == first + greedy(ASSISTANT, 16)
+    assert found["long"]["tokens"].tolist() == [USER, *ids("a"), ASSISTANT, *ids("x"), END]
+    assert "3 of 5 answers taken as the prompts have them; others exceed the context of 512" in caplog.text
+
+
+def test_keeping_answers_that_are_not_there_or_that_must_be_the_targets(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"^config.respond.keep_answers: found True, but no prompt of"):
+        runs.run(tmp_path / "w", respond__keep_answers=True)
+    chosen = {"respond__keep_answers": True, "runs": ("supervise", "ppow"), "train__ppow__temperature": 0.0}
+    with pytest.raises(ConfigError, match=r"^config.train.ppow.temperature: found 0, .*respond.keep_answers"):
+        train.check(runs.make_settings(tmp_path, **chosen))
+    with pytest.raises(ConfigError, match=r"^config.respond.keep_answers: found True, expected False for"):
+        evaluate.check(runs.make_settings(tmp_path, respond__keep_answers=True, decode__shape="auto"))

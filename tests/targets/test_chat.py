@@ -45,9 +45,6 @@ def test_variables_and_the_date():
     year = datetime.datetime.now().year
     assert render("{{ strftime_now('%Y') }}") in (str(year), str(year + 1))
     assert render(CHATML, USER, ANSWER) == ("<s>user\né <b> & 'c'<e>\n<s>assistant\nYes. <e>\n<s>assistant\n")
-    messages = (USER,)
-    render("{% for m in messages %}{{ m.update }}{% endfor %}", *messages)
-    assert messages[0] == {"role": "user", "content": "é <b> & 'c'"}
 
 
 @pytest.mark.parametrize(

@@ -271,7 +271,14 @@ def test_converted_to_an_orbax_checkpoint_it_is_the_same_target(directory, tmp_p
     _, half, _ = load_target(TargetSettings(str(tmp_path / "converted"), "bfloat16", ()), mesh)
     assert {str(x.dtype) for x in jax.tree.leaves(half)} == {"bfloat16"}
     manifest = tmp_path / "converted/target_manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
+    held = json.loads(manifest.read_text())
+    old = {"template": CHATML, "stop_ids": [69, 67], "bos": "<|begin|>", "eos": ""}
+    manifest.write_text(json.dumps(held | {"tokenizer": old}))  # as before it held all special tokens
+    before = target(str(tmp_path / "converted"))[2]
+    assert before.first_turn("AB") == tokens.first_turn("AB") and before.variables == {
+        "bos_token": "<|begin|>"
+    }
+    manifest.write_text(json.dumps(held | {"format": 2}))
     refused(tmp_path / "converted", "format 2", "expected 1")
 
 
