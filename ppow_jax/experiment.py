@@ -81,8 +81,8 @@ def build(settings: Settings, workdir: pathlib.Path) -> Experiment:
 def _tokenizer_sha256(tokens: Tokenizer) -> str:
     """Names what turns conversations into ids: the vocabulary, the template, and how a text is cut."""
     vocab = sorted(tokens.core.get_vocab(with_added_tokens=True).items())
-    known = [vocab, tokens.encode(_TEXT), tokens.template, tokens.bos, tokens.eos, tokens.stop_ids]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    known = [vocab, tokens.encode(_TEXT), tokens.template, dict(tokens.variables), tokens.stop_ids]
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def exact(experiment: Experiment) -> Experiment:
