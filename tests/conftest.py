@@ -2,6 +2,7 @@
 
 import fcntl
 import importlib.util
+import logging
 import os
 import pathlib
 import sys
@@ -22,6 +23,7 @@ import small
 from ppow_jax.drafters.eagle3 import weights_of
 from ppow_jax.models.target import Target
 from ppow_jax.objectives.supervised import Supervised
+from ppow_jax.parallel.console import log
 from ppow_jax.targets import gguf
 from ppow_jax.training.step import Recipe, make_step
 
@@ -91,6 +93,23 @@ def finished(session_directory) -> runs.Finished:
             runs.run(workdir)
             done.touch()
     return runs.Finished(workdir, runs.make_settings(workdir.parent))
+
+
+@pytest.fixture
+def log_lines(monkeypatch) -> list[str]:
+    """The messages of the package's log from now on, each once, whoever has set it up before."""
+    lines: list[str] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    monkeypatch.setattr(log, "handlers", [Kept()])
+    monkeypatch.setattr(log, "propagate", False)
+    before = log.level
+    log.setLevel(logging.INFO)
+    yield lines
+    log.setLevel(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """What takes long says so, and what does not is silent."""
 
-import logging
 import os
 import time
 
@@ -23,12 +22,10 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def lines(caplog, monkeypatch):
-    """The log's, so far."""
-    monkeypatch.setattr(progress.log, "propagate", True)
-    caplog.set_level(logging.INFO, "ppow_jax")
+def lines(log_lines):
+    """The log's, of which the package knows when they came."""
     progress.log.addFilter(progress._hears)
-    yield lambda: [record.getMessage() for record in caplog.records]
+    yield log_lines
     progress.log.removeFilter(progress._hears)
 
 
@@ -38,10 +35,10 @@ def test_a_silent_log_gets_lines_about_what_is_being_done_ever_more_rarely(clock
             clock[0] += 1
             progress._tell()
     said = [5, 15, 35, 75, 135, 195]
-    assert lines() == [f"respond: batch 1/2: {progress.duration(s)} so far" for s in said]
+    assert lines == [f"respond: batch 1/2: {progress.duration(s)} so far" for s in said]
     clock[0] += 1000
     progress._tell()  # nothing is being done
-    assert len(lines()) == len(said)
+    assert len(lines) == len(said)
 
 
 def test_lines_of_its_own_keep_the_log_from_saying_more(clock, lines):
@@ -51,7 +48,7 @@ def test_lines_of_its_own_keep_the_log_from_saying_more(clock, lines):
             if second % 4 == 0:
                 progress.log.info("a batch")
             progress._tell()
-    assert lines() == ["a batch"] * 7
+    assert lines == ["a batch"] * 7
 
 
 def test_short_pieces_do_not_hide_what_lasts(clock, lines):
@@ -61,7 +58,7 @@ def test_short_pieces_do_not_hide_what_lasts(clock, lines):
             with progress.during("compiling a piece"):
                 clock[0] += 3
                 progress._tell()
-    assert lines() == ["evaluate: 6s so far"]
+    assert lines == ["evaluate: 6s so far"]
 
 
 def test_compilation_is_named_and_its_end_is_told(monkeypatch, lines):
@@ -81,7 +78,7 @@ def test_compilation_is_named_and_its_end_is_told(monkeypatch, lines):
             particular(jnp.ones(3)).block_until_ready()
         finally:
             jax.monitoring.unregister_scalar_listener(look)
-    about = [line for line in lines() if line.startswith("compiling") and "particular" in line]
+    about = [line for line in lines if line.startswith("compiling") and "particular" in line]
     assert [line.split(": ")[1] for line in about] == ["0s so far", "done in 0s"]
     assert progress._tasks == []
 
@@ -91,11 +88,11 @@ def test_the_log_is_watched_while_something_blocks(monkeypatch, lines):
         monkeypatch.setattr(progress, name, value)
     with progress.followed(), progress.during("sleeping"):
         time.sleep(0.3)
-    assert lines()[0] == "sleeping: 0s so far"
+    assert lines[0] == "sleeping: 0s so far"
     with progress.during("sleeping"):
-        count = len(lines())
+        count = len(lines)
         time.sleep(0.3)
-    assert len(lines()) == count  # nobody watches any more
+    assert len(lines) == count  # nobody watches any more
 
 
 def test_a_loop_says_how_far_how_fast_and_how_long_at_most_every_five_seconds(clock, lines):
@@ -103,7 +100,7 @@ def test_a_loop_says_how_far_how_fast_and_how_long_at_most_every_five_seconds(cl
     for _ in range(10):
         clock[0] += 2
         loop.add(4)
-    assert lines() == [
+    assert lines == [
         "features: 12/40 texts, 2 texts/s | 14s left",
         "features: 24/40 texts, 2 texts/s | 8s left",
         "features: 36/40 texts, 2 texts/s | 2s left",
@@ -116,7 +113,7 @@ def test_a_short_loop_says_nothing(clock, lines):
     for _ in range(4):
         clock[0] += 1
         loop.add(1)
-    assert lines() == []
+    assert lines == []
 
 
 @pytest.mark.parametrize(

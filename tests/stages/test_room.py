@@ -89,30 +89,26 @@ def test_features_that_are_missing_are_asked_room_for(without, disk):
     assert not (without.workdir / "features").exists()
 
 
-def test_features_say_how_far_they_are_within_a_shard(without, monkeypatch, caplog):
+def test_features_say_how_far_they_are_within_a_shard(without, monkeypatch, log_lines):
     monkeypatch.setattr(progress, "_QUIET", 0.0)
-    monkeypatch.setattr(progress.log, "propagate", True)
     monkeypatch.setattr(features, "_BATCH", 4)
-    caplog.set_level("INFO", "ppow_jax")
     assert len(features.ensure(without)) == 24
-    said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("features: ")]
+    said = [line for line in log_lines if line.startswith("features: ")]
     assert [line.split()[1] for line in said] == [f"{n}/24" for n in range(4, 25, 4)]
     assert all("texts/s | " in line or "s each | " in line for line in said)
 
 
 @pytest.mark.parametrize(("free", "warned"), [(10**12, False), (1000, True), (None, False)])
-def test_a_batch_that_memory_is_short_for_is_named(experiment, monkeypatch, caplog, free, warned):
-    monkeypatch.setattr(room.log, "propagate", True)
+def test_a_batch_that_memory_is_short_for_is_named(experiment, monkeypatch, log_lines, free, warned):
     monkeypatch.setattr(memory, "free_bytes", lambda: free)
     room.warn_of_training(experiment, "supervise")
     room.warn_of_writing(experiment, "evaluate maths", 512, "float32")
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == (2 if warned else 0)
+    assert len(log_lines) == (2 if warned else 0)
     if warned:
-        assert said[0].startswith("supervise: about ") and said[0].endswith(
+        assert log_lines[0].startswith("supervise: about ") and log_lines[0].endswith(
             "(config.train.supervise.accumulate)"
         )
-        assert said[1].endswith("1e-06 GB free; lower config.evaluate.batch_size")
+        assert log_lines[1].endswith("1e-06 GB free; lower config.evaluate.batch_size")
 
 
 def test_the_logits_of_a_step_are_counted(experiment, monkeypatch):
