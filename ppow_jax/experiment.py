@@ -8,6 +8,7 @@ import pathlib
 import zlib
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ppow_jax.data import records
@@ -19,6 +20,7 @@ from ppow_jax.targets.load import load
 from ppow_jax.targets.tokenizer import Tokenizer
 
 # Letters, digits, spaces and scripts that tokenizers treat in different ways.
+_SMALL = (".json", ".jinja")
 _TEXT = (
     " Hello, WORLD!  It's 12345.67\n\tdef f(x):\r\n    return x  # \u00e9 e\u0301 \ufb01 \u65e5\u672c \u0645"
 )
@@ -65,17 +67,47 @@ def build(settings: Settings, workdir: pathlib.Path) -> Experiment:
     mesh = partition.make_mesh(settings.mesh.shape)
     config, params, tokens = load(settings.target, mesh)
     params = partition.shard(params, mesh)
-    name = fingerprint(config, params)
-    about = {"path": settings.target.path, "fingerprint": name, "tokenizer": _tokenizer_sha256(tokens)}
-    before = files.read_json(workdir / "target.json") or {}
+    require_finite(params, f"config.target.path: {settings.target.path!r}")
+    made = Experiment(settings, workdir, mesh, Target(config), params, tokens, fingerprint(config, params))
+    about, before = _about_target(made), files.read_json(workdir / "target.json") or {}
     for key, what in (("fingerprint", "target"), ("tokenizer", "tokenizer or chat template")):
         if before.get(key, about[key]) != about[key]:
             raise UserError(
                 f"{workdir}: made with another {what} ({key} {before[key][:12]}, this one is "
                 f"{about[key][:12]}); use a new workdir or the old config.target.path"
             )
-    files.write_json(workdir / "target.json", about | {"shape": dataclasses.asdict(config)})
-    return Experiment(settings, workdir, mesh, Target(config), params, tokens, name)
+    return made
+
+
+def keep_target(made: Experiment) -> None:
+    """Notes in the workdir which target it is made with."""
+    shape = dataclasses.asdict(made.target.config)
+    files.write_json(made.workdir / "target.json", _about_target(made) | {"shape": shape})
+
+
+def _about_target(made: Experiment) -> dict[str, str]:
+    path = made.settings.target.path
+    about = {"path": path, "files": target_files(path), "fingerprint": made.fingerprint}
+    return about | {"tokenizer": _tokenizer_sha256(made.tokenizer)}
+
+
+def target_files(path: str) -> str:
+    """Names what a look at a target's files tells: the content of small ones, the size of its weights; empty:
+    it is no file or directory here."""
+    place = files.path_of(path)
+    if not place.exists():
+        return ""
+    found = sorted(p for p in place.iterdir() if p.is_file()) if place.is_dir() else [place]
+    known = [[p.name, p.stat().st_size, p.suffix in _SMALL and files.sha256(p)] for p in found]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def require_finite(params: dict, where: str) -> None:
+    """Raises `UserError` if a parameter holds NaN or infinity; the message begins with `where`."""
+    for path, values in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.isfinite(values).all():
+            name = partition.path_name(path)
+            raise UserError(f"{where}: {name} holds values that are not finite; fetch or convert it again")
 
 
 def _tokenizer_sha256(tokens: Tokenizer) -> str:

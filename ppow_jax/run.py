@@ -52,7 +52,9 @@ def run(settings: Settings, workdir: pathlib.Path) -> None:
         _keep_programs(workdir)
         todo = processes.agreed(plan(settings, workdir))
         known = files.read_json(workdir / "target.json") or {}
-        moved = known.get("path", settings.target.path) != settings.target.path
+        path = settings.target.path
+        now = {"path": path, "files": experiment.target_files(path)}
+        moved = any(known.get(key, value) != value for key, value in now.items())
         if todo or moved:
             made = _prepared(settings, workdir, todo)
         if not todo:
@@ -73,6 +75,7 @@ def _prepared(settings: Settings, workdir: pathlib.Path, todo: list[str]) -> Exp
     with progress.during(f"loading the target {settings.target.path}"):
         made = experiment.build(settings, workdir)
     check_target(made, todo)
+    experiment.keep_target(made)
     files.write_json(workdir / "config.json", to_dict(settings))
     return made
 
@@ -188,7 +191,7 @@ def plan(settings: Settings, workdir: pathlib.Path) -> list[str]:
     Raises:
       ConfigError: one was begun in this workdir with other settings.
     """
-    begun, todo = _begun(workdir), []
+    begun, todo = _standing(_begun(workdir), workdir), []
     for unit in units(settings):
         record, changed = begun.get(unit), _changed(settings, workdir, unit, begun)
         fatal = [] if unit in _REPEATABLE else changed
@@ -204,6 +207,17 @@ def plan(settings: Settings, workdir: pathlib.Path) -> list[str]:
     if any(_stage(unit) == "train" for unit in todo):
         todo += [s for s in settings.stages if s in _REPEATABLE and s not in todo]
     return todo
+
+
+def _standing(begun: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
+    """The records without those of units that were stopped before they had left anything."""
+
+    def left(unit: str) -> bool:
+        stage, _, run = unit.partition("/")
+        place = workdir / {"respond": "responses", "train": f"checkpoints/{run}"}.get(stage, "")
+        return place.is_dir() and any(place.iterdir())
+
+    return {unit: record for unit, record in begun.items() if record["finished"] or left(unit)}
 
 
 def _begun(workdir: pathlib.Path) -> dict[str, Any]:

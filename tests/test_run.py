@@ -13,6 +13,7 @@ from ppow_jax.errors import ConfigError, UserError
 def begun(workdir, chosen, unit, finished):
     """A workdir in which a unit was begun with these settings."""
     record = {"finished": finished, "settings": run._relevant(chosen, unit)}
+    (workdir / "checkpoints" / unit.partition("/")[2] / "1").mkdir(parents=True, exist_ok=True)
     (workdir / "stages.json").write_text(json.dumps({unit: record}))
 
 
@@ -52,6 +53,12 @@ def test_what_is_trained_is_evaluated_and_exported_again(tmp_path):
     records["train/cst"]["finished"] = False
     (tmp_path / "stages.json").write_text(json.dumps(records))
     assert run.plan(chosen, tmp_path) == ["train/cst", "evaluate", "export"]
+
+
+def test_what_was_stopped_before_it_left_anything_may_begin_with_other_settings(tmp_path):
+    begun(tmp_path, changed(tmp_path), "train/supervise", finished=False)
+    (tmp_path / "checkpoints" / "supervise" / "1").rmdir()
+    assert "train/supervise" in run.plan(changed(tmp_path, train__supervise__window=3), tmp_path)
 
 
 def test_nothing_else_of_a_begun_stage_may_change(tmp_path):

@@ -87,13 +87,13 @@ class Conversation:
         return len(self._answers)
 
     def check(self, tokenizer: Tokenizer) -> None:
-        """Renders all turns, with some answers, before any is asked.
+        """Renders and encodes all turns, with some answers, before any is asked.
 
         Raises:
-          UserError: naming the prompt: the template refuses it.
+          UserError: naming the prompt: the template refuses it, or it cannot be encoded.
         """
         with _naming(self.prompt):
-            tokenizer.render(dialogue(self.prompt, ["x"] * (len(self.prompt.turns) - 1)))
+            tokenizer.encode(tokenizer.render(dialogue(self.prompt, ["x"] * (len(self.prompt.turns) - 1))))
 
     def question(self, tokenizer: Tokenizer, turn: int) -> Question:
         """The user's message number `turn`, the next one, with the template around it.

@@ -79,6 +79,8 @@ def _of_file(file: pathlib.Path, key: str) -> pathlib.Path | None:
         _checked(directory, str(directory), key)
         if name in weights.names(directory):
             return directory
+        if not any((directory / known).is_file() for known in weights.names(directory)):
+            raise ConfigError(f"config.{key}: {weights.instead(directory, 'weights')}")
         raise ConfigError(
             f"config.{key}: found {str(file)!r}, but the weights of that directory are "
             f"{', '.join(weights.names(directory)[:3])}; name the directory, or rename the file"

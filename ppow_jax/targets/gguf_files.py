@@ -122,6 +122,13 @@ def _parts(file: pathlib.Path) -> list[pathlib.Path]:
 
 def _open(file: pathlib.Path) -> Contents:
     """What one file holds."""
+    with file.open("rb") as f:
+        magic = f.read(len(weights.LFS))
+    if not magic.startswith((b"GGUF", weights.LFS)):
+        raise UserError(
+            f"{file}: is no GGUF file; expected one, or the directory of a Hugging Face model (name the "
+            "directory, not a file in it)"
+        )
     try:
         reader = _Reader(file)
         metadata = {key: field.contents() for key, field in reader.fields.items()}

@@ -12,6 +12,7 @@ from ppow_jax.targets.chat import ChatTemplate, Message
 
 # Stands for a response while what the template writes behind it is looked for; no letters, which it may fold.
 _RESPONSE = "\ufffe0\ufffe"
+_QUESTION = "what"  # that a template surely keeps
 ENDS = ("<|endoftext|>",)  # end a text whatever the files say
 
 
@@ -143,10 +144,14 @@ def with_stops(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with that stop id first which its template writes behind a response.
 
     Raises:
-      UserError: the template cannot render a single question.
+      UserError: the template cannot render a single question, or leaves out what it asks.
     """
-    question, response = first_messages("x"), {"role": "assistant", "content": _RESPONSE}
-    tokenizer.render(question)
+    question, response = first_messages(_QUESTION), {"role": "assistant", "content": _RESPONSE}
+    if _QUESTION not in tokenizer.render(question):
+        raise UserError(
+            "chat template: it leaves out what the user says, expected it in the text; use a template for "
+            "messages whose content is a text"
+        )
     for messages in ([*question, response, *question], [*question, response]):
         try:
             _, found, after = tokenizer.render(messages, len(messages) > 2).partition(_RESPONSE)

@@ -15,7 +15,7 @@ from ppow_jax.targets import quantised
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = re.compile(r".+\.(bin|pt|pth|ckpt)")
-_LFS = b"version https://git-lfs"
+LFS = b"version https://git-lfs"
 
 
 class Stored(NamedTuple):
@@ -103,8 +103,13 @@ def is_pickle(file: pathlib.Path) -> bool:
 def instead(directory: pathlib.Path, expected: str) -> str:
     """Says what a directory holds in place of safetensors, and what to do."""
     where = f"{directory / WHOLE}: not there; expected {expected} as safetensors"
+    if others := sorted(p.name for p in directory.glob("*.safetensors")):
+        return (
+            f"{where}; found {', '.join(others[:3])}: fetch {INDEX}, which says what each of them holds, or "
+            f"give the file, if it is all, the name {WHOLE}"
+        )
     pickles = sorted(p.name for p in directory.iterdir() if is_pickle(p) and p.name != "training_args.bin")
-    if "pytorch_model.bin" in pickles or len(pickles) == 1:
+    if "pytorch_model.bin" in pickles or (len(pickles) == 1 and "-of-" not in pickles[0]):
         name = "pytorch_model.bin" if "pytorch_model.bin" in pickles else pickles[0]
         return f"{where}; found {name}, a pickle, which is not read because it can run code; {_convert(name)}"
     if pickles or (directory / "pytorch_model.bin.index.json").is_file():
@@ -150,7 +155,7 @@ def damaged(file: pathlib.Path, kind: str, error: Exception, remedy: str = "fetc
     try:
         size = file.stat().st_size
         with file.open("rb") as f:
-            pointer = f.read(len(_LFS)) == _LFS
+            pointer = f.read(len(LFS)) == LFS
     except OSError as e:
         return f"{file}: cannot be read ({e.strerror})"
     if pointer:

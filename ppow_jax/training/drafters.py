@@ -24,7 +24,7 @@ from ppow_jax.drafters.eagle3 import (
 )
 from ppow_jax.drafters.files import reading
 from ppow_jax.errors import ConfigError, UnfinishedError, UserError
-from ppow_jax.experiment import Experiment
+from ppow_jax.experiment import Experiment, require_finite
 from ppow_jax.models.target import TargetConfig, head_matrix
 from ppow_jax.models.target_outputs import taps_of
 from ppow_jax.parallel import partition
@@ -181,7 +181,9 @@ def _from_files(experiment: Experiment, path: str, key: str) -> Trained:
         tied = found.head == "embedding"
         matrix = target["embedding"]["embedding"] if tied else head_matrix(experiment.target.config, target)
         params = params | {"head": {"weight": jnp.array(matrix, jnp.float32)}}  # a copy, which is trained
-    return Trained(Drafter(config), partition.shard(params, experiment.mesh), found.vocab)
+    params = partition.shard(params, experiment.mesh)
+    require_finite(params, f"config.{key}: {path!r}")
+    return Trained(Drafter(config), params, found.vocab)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-from ppow_jax.data import prompts, records
+from ppow_jax.data import records, rows
 from ppow_jax.errors import UserError
 from ppow_jax.parallel import files, partition
 from ppow_jax.settings import TargetSettings
@@ -49,7 +49,7 @@ def test_a_home_directory_of_nobody_is_a_name_like_any_other(tmp_path):
     name = "~nobody-of-that-name/x"
     assert files.path_of(name) == pathlib.Path(name)
     with pytest.raises(UserError, match=r"no file '~nobody-of-that-name/x'"):
-        prompts.read_jsonl(name, "respond.responses")
+        rows.read(name, "respond.responses")
     for target in (name, f"{name}.gguf"):
         with pytest.raises(UserError, match="~nobody-of-that-name"):
             load(TargetSettings(target, "float32", ()), partition.make_mesh((1, 1, 1)))

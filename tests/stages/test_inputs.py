@@ -3,13 +3,15 @@
 import json
 import shutil
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import runs
 
 from ppow_jax import config, run
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.parallel import partition
-from ppow_jax.settings import STAGES
+from ppow_jax.settings import STAGES, TargetSettings
 from ppow_jax.stages import inputs
 from ppow_jax.targets import orbax
 from ppow_jax.targets.load import load
@@ -206,6 +208,34 @@ def test_the_same_weights_under_another_path_go_on(target, tmp_path, log_lines):
     assert any(line.startswith("every stage is finished") for line in log_lines)
     assert runs.digest(workdir / "responses") == before
     assert json.loads((workdir / "target.json").read_text())["path"] == str(tmp_path / "new")
+
+
+def test_a_target_that_was_changed_where_it_lies_is_found_when_nothing_is_left_to_do(target, tmp_path):
+    workdir, place = shutil.copytree(target / "w", tmp_path / "w"), tmp_path / "new"
+    shutil.copytree(target / "old[1]", place)
+    chosen = runs.make_settings(target, stages=("respond",), target__path=str(place))
+    run.run(chosen, workdir)
+    manifest = place / "target_manifest.json"
+    manifest.write_text(manifest.read_text().replace("<assistant>", "<user>"))
+    with pytest.raises(UserError, match="made with another tokenizer or chat template"):
+        run.run(chosen, workdir)
+
+
+def test_a_run_that_was_refused_before_it_began_leaves_the_workdir_to_other_targets(tmp_path):
+    with pytest.raises(UserError, match="all 24 prompts are left out"):
+        runs.run(tmp_path / "w", stages=("respond",), data__length=3)
+    assert not (tmp_path / "w" / "target.json").exists()
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    config, params, tokens = load(TargetSettings("markov:0", "float32", ()), partition.make_mesh((1, 1, 1)))
+    params["layers_0"]["mlp"]["up"]["weight"] = jnp.full_like(
+        params["layers_0"]["mlp"]["up"]["weight"], np.nan
+    )
+    orbax.save(tmp_path / "bad", config, params, tokens)
+    chosen = runs.make_settings(tmp_path, stages=("respond",), target__path=str(tmp_path / "bad"))
+    with pytest.raises(UserError, match=r"bad': layers_0/mlp/up/weight holds values that are not finite"):
+        run.run(chosen, tmp_path / "w")
 
 
 def test_other_weights_and_another_template_are_refused_even_if_nothing_is_left_to_do(target, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from ppow_jax.errors import UserError
-from ppow_jax.targets import directories, weights
+from ppow_jax.targets import directories, gguf_files, weights
 
 
 @pytest.fixture
@@ -115,3 +115,16 @@ def test_names_of_the_hub(tmp_path, model, monkeypatch):
     assert find("someone/some-model") == model
     (model / "config.json").unlink()
     refused("someone/some-model", "'someone/some-model' has no config.json")
+
+
+def test_files_that_are_no_models_and_shards_that_lack_their_index(model):
+    (model / "tokenizer.json").write_text("{}")
+    assert find(model / "tokenizer.json") is None
+    with pytest.raises(UserError, match=r"tokenizer.json: is no GGUF file; expected one, or the directory"):
+        gguf_files.read(model / "tokenizer.json")
+    shard = (model / weights.WHOLE).rename(model / "model-00001-of-00002.safetensors")
+    wanted = "found model-00001-of-00002.safetensors: fetch model.safetensors.index.json"
+    refused(shard, wanted)
+    assert wanted in weights.instead(model, "weights")
+    shard.rename(model / "pytorch_model-00001-of-00002.bin")
+    assert "found shards of pytorch_model.bin" in weights.instead(model, "weights")

@@ -285,3 +285,10 @@ def test_an_answer_whose_beginning_the_template_hides():
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(UserError, match=r"^chat template: with the response, .* \{% generation %\}"):
         tokenizer(THINKING).written(messages)
+
+
+def test_a_template_that_leaves_out_what_the_user_says_is_refused():
+    parts = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
+    for template in (parts, "{% for m in mesages %}{{ m.content }}{% endfor %}<s>"):
+        with pytest.raises(UserError, match="chat template: it leaves out what the user says"):
+            with_stops(tokenizer(template))
