@@ -1,7 +1,7 @@
 """Shapes of targets, without their weights."""
 
 from ppow_jax.errors import UserError
-from ppow_jax.models.target import TargetConfig
+from ppow_jax.models.target import TargetConfig, with_taps
 from ppow_jax.settings import TargetSettings
 from ppow_jax.targets import families, huggingface
 
@@ -64,7 +64,7 @@ def shape_of(settings: TargetSettings) -> TargetConfig:
     """The shape of a target that configs/ names, or of a Hugging Face directory, from its config.json alone.
 
     Raises:
-      UserError: it is neither.
+      UserError: it is neither, or has not the layers of `target.taps`.
     """
     known = KNOWN.get(settings.path) or huggingface.description(settings.path)
     if not known:
@@ -72,4 +72,4 @@ def shape_of(settings: TargetSettings) -> TargetConfig:
             f"config.target.path: found {settings.path!r}, expected a Hugging Face directory or one of "
             f"{', '.join(KNOWN)}"
         )
-    return families.target_config(known, False, settings.dtype, settings.path)
+    return with_taps(families.target_config(known, False, settings.dtype, settings.path), settings.taps)

@@ -234,7 +234,7 @@ def small_config(directory):
         for part in path:
             section = section[part]
         section[name] = value
-    chosen.target.path = describe(directory)
+    chosen.target.path, chosen.target.taps = describe(directory), (0, 2, 4)
     return chosen
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import runs
 
-from ppow_jax.data.conversations import Conversation
+from ppow_jax.data.conversations import Conversation, Text
 from ppow_jax.data.prompts import Prompt
 from ppow_jax.decode import shapes
 from ppow_jax.decode.rounds import Round
@@ -274,7 +274,7 @@ def test_prompts_beyond_the_context_show_before_any_work(tmp_path, caplog):
 def test_a_benchmark_says_what_it_leaves_out(tmp_path, monkeypatch):
     experiment = runs.build(tmp_path / "w")
     monkeypatch.setattr(respond, "converse", lambda experiment, prompts, *about: [
-        Conversation(p, [1, 2], [False, True], {"taps": np.zeros((2, 1)), "hidden": np.zeros((2, 1))})
+        Conversation(p, [Text([1, 2], [False, True], {"taps": np.zeros((2, 1)), "hidden": np.zeros((2, 1))})])
         for p in prompts
     ])  # fmt: skip
     prompts = [Prompt("a", "", ("a", "b", "c")), Prompt("b", "", ("b" * 600,))]

@@ -48,6 +48,8 @@ def done(workdir, chosen, finished=True, units=None, read=True):
         (workdir / name).mkdir(parents=True, exist_ok=True)
     for name in ("report.json", "export/manifest.json", "target.json"):
         (workdir / name).write_text("{}")
+    for name in ("responses", *(f"checkpoints/{name}" for name in chosen.train)):
+        (workdir / name / "left").mkdir(parents=True, exist_ok=True)
     for unit in units or run.units(chosen):
         about = {"read": inputs.read(chosen, unit, workdir)} if read else {}
         run._mark(chosen, workdir, unit, finished=finished, **about)
