@@ -1,8 +1,21 @@
 """The exceptions for mistakes that a user can mend, and what JAX says when memory runs out."""
 
 
+_HEAD, _TAIL = 400, 290  # characters
+
+
 class UserError(Exception):
-    """What was found, what was expected, what to do: printed as one line, without a traceback."""
+    """What was found, what was expected, what to do: printed as one line, without a traceback.
+
+    Names and texts in it may be a stranger's: control characters and halves of surrogate pairs are escaped, and
+    of a very long message the middle is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        if len(line) > _HEAD + _TAIL:
+            line = f"{line[:_HEAD]} ... {line[-_TAIL:]}"
+        super().__init__(line)
 
 
 class UnfinishedError(UserError):
