@@ -116,7 +116,7 @@ def _of_another_type(value: Any) -> Any:
     return False
 
 
-_EDITS = st.lists(
+EDITS = st.lists(
     st.builds(
         Edit,
         st.lists(_WHOLE, min_size=1, max_size=5).map(tuple),
@@ -197,7 +197,7 @@ class Bytes:
 
     def on(self, files: dict[str, Any]) -> None:
         """Changes the files."""
-        data = files[self.name]
+        data = files.get(self.name)
         if not isinstance(data, bytes):
             return
         at = self.at % (len(data) + 1)
@@ -244,15 +244,10 @@ def changes(
     )
     kinds = [of_bytes, st.builds(Entry, st.sampled_from(names), st.sampled_from(ENTRIES))]
     if json_names:
-        kinds += [st.builds(Json, st.sampled_from(json_names), _EDITS)] * 4
+        kinds += [st.builds(Json, st.sampled_from(json_names), EDITS)] * 4
     if headers:
-        kinds += [st.builds(Header, st.sampled_from(headers), _EDITS)] * 4
+        kinds += [st.builds(Header, st.sampled_from(headers), EDITS)] * 4
     return st.lists(st.one_of(kinds), min_size=1, max_size=2)
-
-
-def edits_of(name: str) -> st.SearchStrategy:
-    """Edits of one value that has JSON's types."""
-    return st.builds(Json, st.just(name), _EDITS)
 
 
 class Place:
@@ -261,7 +256,7 @@ class Place:
     def __init__(self, root: pathlib.Path, files: Mapping[str, bytes]) -> None:
         self.root, self.files, self.here = root, dict(files), root / "here"
         self._elsewhere = root / "elsewhere"
-        self._elsewhere.mkdir()
+        self._elsewhere.mkdir(parents=True)
         (self._elsewhere / "secret.txt").write_text("of somebody else")
         for name, data in self.files.items():
             self._lay(name, data)

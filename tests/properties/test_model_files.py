@@ -91,7 +91,7 @@ def test_gguf(count, mesh, tmp_path):
         load.read(str(directory / name), "float32", mesh, TAPS)
 
     read(place.here)
-    content = strange.edits_of(name).map(lambda made: [gguf_bytes.Content(name, made.edits)])
+    content = st.builds(lambda edits: [gguf_bytes.Content(name, edits)], strange.EDITS)
     either = st.one_of(content, content, strange.changes(others=[name]))
     strange.examples(count, either, lambda made: place.hold(made, read))
 
