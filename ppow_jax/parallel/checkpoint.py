@@ -45,12 +45,18 @@ class Checkpoints:
         self._saved = self.latest
 
     def _open(self) -> ocp.training.Checkpointer:
-        return ocp.training.Checkpointer(
-            _plain(self._directory),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
-            cleanup_tmp_directories=True,
-        )
+        try:
+            return ocp.training.Checkpointer(
+                _plain(self._directory),
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+                cleanup_tmp_directories=True,
+            )
+        except Exception as e:  # what is damaged surfaces as many kinds of error
+            raise UserError(
+                f"{self._directory}: the checkpoints cannot be listed ({_reason(e)}); restore them from a "
+                "copy, or take the newest step away"
+            ) from e
 
     @property
     def latest(self) -> int | None:

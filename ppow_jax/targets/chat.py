@@ -75,7 +75,7 @@ class ChatTemplate:
             add_generation_prompt=prompt,
         )
         with _errors():
-            self._sandbox.begin(marking)
+            self._sandbox.begin(marking, given)
             return "".join(self._template.generate(given))
 
 

@@ -1,8 +1,7 @@
 """Chat templates that strangers make: each renders, or is refused in one line."""
 
-import pathlib
+import re
 
-import pytest
 import strange
 from chats import CHATML, NO_SYSTEM, TAGGED, THINKING, tokenizer
 from hypothesis import strategies as st
@@ -48,8 +47,12 @@ def templates(draw):
     """A template with some pieces in it, in place of others, or nothing but pieces."""
     text = draw(st.sampled_from((*KINDS, "")))
     for _ in range(draw(st.integers(1, 4))):
-        at, size = draw(st.integers(0, len(text))), draw(st.sampled_from((0, 0, 1, 5, 40)))
-        text = text[:at] + draw(st.one_of(st.sampled_from(PARTS), st.sampled_from(PARTS), st.text(max_size=5))) + text[at + size :]
+        between = [0, *(match.end() for match in re.finditer(r"[%}]}", text))]
+        at, size = draw(st.sampled_from(between)), 0
+        if draw(st.integers(0, 3)) == 0:
+            at, size = draw(st.integers(0, len(text))), draw(st.sampled_from((0, 1, 5, 40)))
+        piece = draw(st.one_of(st.sampled_from(PARTS), st.sampled_from(PARTS), st.text(max_size=5)))
+        text = text[:at] + piece + text[at + size :]
     return text
 
 
