@@ -10,6 +10,7 @@ save that fails, as on a full disk, is reported, and the one before it stays.
 import atexit
 import functools
 import logging
+import os
 import pathlib
 import re
 import shutil
@@ -45,6 +46,7 @@ class Checkpoints:
         self._saved = self.latest
 
     def _open(self) -> ocp.training.Checkpointer:
+        _require_files(self._directory)
         try:
             return ocp.training.Checkpointer(
                 _plain(self._directory),
@@ -245,6 +247,14 @@ def _reason(error: BaseException) -> str:
     return str(error).strip("\"' \n").split("\n")[0].split("\\n")[0][:200]
 
 
+def _require_files(directory: pathlib.Path) -> None:
+    """Raises `UserError` if there is a device or a pipe below a directory, which may be read without end."""
+    for folder, _, names in os.walk(directory):
+        for path in (pathlib.Path(folder, name) for name in names):
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise UserError(f"{path}: found a device or a pipe, expected a file of a checkpoint; remove it")
+
+
 def _plain(directory: pathlib.Path) -> pathlib.Path:
     """A directory under a name that orbax and TensorStore take as it is.
 
@@ -296,6 +306,7 @@ def load_params(directory: pathlib.Path, like: dict) -> dict:
     Raises:
       UserError: missing, damaged, or of another shape.
     """
+    _require_files(directory)
     try:
         return ocp.load_pytree(_plain(directory), like)
     except Exception as e:  # a damaged checkpoint surfaces as many kinds of error

@@ -39,7 +39,8 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]  # random words, as many as one likes
         self.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
         self.marking = self.has_generation = False
-        self._end = self._room = self._left = 0.0
+        self._end = self._left = 0.0
+        self._room = self._longest = 0
 
     def compiled(self, source: str) -> jinja2.Template:
         """A template whose loops and joined texts are watched."""
@@ -52,7 +53,7 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
         With `marking`, `OPEN` and `CLOSE` stand around what the assistant says.
         """
         self._end, self._left, self.marking = time.thread_time() + _SECONDS, _ROOM, marking
-        self._room = _OWN + 10 * weight(given)
+        self._longest = self._room = _OWN + 10 * weight(given)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Every call in a template, and every turn of a loop."""
@@ -115,8 +116,7 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
     def _shown(self, value: Any) -> Any:
         """Every `{{ value }}`."""
         self._room -= weight(value)
-        if self._room < 0:
-            raise sandbox.SecurityError("its text is much longer than what is said")
+        _require(self._longest - self._room, self._longest)
         return value
 
 
@@ -174,9 +174,9 @@ def _size(value: Any) -> int:
     return 100 * value.bit_length() if isinstance(value, int) else 0
 
 
-def _require(size: int) -> None:
-    if size > LARGEST:
-        raise sandbox.SecurityError(f"it makes a text, list or number of more than {LARGEST} characters")
+def _require(size: int, most: int = LARGEST) -> None:
+    if size > most:
+        raise sandbox.SecurityError(f"it makes a text, list or number of more than {most} characters")
 
 
 def _raise(message: Any) -> None:

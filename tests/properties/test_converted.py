@@ -63,7 +63,7 @@ def test_manifests(count, written, mesh, tmp_path, monkeypatch):
     strange.examples(count, made, lambda made: place.hold(made, read, *names))
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [strange.FAST // 20, pytest.param(400, marks=pytest.mark.slow)])
 def test_arrays(count, written, mesh, tmp_path):
     place = strange.Place(tmp_path, written)
 
@@ -76,7 +76,7 @@ def test_arrays(count, written, mesh, tmp_path):
     strange.examples(count, made, lambda made: place.hold(made, read))
 
 
-@pytest.mark.parametrize("count", [5, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [strange.FAST // 20, pytest.param(200, marks=pytest.mark.slow)])
 def test_checkpoints(count, mesh, tmp_path):
     state = {"params": {"head": np.ones((4, 3), np.float32)}, "vocab": np.arange(4, dtype=np.int32)}
     store = checkpoint.Checkpoints(tmp_path / "sound", 2)
