@@ -25,8 +25,9 @@ from ppow_jax.errors import UserError
 from ppow_jax.parallel import processes
 from ppow_jax.parallel.console import log
 
-# What fails is told in one line here; orbax's threads would add their tracebacks to it.
+# What fails is told in one line here; orbax's threads and tasks would add their tracebacks to it.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 _ELSEWHERE = OSError("another process says why")
 
