@@ -15,6 +15,7 @@ from ppow_jax.errors import UserError
 from ppow_jax.parallel.files import path_of
 
 FORMATS = "JSON Lines or a JSON array (both may be gzipped) or Parquet"
+_SMALL, _RATIO = 2**26, 50  # bytes out of any file of gzip; bytes out of one byte
 _GZIP, _PARQUET, _BOM = b"\x1f\x8b", b"PAR1", b"\xef\xbb\xbf"
 
 
@@ -44,10 +45,7 @@ def read(path: str, key: str) -> list[Row]:
     """
     data = _bytes(path, key)
     if data.startswith(_GZIP):
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as e:
-            raise UserError(f"{path}: not a whole gzip file ({e}); write or fetch it again") from e
+        data = _unzipped(path, data)
     if data.startswith(_PARQUET):
         return list(_parquet(path, data))
     if data.removeprefix(_BOM).lstrip().startswith(b"["):
@@ -69,6 +67,20 @@ def _bytes(path: str, key: str) -> bytes:
         raise UserError(f"{key}: {path!r} cannot be read ({e.strerror}); mend its path or its rights") from e
     except ValueError as e:  # a NUL in the path
         raise UserError(f"{key}: {path!r} is no path ({e})") from e
+
+
+def _unzipped(path: str, data: bytes) -> bytes:
+    most = max(_SMALL, _RATIO * len(data))
+    try:
+        found = gzip.GzipFile(fileobj=io.BytesIO(data)).read(most + 1)
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: not a whole gzip file ({e}); write or fetch it again") from e
+    if len(found) > most:
+        raise UserError(
+            f"{path}: found more than {most} bytes in {len(data)} of gzip, expected text, which shrinks less; "
+            "unzip it, if it is to be trusted"
+        )
+    return found
 
 
 def _lines(path: str, data: bytes) -> Iterator[Row]:

@@ -9,7 +9,6 @@ Shape letters as in `layers`; C width of the target's taps, N size of the draft 
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,13 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax import keys
-from ppow_jax.errors import ConfigError
+from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.models import rotary
 from ppow_jax.models.cache import Cache, append
 from ppow_jax.models.layers import Attention, GatedMLP, Linear, RMSNorm
 from ppow_jax.models.target import TargetConfig, head_matrix
 from ppow_jax.parallel import partition
 
+_MOST_LAYERS = 1000
 EAGLE3 = "eagle3"  # the name of `Drafter` in a config
 
 
@@ -272,11 +272,25 @@ def drafter_config(
     )
 
 
-def config_from(values: Mapping[str, Any]) -> DrafterConfig:
-    """A shape as JSON has kept it."""
+def config_from(values: Any, where: str) -> DrafterConfig:
+    """A shape as JSON has kept it, in a file that errors name.
+
+    Raises:
+      UserError: it is none that a drafter can have.
+    """
     tuples = lambda value: tuple(value) if isinstance(value, list) else value  # noqa: E731
-    scaling = tuple((key, tuples(value)) for key, value in values.get("rope_scaling", ()))
-    return DrafterConfig(**dict(values) | {"rope_scaling": scaling})
+    try:
+        scaling = tuple((key, tuples(value)) for key, value in values.get("rope_scaling", ()))
+        config = DrafterConfig(**dict(values) | {"rope_scaling": scaling})
+        if not 0 < config.layers <= _MOST_LAYERS:
+            raise ValueError(f"{config.layers} layers")
+        abstract_params(config)
+    except UserError:
+        raise
+    except Exception as e:  # whatever comes of a shape that cannot be built
+        reason = f"{type(e).__name__}: {e}".partition("\n")[0]
+        raise UserError(f"{where}: the drafter's shape in it is damaged ({reason}); train again") from e
+    return config
 
 
 def abstract_params(config: DrafterConfig) -> dict:

@@ -159,5 +159,5 @@ def read_json(path: pathlib.Path) -> Any:
         return None
     try:
         return json.loads(path.read_text())
-    except ValueError as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: damaged ({e}); restore it, or delete it and run its stage again") from e

@@ -7,7 +7,6 @@ draft vocabulary, the drafter's shape and the run's configuration; `export/<serv
 
 import dataclasses
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from ppow_jax.drafters.eagle3 import DrafterConfig, abstract_params, config_from
 from ppow_jax.drafters.files import dialects, writing
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment
+from ppow_jax.models.fields import Fields
 from ppow_jax.parallel import checkpoint, files, processes
 from ppow_jax.parallel.console import log
 from ppow_jax.report.measure import params_sha256
@@ -104,18 +104,20 @@ def load(directory: pathlib.Path, fingerprint: str) -> tuple[DrafterConfig, dict
     Raises:
       UserError: no export there, another target, or damaged parameters.
     """
-    manifest: dict[str, Any] | None = files.read_json(directory / "manifest.json")
+    manifest = files.read_json(directory / "manifest.json")
     if manifest is None:
         raise UserError(f"{directory}: no manifest.json; expected what the export stage wrote")
-    trained_for = manifest["target"]["fingerprint"]
+    about = Fields(manifest, str(directory / "manifest.json"), of="an export")
+    target = about.part("target")
+    trained_for = target.text("fingerprint")
     if trained_for != fingerprint:
         raise UserError(
             f"{directory}: this drafter belongs to target {trained_for[:12]} "
-            f"({manifest['target']['path']}), not to {fingerprint[:12]}; its drafts would be refused"
+            f"({target.text('path', '')}), not to {fingerprint[:12]}; its drafts would be refused"
         )
-    config = config_from(manifest["drafter"])
+    config = config_from(about.part("drafter").values, about.where)
     params = checkpoint.load_params(directory / "drafter", abstract_params(config))
-    if params_sha256(params) != manifest["params_sha256"]:
+    if params_sha256(params) != about.text("params_sha256"):
         raise UserError(f"{directory}: the parameters are not those of the manifest; export again")
-    offsets = np.asarray(manifest["d2t"], np.int64)
+    offsets = np.asarray(about.listed("d2t", int, config.vocab_size), np.int64)
     return config, params, jnp.asarray(np.arange(len(offsets)) + offsets, jnp.int32)

@@ -130,11 +130,22 @@ def _open(file: pathlib.Path) -> Contents:
             "directory, not a file in it)"
         )
     try:
-        reader = _Reader(file)
+        with np.errstate(over="ignore"):  # places that overflow are found below
+            reader = _Reader(file)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
+        _check_places(reader)
     except Exception as e:  # what the library meets in a damaged file surfaces as many kinds of error
         raise UserError(weights.damaged(file, "GGUF", e, "fetch it again, or update the gguf library")) from e
     return Contents(metadata, {tensor.name: tensor for tensor in reader.tensors})
+
+
+def _check_places(reader: _Reader) -> None:
+    """Raises `ValueError` if tensors lie over each other or, their place having overflown, over the header."""
+    end, before = reader.data_offset, "the header"
+    for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
+        if tensor.data_offset < end:
+            raise ValueError(f"{tensor.name!r} begins at byte {tensor.data_offset}, within {before}")
+        end, before = tensor.data_offset + tensor.n_bytes, repr(tensor.name)
 
 
 def values(tensor: gguf.ReaderTensor, file: pathlib.Path) -> np.ndarray:

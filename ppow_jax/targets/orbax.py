@@ -13,6 +13,7 @@ from ppow_jax.models import fields
 from ppow_jax.models.fields import Fields
 from ppow_jax.models.target import TargetConfig, abstract_params, with_taps
 from ppow_jax.parallel import checkpoint, files, partition
+from ppow_jax.targets.families import MOST_LAYERS
 from ppow_jax.targets.tokenizer import Tokenizer
 from ppow_jax.targets.tokenizer_files import read_core
 
@@ -73,7 +74,21 @@ def _shape(c: Fields, dtype: str) -> TargetConfig:
         default = fields.REQUIRED if field.default is dataclasses.MISSING else field.default
         found[field.name] = readers[field.type](field.name, default)
     c.rest(lambda key: False)
-    return TargetConfig(**found | {"dtype": dtype})
+    config = TargetConfig(**found | {"dtype": dtype})
+    fits = {
+        **{key: found[key] > 0 for key in ("vocab_size", "width", "heads", "kv_heads", "mlp_hidden", "context")},
+        "layers": 0 < config.layers <= MOST_LAYERS,
+        "head_size": config.head_size > 0 and config.head_size % 2 == 0,
+        "spans": len(config.spans) in (0, config.layers),
+        "rope_divisors": len(config.rope_divisors) in (0, config.head_size // 2),
+        "activation": config.activation in ACTIVATIONS,
+    }
+    for key, fit in fits.items():
+        if not fit:
+            raise c.wrong(key, "what fits the rest of the shape; convert again")
+    if config.heads % config.kv_heads:
+        raise c.wrong("kv_heads", f"a divisor of heads, {config.heads}; convert again")
+    return config
 
 
 def _tokenizer(directory: pathlib.Path, kept: Fields) -> Tokenizer:

@@ -25,6 +25,7 @@ from ppow_jax.drafters.eagle3 import (
 from ppow_jax.drafters.files import reading
 from ppow_jax.errors import ConfigError, UnfinishedError, UserError
 from ppow_jax.experiment import Experiment, require_finite
+from ppow_jax.models.fields import Fields
 from ppow_jax.models.target import TargetConfig, head_matrix
 from ppow_jax.models.target_outputs import taps_of
 from ppow_jax.parallel import partition
@@ -145,7 +146,7 @@ def load(experiment: Experiment, run: str) -> Trained:
     try:
         if store.latest is None:
             raise UserError(f"{experiment.workdir}: no checkpoint of the run {run!r}; train it first")
-        about = store.about()
+        about = checked(store.about(), directory(experiment, run))
         if about["target"] != experiment.fingerprint:
             raise UserError(
                 f"{directory(experiment, run)}: drafter of target {about['target'][:12]}, this target is "
@@ -156,11 +157,25 @@ def load(experiment: Experiment, run: str) -> Trained:
                 f"{experiment.workdir}: the run {run!r} is at step {store.latest} of {about['steps']}; train "
                 "it to its end"
             )
-        drafter = drafter_of(config_from(about["drafter"]))
+        drafter = drafter_of(config_from(about["drafter"], str(directory(experiment, run))))
         _, state, _ = store.restore_part(shapes(experiment, drafter))
     finally:
         store.close()
     return Trained(drafter, state["params"], state["vocab"], about["steps"], about["seconds"])
+
+
+def checked(about: Any, where: pathlib.Path) -> dict[str, Any]:
+    """What a checkpoint notes about a drafter.
+
+    Raises:
+      UserError: something is missing, or of another type.
+    """
+    c = Fields(about, str(where), of="a drafter's checkpoint")
+    c.text("target")
+    c.whole("steps")
+    c.number("seconds", zero=True)
+    c.part("drafter")
+    return about
 
 
 def shapes(experiment: Experiment, drafter: Drafter) -> dict[str, Any]:

@@ -62,8 +62,9 @@ def _train(experiment: Experiment, run: str, corpus: texts.Corpus, store: Checkp
         made = recipe(experiment, settings, drafter, steps, gamma)
         done, seconds, state = 0, 0.0, place(experiment, made, start.params, start.vocab, sizes)
     else:
-        about = store.readable_about()
-        drafter, steps = drafter_of(config_from(about["drafter"])), about["steps"]
+        where = drafters.directory(experiment, run)
+        about = drafters.checked(store.readable_about(), where)
+        drafter, steps = drafter_of(config_from(about["drafter"], str(where))), about["steps"]
         made = recipe(experiment, settings, drafter, steps, gamma_of(experiment, run, drafter))
         done, state, about = store.restore(abstract_state(experiment, made, sizes), batches)
         seconds = about["seconds"]

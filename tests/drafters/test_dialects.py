@@ -215,7 +215,7 @@ def test_longrope_depends_on_the_longest_text_of_the_target(tmp_path):
         assert rope.divisors == (divisor,) * 6
         assert rope.scale == pytest.approx(math.sqrt(1 + math.log(4) / math.log(32)))
     values = json.loads(json.dumps(dataclasses.asdict(config)))
-    assert eagle3.config_from(values) == config and hash(config)
+    assert eagle3.config_from(values, "x") == config and hash(config)
 
 
 def test_a_drafter_in_shards(tmp_path):
