@@ -1,6 +1,5 @@
 """The exceptions for mistakes that a user can mend, and what JAX says when memory runs out."""
 
-
 _HEAD, _TAIL = 400, 290  # characters
 
 

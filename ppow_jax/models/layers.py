@@ -401,7 +401,7 @@ class Attention(nn.Module):
         return self.out(attend(queries, prefix, visible, own, own_mask, scale))
 
 
-_ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
+ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 
 
 class GatedMLP(nn.Module):
@@ -418,4 +418,4 @@ class GatedMLP(nn.Module):
         self.down = Linear(self.width, self.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(_ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))

@@ -253,7 +253,9 @@ def _require_files(directory: pathlib.Path) -> None:
     for folder, _, names in os.walk(directory):
         for path in (pathlib.Path(folder, name) for name in names):
             if path.exists() and not (path.is_file() or path.is_dir()):
-                raise UserError(f"{path}: found a device or a pipe, expected a file of a checkpoint; remove it")
+                raise UserError(
+                    f"{path}: found a device or a pipe, expected a file of a checkpoint; remove it"
+                )
 
 
 def _plain(directory: pathlib.Path) -> pathlib.Path:

@@ -6,7 +6,15 @@ from typing import Any
 
 LARGEST = 10**7  # characters of a text, items of a list
 _WIDE = ("batch", "center", "expandtabs", "indent", "ljust", "rjust", "slice", "to_bytes", "tojson", "zfill")
-_SLOW = ("pprint", "striptags", "title", "truncate", "urlize", "wordcount", "wordwrap")  # a character takes long
+_SLOW = (
+    "pprint",
+    "striptags",
+    "title",
+    "truncate",
+    "urlize",
+    "wordcount",
+    "wordwrap",
+)  # a character takes long
 _FORMAT = ("format", "format_map", "%")
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from ppow_jax.models import fields
 from ppow_jax.models.fields import Fields
+from ppow_jax.models.layers import ACTIVATIONS
 from ppow_jax.models.target import TargetConfig, abstract_params, with_taps
 from ppow_jax.parallel import checkpoint, files, partition
 from ppow_jax.targets.families import MOST_LAYERS
@@ -76,7 +77,10 @@ def _shape(c: Fields, dtype: str) -> TargetConfig:
     c.rest(lambda key: False)
     config = TargetConfig(**found | {"dtype": dtype})
     fits = {
-        **{key: found[key] > 0 for key in ("vocab_size", "width", "heads", "kv_heads", "mlp_hidden", "context")},
+        **{
+            key: found[key] > 0
+            for key in ("vocab_size", "width", "heads", "kv_heads", "mlp_hidden", "context")
+        },
         "layers": 0 < config.layers <= MOST_LAYERS,
         "head_size": config.head_size > 0 and config.head_size % 2 == 0,
         "spans": len(config.spans) in (0, config.layers),

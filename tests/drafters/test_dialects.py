@@ -257,3 +257,15 @@ def test_without_a_head_it_predicts_with_the_targets(tmp_path):
     write(tmp_path / "part")
     change(tmp_path / "part", {"lm_head.weight": None})
     refused(tmp_path / "part", "no tensor 'lm_head.weight'")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": 10**9}, {"layers": 0}, {"width": "32"}, {"heads": None}, {"kv_heads": 0}, {"unknown": 1},
+        {"tap_norms": "some"}, {"rope_scaling": [1]}, {"rope_scaling": {"rope_type": "yarn"}}, {"dtype": "int3"},
+    ],
+)  # fmt: skip
+def test_a_shape_that_no_drafter_has(changes):
+    with pytest.raises(UserError, match=r"^x/1: the drafter's shape in it is damaged \(.+\); train again$"):
+        eagle3.config_from(dataclasses.asdict(PLAIN) | changes, "x/1")

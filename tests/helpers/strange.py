@@ -44,7 +44,6 @@ _ODD: list[Any] = [
     "x" * 5000, "\ud800", "\udfff\ud800", "\0", "a\nb", "\x1b[31m", "\u2028", "..", "../elsewhere.txt", "/etc/hostname",
     "a/../../b", "C:\\x", "é", "中文", "{{ 1 }}", [], [[]], [None], [1], ["a"], [1, "a"], {}, {"": {}}, {"a": None}, *_RAW,
 ]  # fmt: skip
-_WHOLE = st.integers(0, 2**16)
 _VALUES = st.one_of(
     st.sampled_from(_ODD),
     st.integers(),
@@ -67,20 +66,20 @@ class _Twice(str):
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """One of a JSON value: what is done at the end of a way down into it."""
+    """One of a JSON value: what is done at the end of a way down into it, which a number names."""
 
-    steps: tuple[int, ...]
+    way: int
     what: str
     value: Any
 
     def on(self, root: Any) -> Any:
         """The value after it."""
-        parent, key, node, value = None, None, root, copy.deepcopy(self.value)
-        for step in self.steps:
-            inside = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
-            if not inside:
+        parent, key, node, value, way = None, None, root, copy.deepcopy(self.value), self.way
+        while isinstance(node, dict | list) and node:
+            way, at = divmod(way, len(node) + 1)
+            if at == len(node) and parent is not None:
                 break
-            parent, key = node, inside[step % len(inside)]
+            parent, key = node, list(node)[at % len(node)] if isinstance(node, dict) else at % len(node)
             node = parent[key]
         if parent is None:
             return value if self.what == "replace" else _of_another_type(root)
@@ -119,7 +118,7 @@ def _of_another_type(value: Any) -> Any:
 EDITS = st.lists(
     st.builds(
         Edit,
-        st.lists(_WHOLE, min_size=1, max_size=5).map(tuple),
+        st.integers(0, 2**40),
         st.sampled_from(("replace", "replace", "retype", "delete", "grow", "twice", "rename")),
         _VALUES,
     ),
@@ -226,7 +225,18 @@ class Entry:
 
 
 _SIZES = (0, 1, 2**31 - 1, 2**31, 2**32, 10**18, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
-ENTRIES = ("missing", "empty", "null", "space", "directory", "elsewhere", "nowhere", "itself", "folder", "device")
+ENTRIES = (
+    "missing",
+    "empty",
+    "null",
+    "space",
+    "directory",
+    "elsewhere",
+    "nowhere",
+    "itself",
+    "folder",
+    "device",
+)
 
 
 def changes(

@@ -1,5 +1,6 @@
 """Checkpoints lie where they were asked to, whatever a directory is called."""
 
+import json
 import pathlib
 
 import jax
@@ -11,6 +12,7 @@ import runs
 from ppow_jax.errors import UserError
 from ppow_jax.parallel import checkpoint
 from ppow_jax.parallel.checkpoint import Checkpoints
+from ppow_jax.training import drafters
 
 ODD = ["a[1]b", "a]b[", "a*b", "a?b", "a\\b", "gs:", "a[1:2] {x} ~%41#$HOME'\"|", "日本\n", "-a"]
 SHAPES = {"x": jax.ShapeDtypeStruct((4,), jnp.float32)}
@@ -81,3 +83,35 @@ def test_parameters_that_cannot_be_written_leave_those_that_are_there(tmp_path, 
     np.testing.assert_array_equal(found["x"], values(1)["x"])
     checkpoint.save_params(tmp_path / "params", values(2))
     np.testing.assert_array_equal(checkpoint.load_params(tmp_path / "params", SHAPES)["x"], values(2)["x"])
+
+
+def test_a_device_in_a_checkpoint_is_refused_before_it_is_read_without_end(tmp_path):
+    checkpoint.save_params(tmp_path / "params", values(1))
+    for place, name in ((tmp_path / "params", "_METADATA"), (tmp_path / "run" / "1" / "state", "_METADATA")):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / name).unlink(missing_ok=True)
+        (place / name).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"params/_METADATA: found a device or a pipe, expected a file"):
+        checkpoint.load_params(tmp_path / "params", SHAPES)
+    with pytest.raises(UserError, match=r"1/state/_METADATA: found a device or a pipe, expected a file"):
+        Checkpoints(tmp_path / "run", 1)
+
+
+def test_checkpoints_that_cannot_be_listed(tmp_path):
+    store = Checkpoints(tmp_path / "run", 1)
+    store.save(1, values(1), None, {})
+    store.close()
+    about = tmp_path / "run/1/_CHECKPOINT_METADATA"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"init_timestamp_nsecs": "x"}))
+    with pytest.raises(UserError, match=r"run: the checkpoints cannot be listed \(.*int.*\); restore them"):
+        Checkpoints(tmp_path / "run", 1)
+
+
+@pytest.mark.parametrize(
+    "change", [{"target": 1}, {"steps": None}, {"steps": "3"}, {"seconds": -1}, {"drafter": []}]
+)
+def test_what_a_drafters_checkpoint_notes(change):
+    about = {"target": "ab", "steps": 3, "seconds": 0.0, "drafter": {}}
+    assert drafters.checked(about, "run") == about
+    with pytest.raises(UserError, match=f"^run: found .*{next(iter(change))}"):
+        drafters.checked(about | change, "run")

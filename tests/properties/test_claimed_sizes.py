@@ -53,7 +53,9 @@ def test_a_header_of_safetensors(size, tmp_path):
 
 
 @pytest.mark.parametrize("size", HUGE)
-@pytest.mark.parametrize("what", ["tensors", "metadata", "a text", "a list", "a list of texts", "a tensor", "an offset"])
+@pytest.mark.parametrize(
+    "what", ["tensors", "metadata", "a text", "a list", "a list of texts", "a tensor", "an offset"]
+)
 def test_a_gguf_file(what, size, tmp_path):
     about, file = gguf_bytes.sound(), tmp_path / "model.gguf"
     if what == "a tensor":

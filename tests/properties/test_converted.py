@@ -101,5 +101,7 @@ def test_checkpoints(count, mesh, tmp_path):
 
     read(place.here)
     names = [name for name in sorted(files) if name.startswith("2/")]
-    made = strange.changes([n for n in names if n.endswith("METADATA") or n.endswith("about")] or names, others=names)
+    made = strange.changes(
+        [n for n in names if n.endswith("METADATA") or n.endswith("about")] or names, others=names
+    )
     strange.examples(count, made, lambda made: place.hold(made, read))

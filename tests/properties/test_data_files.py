@@ -40,7 +40,11 @@ class Rows(strange.Json):
         """Changes the files."""
         rows = strange.edited(copy.deepcopy(self.rows), self.edits)
         lines = b"\r\n".join(map(strange.dumped, rows if isinstance(rows, list) else [rows]))
-        forms = {"array": strange.dumped(rows), "bom": b"\xef\xbb\xbf" + lines, "gzip": gzip.compress(lines, 1)}
+        forms = {
+            "array": strange.dumped(rows),
+            "bom": b"\xef\xbb\xbf" + lines,
+            "gzip": gzip.compress(lines, 1),
+        }
         files[self.name] = forms.get(self.form, lines)
 
 

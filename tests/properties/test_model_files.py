@@ -54,9 +54,7 @@ CONFIGS = {
         "query_pre_attn_scalar": 16, "sliding_window_pattern": 2, "rope_parameters": LOCAL,
         "rope_theta": None, "hidden_act": None}},
 }  # fmt: skip
-counts = pytest.mark.parametrize(
-    "count", [strange.FAST, pytest.param(strange.SLOW, marks=pytest.mark.slow)]
-)
+counts = pytest.mark.parametrize("count", [strange.FAST, pytest.param(strange.SLOW, marks=pytest.mark.slow)])
 
 
 def shards() -> dict[str, bytes]:
@@ -148,9 +146,11 @@ CORE = {
 TOKENIZER = {
     "tokenizer.json": CORE,
     "tokenizer_config.json": {
-        "bos_token": {"content": "<begin>", "lstrip": False}, "eos_token": "<end>", "chat_template": [
-            {"name": "default", "template": TEMPLATE}, {"name": "tools", "template": "x"}],
-        "additional_special_tokens": ["<x>"], "split_special_tokens": False,
+        "bos_token": {"content": "<begin>", "lstrip": False},
+        "eos_token": "<end>",
+        "chat_template": [{"name": "default", "template": TEMPLATE}, {"name": "tools", "template": "x"}],
+        "additional_special_tokens": ["<x>"],
+        "split_special_tokens": False,
     },
     "special_tokens_map.json": {"pad_token": {"content": "<pad>", "special": True}},
     "added_tokens.json": {"<l>": 8},

@@ -13,7 +13,7 @@ from ppow_jax.targets import sandbox
 from ppow_jax.targets.tokenizer import Tokenizer, with_stops
 
 PARTS = [
-    *"{{|}}|{%|%}|{#|#}|-%}|{{-|(|)|[|]|,|.|:|+|*|**|~|%|//|/|-|==|<|in|not|is|and|or|if|else".split("|"),
+    *["{{", "}}", "{%", "%}", "{#", "#}", "-%}", "{{-", "(", ")", "[", "]", ",", ".", ":", "+", "*", "**", "~", "%", "//", "/", "-", "==", "<", "in", "not", "is", "and", "or", "if", "else"],
     "{% for m in messages %}", "{% for i in range(9) recursive %}", "{% endfor %}", "{% if x %}", "{% else %}",
     "{% endif %}", "{% set x = ", "{% set x %}", "{% endset %}", "{% macro f(a, b=1) %}", "{% endmacro %}", "{% break %}",
     "{% continue %}", "{% generation %}", "{% endgeneration %}", "{% filter upper %}", "{% endfilter %}", "{% raw %}",
@@ -69,5 +69,7 @@ def test_templates(count, tmp_path, monkeypatch):
 
     read(CHATML)
     strange.examples(
-        count, templates(), lambda template: place.hold([], lambda _: read(template), "chat template", "tokenizer:")
+        count,
+        templates(),
+        lambda template: place.hold([], lambda _: read(template), "chat template", "tokenizer:"),
     )

@@ -1,7 +1,6 @@
 """Chat templates: what transformers has in them, and one line for all that goes wrong."""
 
 import datetime
-
 import time
 import tracemalloc
 
@@ -180,6 +179,4 @@ def test_filters_and_methods_of_a_usual_template():
         "{{ x|default(123456789) }}|{{ messages|map(attribute='role')|list }}|{{ '7'|int + 1 }}"
     )
     text = ChatTemplate(source).render(long, {}, False)
-    assert text == (
-        "x|123456789|%|x  y|10001|20000|a, b|a\n  b|0-1-2|12|A B|123456789|['user']|8"
-    )
+    assert text == ("x|123456789|%|x  y|10001|20000|a, b|a\n  b|0-1-2|12|A B|123456789|['user']|8")
