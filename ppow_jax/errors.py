@@ -6,8 +6,8 @@ _HEAD, _TAIL = 400, 290  # characters
 class UserError(Exception):
     """What was found, what was expected, what to do: printed as one line, without a traceback.
 
-    Names and texts in it may be a stranger's: control characters and halves of surrogate pairs are escaped, and
-    of a very long message the middle is left out.
+    Names and texts in it may be a stranger's: control characters and halves of surrogate pairs are escaped,
+    and of a very long message the middle is left out.
     """
 
     def __init__(self, message: str) -> None:

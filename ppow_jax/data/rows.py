@@ -77,8 +77,8 @@ def _unzipped(path: str, data: bytes) -> bytes:
         raise UserError(f"{path}: not a whole gzip file ({e}); write or fetch it again") from e
     if len(found) > most:
         raise UserError(
-            f"{path}: found more than {most} bytes in {len(data)} of gzip, expected text, which shrinks less; "
-            "unzip it, if it is to be trusted"
+            f"{path}: found more than {most} bytes in {len(data)} of gzip, expected text, which shrinks "
+            "less; unzip it, if it is to be trusted"
         )
     return found
 

@@ -140,7 +140,7 @@ def _open(file: pathlib.Path) -> Contents:
 
 
 def _check_places(reader: _Reader) -> None:
-    """Raises `ValueError` if tensors lie over each other or, their place having overflown, over the header."""
+    """Raises `ValueError` if tensors lie over each other, or over the header as where a place overflows."""
     end, before = reader.data_offset, "the header"
     for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
         if tensor.data_offset < end:

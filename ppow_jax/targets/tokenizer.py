@@ -78,7 +78,7 @@ class Tokenizer:
         Tokenizers of some kinds put a blank before the first word of all; it is encoded behind a stop token.
         """
         ids = self.encode((self.core.id_to_token(self.stop_ids[0]) or "") + text)
-        return ids[1:] if ids[0] == self.stop_ids[0] else self.encode(text)
+        return ids[1:] if ids[:1] == [self.stop_ids[0]] else self.encode(text)
 
     def decode(self, ids: Sequence[int], special: bool = True) -> str:
         """Text of ids, with or without special tokens."""

@@ -36,7 +36,10 @@ class _File:
         if not path.is_file():
             return
         try:
-            self.values = json.loads(path.read_text("utf-8-sig"))
+            text = path.read_text("utf-8-sig")
+            self.values = json.loads(text)
+            if r"\ud" in text.lower():  # also a half of a surrogate pair, which no tokenizer takes
+                json.dumps(self.values, ensure_ascii=False).encode()
         except (OSError, ValueError, RecursionError) as e:
             raise UserError(f"{path}: no readable JSON file ({e}); fetch it again") from e
         if not isinstance(self.values, dict):

@@ -263,7 +263,8 @@ def test_without_a_head_it_predicts_with_the_targets(tmp_path):
     "changes",
     [
         {"layers": 10**9}, {"layers": 0}, {"width": "32"}, {"heads": None}, {"kv_heads": 0}, {"unknown": 1},
-        {"tap_norms": "some"}, {"rope_scaling": [1]}, {"rope_scaling": {"rope_type": "yarn"}}, {"dtype": "int3"},
+        {"tap_norms": "some"}, {"rope_scaling": [1]}, {"rope_scaling": {"rope_type": "yarn"}},
+        {"dtype": "int3"},
     ],
 )  # fmt: skip
 def test_a_shape_that_no_drafter_has(changes):

@@ -99,7 +99,7 @@ def test_a_device_in_a_checkpoint_is_refused_before_it_is_read_without_end(tmp_p
 
 def test_checkpoints_that_cannot_be_listed(tmp_path):
     store = Checkpoints(tmp_path / "run", 1)
-    store.save(1, values(1), None, {})
+    store.save(1, values(1), None, {"n": 1})
     store.close()
     about = tmp_path / "run/1/_CHECKPOINT_METADATA"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"init_timestamp_nsecs": "x"}))

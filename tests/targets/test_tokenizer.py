@@ -292,3 +292,25 @@ def test_a_template_that_leaves_out_what_the_user_says_is_refused():
     for template in (parts, "{% for m in mesages %}{{ m.content }}{% endfor %}<s>"):
         with pytest.raises(UserError, match="chat template: it leaves out what the user says"):
             with_stops(tokenizer(template))
+
+
+@pytest.mark.parametrize(
+    "values", [{"eos_token": "\ud800"}, {"chat_template": "\udfff"}, {"\ud800_token": "a"}]
+)
+def test_half_of_a_surrogate_pair(directory, values):
+    change(directory / "tokenizer_config.json", **values)
+    refused(directory, "tokenizer_config.json: no readable JSON file", "surrogates not allowed")
+    change(
+        directory / "tokenizer_config.json",
+        **dict.fromkeys(values) | {"eos_token": "<|eot|>", "bos_token": "😀"},
+    )
+    if "chat_template" not in values:
+        assert read(directory).bos == "😀"
+
+
+def test_a_tokenizer_that_drops_all_of_a_text(directory):
+    file = directory / "tokenizer.json"
+    pattern = {"type": "Replace", "pattern": {"Regex": "[^0]"}, "content": ""}
+    change(file, normalizer=pattern, added_tokens=[])
+    change(directory / "generation_config.json", eos_token_id=[1])
+    assert read(directory).encode_after("AB") == []
