@@ -179,7 +179,8 @@ def test_filters_and_methods_of_a_usual_template():
     source = (
         "{{ '%s|%5d|%%' % ('x', 123456789) }}|{{ 'x{:>3}'.format('y') }}|"
         "{{ messages[0].content.split('</think>')|length }}|"
-        "{{ messages[0].content.replace('</think>', '')|length }}|{{ ['a', 'b']|join(', ') }}|{{ 'a\nb'|indent(2) }}|"
+        "{{ messages[0].content.replace('</think>', '')|length }}|"
+        "{{ ['a', 'b']|join(', ') }}|{{ 'a\nb'|indent(2) }}|"
         "{{ range(3)|map('string')|join('-') }}|{{ {'a': 1}|tojson(indent=2)|length }}|{{ 'a b'|title }}|"
         "{{ x|default(123456789) }}|{{ messages|map(attribute='role')|list }}|{{ '7'|int + 1 }}"
     )
