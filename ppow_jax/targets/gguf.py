@@ -18,7 +18,7 @@ from ppow_jax.errors import UserError
 from ppow_jax.models.fields import WHOLE, Fields
 from ppow_jax.models.target import TargetConfig, abstract_params, with_taps
 from ppow_jax.parallel import partition
-from ppow_jax.targets import families, gguf_files
+from ppow_jax.targets import families, gguf_files, weights
 from ppow_jax.targets.gguf_files import Contents
 
 _MODULES = {
@@ -173,6 +173,7 @@ def _place(name: str, file: pathlib.Path) -> str:
 
 def _check(found: dict[str, tuple], config: TargetConfig, file: pathlib.Path) -> None:
     """Raises `UserError` unless the tensors are those of the decoder, of its shapes."""
+    weights.require_layers(file, config.layers, found)
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config))
     expected = {partition.path_name(path): leaf.shape for path, leaf in leaves}
     for path in sorted(found.keys() | expected.keys()):

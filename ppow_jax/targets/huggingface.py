@@ -88,6 +88,7 @@ def load(
         config = families.target_config(about, _HEAD not in tensors, dtype, str(config_file))
         if config.tied_head and _HEAD in tensors:
             _check_tied(tensors, config_file)
+        weights.require_layers(config_file, config.layers, tensors)
         places = {_place(name, config, stored.file): stored for name, stored in tensors.items()}
         places.pop(None, None)
 

@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  (lets NumPy, and so safetensors, know bfloat16)
@@ -93,6 +93,14 @@ def open_all(
         if name not in found or found[name].file != directory / holder:
             raise UserError(f"{directory / INDEX}: found tensor {name!r} in {holder}, which does not hold it")
     return found
+
+
+def require_layers(where: Any, layers: int, tensors: Sized) -> None:
+    """Raises `UserError` if a file claims more layers than it has tensors: to lay them all out takes long."""
+    if layers > len(tensors):
+        raise UserError(
+            f"{where}: found {layers} layers, but {len(tensors)} tensors; is it of another model?"
+        )
 
 
 def is_pickle(file: pathlib.Path) -> bool:

@@ -19,6 +19,12 @@ def test_drafters_of_other_targets(tmp_path):
     refused(tmp_path, "hidden_size 32", "24 wide", target=dataclasses.replace(TARGET, width=24))
 
 
+def test_more_layers_than_tensors_are_refused_at_once(tmp_path):
+    write(tmp_path)
+    change(tmp_path, num_hidden_layers=388)
+    refused(tmp_path, "config.json: found 388 layers, but ")
+
+
 def test_damaged_and_foreign_files(tmp_path):
     write(tmp_path)
     name = "midlayer.mlp.up_proj.weight"

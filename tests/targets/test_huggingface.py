@@ -327,3 +327,8 @@ def test_smollm2_is_the_same_from_a_gguf_file_a_directory_and_an_orbax_checkpoin
         assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, np.asarray(b)), params, same))
         assert text.first_turn("1 + 1 is?") == tokens.first_turn("1 + 1 is?")
         assert text.stop_ids == tokens.stop_ids
+
+
+def test_more_layers_than_tensors_are_refused_at_once(directory):
+    change(directory, num_hidden_layers=900)
+    refused(directory, "config.json: found 900 layers, but ", "tensors")

@@ -57,6 +57,7 @@ def read(directory: pathlib.Path, target: TargetConfig, fingerprint: str) -> Imp
         tensors = weights.open_all(directory, "the drafter's weights", stack, _NO_WEIGHTS)
         _check_fingerprint(tensors, fingerprint)
         config, taps = shape(about, tensors, target)
+        weights.require_layers(directory / "config.json", config.layers, tensors)
         vocab = _vocab(tensors, config, target, directory)
         server = dialects.server_of(tensors)
         places, head = abstract_params(config), ""
