@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from ppow_jax import keys
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.models import rotary
+from ppow_jax.models.attention import Attention
 from ppow_jax.models.cache import Cache, append
-from ppow_jax.models.layers import Attention, GatedMLP, Linear, RMSNorm
+from ppow_jax.models.layers import GatedMLP, Linear, RMSNorm
 from ppow_jax.models.target import TargetConfig, head_matrix
 from ppow_jax.parallel import partition
 
@@ -36,7 +37,7 @@ class DrafterConfig:
       layers: decoder layers; those after the first read hidden states alone.
       rope_scaling: keys and values that `rotary.scaled` takes.
       rope_context: the longest text, where the scaling depends on it.
-      attention_bias, out_bias, head_norms: see `layers.Attention`.
+      attention_bias, out_bias, head_norms: see `attention.Attention`.
       taps: how many there are.
       tap_norms: norms of the taps before they are fused: "each", one a tap; "all", one over all; or none.
       normed_residual: whether what the first layer adds to is the hidden state after its norm (the

@@ -34,7 +34,7 @@ def applies(queries_BxWxKxHxE: jax.Array, own: KeyValues) -> bool:
 
 
 def causal(queries_Bx1xKxHxE: jax.Array, own: KeyValues, scale: float) -> jax.Array:
-    """`layers.attend` of texts in which every token sees itself and those before it: `[B, 1, K, H * E]`."""
+    """`attend` of texts in which every token sees itself and those before it: `[B, 1, K, H * E]`."""
     B, _, K, _, _ = queries_Bx1xKxHxE.shape
     keys_BxKxFxE, values_BxKxFxE = own.keys[:, :, 0].transpose(0, 3, 1, 2), own.values[:, :, 0].swapaxes(1, 2)
     out = jax.nn.dot_product_attention(

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax.errors import ConfigError
+from ppow_jax.models.attention import Attention
 from ppow_jax.models.cache import Cache, KeyValues
-from ppow_jax.models.layers import Attention, GatedMLP, Linear, RMSNorm, product
+from ppow_jax.models.layers import GatedMLP, Linear, RMSNorm, product
 from ppow_jax.models.rotary import Rotary
 from ppow_jax.parallel import partition, processes
 
@@ -26,7 +27,7 @@ class TargetConfig:
       taps: the layers whose *inputs* the drafter sees, 0-based, low to high; the convention of the EAGLE-3
         reference code: (2, n // 2, n - 3). n, the number of layers, stands for the output of the last one.
       rope_divisors, rope_scale: see `rotary.Rotary`; not of layers with wavelengths of their own.
-      attention_bias, out_bias, head_norms, query_scale: see `layers.Attention`.
+      attention_bias, out_bias, head_norms, query_scale: see `attention.Attention`.
       norm_offset: see `layers.RMSNorm`.
       post_norms: whether attention and MLP have a norm behind them too (Gemma's sandwich).
       activation: of the MLP.

@@ -9,7 +9,7 @@ import pytest
 import small
 
 from ppow_jax.drafters import windows
-from ppow_jax.models import blocks, layers, target_outputs
+from ppow_jax.models import attention, blocks, target_outputs
 from ppow_jax.models.cache import KeyValues
 from ppow_jax.objectives import losses
 from ppow_jax.parallel import partition
@@ -65,7 +65,7 @@ KINDS = {  # windows, tokens of each, slots before, masks
 }
 
 
-def attention(kind, causal=False):
+def attended(kind, causal=False):
     """Attention with its gradient, and arguments of both."""
     W, K, S, masks = KINDS[kind]
     q, keep = draw(B, W, K, G * R, E), draw(B, W, K, G * R * E)
@@ -78,7 +78,7 @@ def attention(kind, causal=False):
         mask = jnp.asarray(RNG.random((B, W, K, K)) < 0.5) | jnp.eye(K, dtype=bool)
 
     def attended(q, prefix, own):
-        out = layers.attend(q, prefix, visible, own, None if causal else mask, 0.5)
+        out = attention.attend(q, prefix, visible, own, None if causal else mask, 0.5)
         return jnp.sum(out * keep), out
 
     return jax.value_and_grad(attended, (0, 1, 2), has_aux=True), (q, prefix, own)
@@ -86,18 +86,18 @@ def attention(kind, causal=False):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_and_its_gradient(kind):
-    of, arguments = attention(kind)
+    of, arguments = attended(kind)
     close(*both(of, *arguments))
 
 
 @pytest.mark.parametrize("kind", ["a text", "a text after a prefix"])
 def test_a_long_text_in_parts(kind, monkeypatch):
     state = RNG.bit_generator.state
-    of, arguments = attention(kind)
+    of, arguments = attended(kind)
     whole = of(*arguments)
     RNG.bit_generator.state = state
-    of, arguments = attention(kind, causal=True)
-    monkeypatch.setattr(layers, "_LONG", 4)  # 11 tokens in eight parts
+    of, arguments = attended(kind, causal=True)
+    monkeypatch.setattr(attention, "_LONG", 4)  # 11 tokens in eight parts
     cut = jax.make_jaxpr(of)(*arguments)
     assert str(cut).count(" exp ") >= 8
     close(whole, of(*arguments))
@@ -105,7 +105,7 @@ def test_a_long_text_in_parts(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["a text after a prefix", "trees"])
 def test_on_a_tpu_a_column_of_ones_sums_the_weights(kind, monkeypatch):
-    of, arguments = attention(kind)
+    of, arguments = attended(kind)
     plain = of(*arguments)
     monkeypatch.setattr(partition, "platform", lambda: "tpu")
     summed = jax.make_jaxpr(of)(*arguments)
@@ -173,7 +173,7 @@ def test_no_array_of_all_windows_and_their_prefix_is_held():
     def held(values):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(blocks, "VALUES", {"default": values})
-            of = lambda q, prefix: layers.attend(q, prefix, visible, None, None, 0.5).sum()  # noqa: E731
+            of = lambda q, prefix: attention.attend(q, prefix, visible, None, None, 0.5).sum()  # noqa: E731
             program = jax.jit(jax.grad(of, (0, 1))).lower(q, prefix).compile()
         return program.memory_analysis().temp_size_in_bytes
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from ppow_jax.models import flash, layers
+from ppow_jax.models import attention, flash
 from ppow_jax.models.cache import KeyValues
 from ppow_jax.parallel import partition
 
@@ -26,7 +26,7 @@ def text(dtype=jnp.bfloat16, K=K, W=1, E=E):
 
 
 def read(queries, own, prefix=None, visible=None):
-    return layers.attend(queries, prefix, visible, own, None, 0.3)
+    return attention.attend(queries, prefix, visible, own, None, 0.3)
 
 
 def test_the_kernel_is_asked_for_and_differentiated(ampere, monkeypatch):

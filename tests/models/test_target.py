@@ -10,8 +10,9 @@ import pytest
 import reference
 import small
 
+from ppow_jax.models import attention, layers
 from ppow_jax.models import cache as kv_cache
-from ppow_jax.models import layers
+from ppow_jax.models.cache import KeyValues
 from ppow_jax.models.target import Target, abstract_params, default_taps, fingerprint, head_matrix
 
 DEEP = dataclasses.replace(small.TINY, layers=6, taps=(1, 3, 4), tied_head=True, width=24)
@@ -94,18 +95,18 @@ def test_a_cache_in_blocks_is_the_same_cache():
     G, R, E, size = 2, 3, 5, 4
     key = iter(jax.random.split(jax.random.key(0), 20))
     draw = lambda *shape: jax.random.normal(next(key), shape)  # noqa: E731
-    plain = (layers.KeyValues(draw(B, G, E, 12), draw(B, G, 12, E)),)
+    plain = (KeyValues(draw(B, G, E, 12), draw(B, G, 12, E)),)
     blocks = kv_cache.in_blocks(plain, size)
     assert blocks[0].keys.shape == (B, G, 3, E, size)
     assert blocks[0].keys[0, 1, 2, :, 1].tolist() == plain[0].keys[0, 1, :, 9].tolist()
     plain, blocks = kv_cache.grow(plain, 16), kv_cache.grow(blocks, 16)
     for slot in range(10, 14):
-        new = (layers.KeyValues(draw(B, G, E, 1), draw(B, G, 1, E)),)
+        new = (KeyValues(draw(B, G, E, 1), draw(B, G, 1, E)),)
         plain, blocks = (kv_cache.write(c, new, jnp.int32(slot)) for c in (plain, blocks))
     assert all(map(np.array_equal, kv_cache.in_blocks(plain, size)[0], blocks[0]))
     queries = draw(B, 2, 3, G * R, E)
     visible = jax.random.bernoulli(next(key), 0.6, (B, 2, 16)).at[:, :, 13].set(True)
-    one, other = (layers.attend(queries, c[0], visible, None, None, 0.5) for c in (plain, blocks))
+    one, other = (attention.attend(queries, c[0], visible, None, None, 0.5) for c in (plain, blocks))
     np.testing.assert_allclose(other, one, atol=1e-6, rtol=0)
 
 
