@@ -124,7 +124,7 @@ def _open(file: pathlib.Path) -> Contents:
     """What one file holds."""
     with file.open("rb") as f:
         magic = f.read(len(weights.LFS))
-    if not magic.startswith((b"GGUF", weights.LFS)):
+    if len(magic) >= len(b"GGUF") and not magic.startswith((b"GGUF", weights.LFS)):
         raise UserError(
             f"{file}: is no GGUF file; expected one, or the directory of a Hugging Face model (name the "
             "directory, not a file in it)"

@@ -168,7 +168,7 @@ def test_a_prompt_of_which_the_template_makes_nothing():
     with pytest.raises(
         UserError, match=r"^prompt 'p': found no tokens in '', which the template makes of it"
     ):
-        talk(tokenizer("{{ messages[0].nothing }}"), ["x"])
+        talk(tokenizer("{{ messages[0].content if messages[0].content == 'what' }}"), ["x"])
 
 
 def test_a_system_message_stands_before_all_turns():
