@@ -33,7 +33,8 @@ def find(path: str, key: str) -> pathlib.Path | None:
             return _of_file(found, key)
         here = found.exists()
     except (OSError, ValueError) as e:  # no permission, a name too long
-        raise ConfigError(f"config.{key}: {path!r} cannot be read ({e})") from e
+        reason = getattr(e, "strerror", None) or e
+        raise ConfigError(f"config.{key}: cannot be read ({reason}): {path!r}; name another") from e
     named = re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and not path.endswith((".gguf", ".safetensors", ".json"))
     return _download(path, key) if named and not here else None
 

@@ -118,7 +118,7 @@ def test_names_of_the_hub(tmp_path, model, monkeypatch):
 
 
 def test_files_that_are_no_models_and_shards_that_lack_their_index(model):
-    (model / "tokenizer.json").write_text("{}")
+    (model / "tokenizer.json").write_text('{"model": {}}')
     assert find(model / "tokenizer.json") is None
     with pytest.raises(UserError, match=r"tokenizer.json: is no GGUF file; expected one, or the directory"):
         gguf_files.read(model / "tokenizer.json")
