@@ -149,7 +149,11 @@ def open_one(file: pathlib.Path, expected: str) -> Iterator[safetensors.safe_ope
     Raises:
       UserError: it is missing or damaged.
     """
-    if not file.is_file():
+    try:
+        there = file.is_file()
+    except OSError as e:  # as of a name that is too long
+        raise UserError(f"{file}: cannot be read ({e.strerror}); expected {expected}") from e
+    if not there:
         raise UserError(f"{file}: not there; expected {expected}")
     try:
         with safetensors.safe_open(file, framework="numpy") as reader:

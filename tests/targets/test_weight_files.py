@@ -73,6 +73,11 @@ def test_files_outside_the_directory_are_not_read(shards, name):
     refused(shards, weights.INDEX, "weight_map.x", "expected a file inside the directory")
 
 
+def test_a_shard_whose_name_is_too_long(shards):
+    index(shards, {"x": "a" * 300 + ".safetensors", "y": B})
+    refused(shards, "cannot be read (File name too long)")
+
+
 def test_an_index_that_does_not_fit_its_files(shards):
     index(shards, {"x": B, "y": B})
     refused(shards, weights.INDEX, "'x' in sub/b.safetensors, which does not hold it")
