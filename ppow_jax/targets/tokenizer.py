@@ -62,7 +62,9 @@ class Tokenizer:
         """
         try:
             ids = self.core.encode(text, add_special_tokens=False).ids
-        except Exception as e:  # the library raises nothing more specific
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # the library raises nothing more specific; a panic of it is no Exception
             raise UserError(f"tokenizer: a text cannot be encoded ({e}): {text[:60]!r}") from e
         if self.rows is not None and max(ids, default=0) >= self.rows:
             token = self.core.id_to_token(max(ids))

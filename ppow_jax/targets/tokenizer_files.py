@@ -116,7 +116,9 @@ def read_core(file: pathlib.Path) -> tuple[tokenizers.Tokenizer, str | None]:
     parsed = _File(file)
     try:
         core = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as e:  # the library raises nothing more specific
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # the library raises nothing more specific, and a panic of it is no Exception
         reason = " ".join(str(e).split())
         raise UserError(
             f"{file}: no readable tokenizer ({reason}); expected the model's tokenizer.json"

@@ -13,6 +13,7 @@ from test_huggingface import write_tokenizer
 from tokenizers import models
 
 from ppow_jax.errors import UserError
+from ppow_jax.targets import tokenizer_files
 from ppow_jax.targets.tokenizer import Tokenizer, with_stops
 from ppow_jax.targets.tokenizer_files import read
 
@@ -314,3 +315,20 @@ def test_a_tokenizer_that_drops_all_of_a_text(directory):
     change(file, normalizer=pattern, added_tokens=[])
     change(directory / "generation_config.json", eos_token_id=[1])
     assert read(directory).encode_after("AB") == []
+
+
+def test_a_panic_of_the_library_is_one_line(tmp_path, monkeypatch):
+    """It is no Exception; of a damaged file it may come while it is read."""
+
+    class PanicException(BaseException):
+        """As pyo3 has it."""
+
+    class Panics:
+        @staticmethod
+        def from_file(path):
+            raise PanicException("slice index starts at 1 but ends at 0")
+
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(tokenizer_files.tokenizers, "Tokenizer", Panics)
+    with pytest.raises(UserError, match=r"tokenizer.json: no readable tokenizer \(slice index starts"):
+        tokenizer_files.read_core(tmp_path / "tokenizer.json")
