@@ -138,7 +138,7 @@ def test_exit_status_by_kind_of_error(monkeypatch, capsys, error, status):
     with pytest.raises(SystemExit) as caught:
         main.cli()
     assert caught.value.code == status
-    assert capsys.readouterr().err == "ppow_jax: several lines, one error\n"
+    assert capsys.readouterr().err == "ppow_jax: several\\nlines, one error\n"
 
 
 def test_out_of_memory_names_the_remedy_and_other_failures_are_not_hidden(monkeypatch, capsys):
