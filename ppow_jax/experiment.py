@@ -19,8 +19,8 @@ from ppow_jax.settings import Settings
 from ppow_jax.targets.load import load
 from ppow_jax.targets.tokenizer import Tokenizer
 
+_SMALL = (".json", ".jinja")  # files of a target that are known by their content
 # Letters, digits, spaces and scripts that tokenizers treat in different ways.
-_SMALL = (".json", ".jinja")
 _TEXT = (
     " Hello, WORLD!  It's 12345.67\n\tdef f(x):\r\n    return x  # \u00e9 e\u0301 \ufb01 \u65e5\u672c \u0645"
 )
