@@ -215,7 +215,8 @@ def _standing(begun: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
     def left(unit: str) -> bool:
         stage, _, run = unit.partition("/")
         place = workdir / {"respond": "responses", "train": f"checkpoints/{run}"}.get(stage, "")
-        return place.is_dir() and any(place.iterdir())
+        settled = (workdir / "train" / f"{run}.json").exists()  # the steps of a run of so many minutes
+        return settled or (place.is_dir() and any(place.iterdir()))
 
     return {unit: record for unit, record in begun.items() if record["finished"] or left(unit)}
 

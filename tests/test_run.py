@@ -58,7 +58,12 @@ def test_what_is_trained_is_evaluated_and_exported_again(tmp_path):
 def test_what_was_stopped_before_it_left_anything_may_begin_with_other_settings(tmp_path):
     begun(tmp_path, changed(tmp_path), "train/supervise", finished=False)
     (tmp_path / "checkpoints" / "supervise" / "1").rmdir()
-    assert "train/supervise" in run.plan(changed(tmp_path, train__supervise__window=3), tmp_path)
+    other = changed(tmp_path, train__supervise__window=3)
+    assert "train/supervise" in run.plan(other, tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "supervise.json").write_text("{}")  # its steps are settled
+    with pytest.raises(ConfigError, match=r"window: found 3, but stage 'train/supervise' was begun"):
+        run.plan(other, tmp_path)
 
 
 def test_nothing_else_of_a_begun_stage_may_change(tmp_path):
