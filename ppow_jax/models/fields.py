@@ -23,11 +23,19 @@ def read(path: pathlib.Path, expected: str) -> "Fields":
       UserError: it is not there, cannot be read, or holds no object.
     """
     try:
-        values = json.loads(path.read_text("utf-8-sig"))
+        text = path.read_text("utf-8-sig")
+        values = json.loads(text)
+        if r"\ud" in text.lower():  # perhaps a half of a surrogate pair, which is no text
+            json.dumps(values, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as e:
         reason = "brackets without end" if isinstance(e, RecursionError) else e
         raise UserError(f"{path}: no readable JSON file ({reason}); expected {expected}") from e
     return Fields(values, str(path))
+
+
+def read_if_there(path: pathlib.Path) -> "Fields":
+    """What a JSON file of a model holds; no keys where there is no file. Errors as of `read`."""
+    return read(path, f"the {path.name} of a model") if path.is_file() else Fields({}, str(path))
 
 
 class Fields:
@@ -40,10 +48,13 @@ class Fields:
       where: the file, for errors.
       asked: what has been asked for so far, with what it is.
       of: what has such keys, for errors.
+      remedy: what to do where a key is missing or wrong, for errors.
     """
 
-    def __init__(self, values: Any, where: str, prefix: str = "", of: str = "a model") -> None:
-        self.values, self.where, self.of, self.prefix = values, where, of, prefix
+    def __init__(
+        self, values: Any, where: str, prefix: str = "", of: str = "a model", remedy: str = ""
+    ) -> None:
+        self.values, self.where, self.of, self.prefix, self.remedy = values, where, of, prefix, remedy
         self.asked: dict[str, Any] = {}
         if not isinstance(values, Mapping):
             raise UserError(f"{where}: found {shown(values)}, expected an object: keys and their values")
@@ -52,9 +63,14 @@ class Fields:
         """Whether there is such a key, and not null."""
         return self.values.get(key) is not None
 
-    def wrong(self, key: str, expected: str) -> UserError:
-        """The error of a key that holds something else than what is expected."""
-        return self.error(f"found {self.prefix}{key} {shown(self.values.get(key))}, expected {expected}")
+    def wrong(self, key: str, expected: str, found: str = "") -> UserError:
+        """The error of a key that holds something else than what is expected.
+
+        `found` says what, where that is not the value itself.
+        """
+        found = found or shown(self.values.get(key))
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return self.error(f"found {self.prefix}{key} {found}, expected {expected}{remedy}")
 
     def error(self, message: str) -> UserError:
         """An error of the file."""
@@ -63,7 +79,8 @@ class Fields:
     def _get(self, key: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
         if not self.given(key):
             if default is REQUIRED:
-                raise self.error(f"found no {self.prefix + key!r}, which {self.of} has; add it")
+                missing = f"found no {self.prefix + key!r}, which {self.of} has"
+                raise self.error(f"{missing}; {self.remedy or 'add it'}")
             self.asked[key] = default
         elif not fits(self.values[key]):
             raise self.wrong(key, expected)
@@ -96,10 +113,19 @@ class Fields:
     def listed(self, key: str, kind: type, count: int | None = None, default: Any = REQUIRED) -> Any:
         """A list as a tuple: of texts (`str`), whole numbers (`int`) or numbers above 0 (`float`)."""
         fits_one, plural = _KINDS[kind]
-        fits = lambda v: isinstance(v, list | tuple) and all(map(fits_one, v))  # noqa: E731
         expected = f"a list of {'' if count is None else f'{count} '}{plural}"
-        found = self._get(key, default, lambda v: fits(v) and count in (None, len(v)), expected)
-        return found if found is default else tuple(map(kind, found))
+        fits = lambda v: isinstance(v, list | tuple) and count in (None, len(v))  # noqa: E731
+        found = self._get(key, default, fits, expected)
+        if found is default:
+            return default
+        for value in found:
+            if not fits_one(value):
+                raise self.wrong(key, expected, f"with {shown(value)} in it")
+        return tuple(map(kind, found))
+
+    def mixed(self, key: str, kind: type, expected: str) -> Any:
+        """A list or an object of values that the caller checks; an empty one where the key is missing."""
+        return self._get(key, kind(), lambda v: isinstance(v, kind), expected)
 
     def group(self, key: str) -> "Fields | None":
         """Keys one level down; None: there are none."""
@@ -108,7 +134,7 @@ class Fields:
     def part(self, key: str) -> "Fields":
         """Keys one level down, which must be there."""
         found = self._get(key, REQUIRED, lambda v: isinstance(v, Mapping), "a group of keys")
-        return Fields(found, self.where, f"{self.prefix}{key}.", self.of)
+        return Fields(found, self.where, f"{self.prefix}{key}.", self.of, self.remedy)
 
     def only(self, key: str, value: Any, why: str = "nothing else is supported") -> None:
         """Raises `UserError` unless a key is missing or holds this value."""

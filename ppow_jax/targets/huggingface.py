@@ -58,16 +58,7 @@ def find(path: str) -> pathlib.Path | None:
 
 def description(path: str) -> dict[str, Any]:
     """What a local directory's config.json says; {} if there is none."""
-    return _json(files.path_of(path) / "config.json")
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON file; {} if there is none.
-
-    Raises:
-      UserError: it cannot be read.
-    """
-    return fields.read(path, f"the {path.name} of a model").values if path.is_file() else {}
+    return fields.read_if_there(files.path_of(path) / "config.json").values
 
 
 def load(

@@ -222,6 +222,7 @@ FLAGS = {
     "train.ppow.window": 3,
     "evaluate.max_new_tokens": 32,
     "target.dtype": "bfloat16",
+    "target.taps": (0, 2, 4),
 }
 
 
@@ -234,7 +235,7 @@ def small_config(directory):
         for part in path:
             section = section[part]
         section[name] = value
-    chosen.target.path, chosen.target.taps = describe(directory), (0, 2, 4)
+    chosen.target.path = describe(directory)
     return chosen
 
 
