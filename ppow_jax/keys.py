@@ -93,6 +93,16 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     return value
 
 
+def _known(kind: Any) -> bool:
+    """Whether `_convert` knows a type."""
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return all(map(_known, typing.get_type_hints(kind).values()))
+    if typing.get_origin(kind) is tuple:
+        of, *rest = typing.get_args(kind)
+        return of in _PLURALS and rest == [...]
+    return kind in (bool, int, float, str)
+
+
 def _limit(field: dataclasses.Field, value: Any, path: str) -> None:
     """Holds a value to the limits of its key."""
     limits = field.metadata
@@ -142,7 +152,16 @@ def section_class(name: str, complaint: str, taken: Collection[str]) -> type:
     found = imported(name, complaint)
     if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
         raise ConfigError(f"{complaint} ({found!r} is none)")
+    try:
+        hints = typing.get_type_hints(found)
+    except Exception as e:  # whatever a text in the place of a type evaluates to
+        raise ConfigError(f"{complaint} (its types cannot be read: {e})") from e
     for field in dataclasses.fields(found):
+        if not _known(hints[field.name]):
+            raise ConfigError(
+                f"{complaint} (its field {field.name!r} has the type {hints[field.name]}; expected bool, "
+                "int, float, str, tuple[int, ...], tuple[str, ...] or a dataclass of such)"
+            )
         if field.default is field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{complaint} (its field {field.name!r} has no default)")
         if field.name in taken:

@@ -283,6 +283,7 @@ def test_an_objective_from_outside_the_package(monkeypatch):
     found = config.from_config(c).train["own"].method
     assert type(found) is Own and found.strength == 0.5
     module.function, module.Blank, module.Clash, module.Owing = print, Blank, Clash, Owing
+    module.Mapped, module.Mistyped = Mapped, Mistyped
     for wrong, why in {
         "elsewhere:Gone": "module:Class of a frozen dataclass",
         "nowhere:Own": "module:Class of a frozen dataclass",
@@ -295,6 +296,8 @@ def test_an_objective_from_outside_the_package(monkeypatch):
         "window",
         "elsewhere:Clash": "its field 'seed' has a name that is taken: rename it",
         "elsewhere:Owing": "its field 'due' has no default",
+        "elsewhere:Mapped": "its field 'table' has the type dict[str, int]; expected bool, int, float, str,",
+        "elsewhere:Mistyped": "its types cannot be read: name 'Nowhere' is not defined",
     }.items():
         assert why in refusal(changed(train__cst__objective=wrong)), wrong
 
@@ -316,6 +319,20 @@ class Owing(Supervised):
     """One that a config cannot leave at its defaults."""
 
     due: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapped(Supervised):
+    """One with a field of a type that no config key has."""
+
+    table: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistyped(Supervised):
+    """One with a type that there is not."""
+
+    strength: "Nowhere" = 1  # noqa: F821
 
 
 def test_a_training_run_with_a_value_of_another_type_is_one_line():

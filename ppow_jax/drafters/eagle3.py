@@ -273,16 +273,26 @@ def drafter_config(
     )
 
 
-def config_from(values: Any, where: str) -> DrafterConfig:
-    """A shape as JSON has kept it, in a file that errors name.
+def config_from(values: Any, where: str, module: str = EAGLE3) -> DrafterConfig:
+    """A shape as JSON has kept it.
+
+    Args:
+      values: its fields.
+      where: the file, for errors.
+      module: `config.drafter.module`. A file may name no other class of one's own, for that would be run.
 
     Raises:
-      UserError: it is none that a drafter can have.
+      UserError: it is none that a drafter can have, or of another class.
     """
     tuples = lambda value: tuple(value) if isinstance(value, list) else value  # noqa: E731
     try:
         scaling = tuple((key, tuples(value)) for key, value in values.get("rope_scaling", ()))
         config = DrafterConfig(**dict(values) | {"rope_scaling": scaling})
+        if config.module not in (EAGLE3, module):
+            raise ConfigError(
+                f"{where}: found a drafter of the class {config.module!r}, expected {module}; if you trust "
+                f"the code that it names, set config.drafter.module={config.module}"
+            )
         if not 0 < config.layers <= _MOST_LAYERS:
             raise ValueError(f"{config.layers} layers")
         abstract_params(config)

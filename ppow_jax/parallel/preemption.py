@@ -31,7 +31,9 @@ def install() -> None:
 
 def _on_signal(number: int, frame: types.FrameType | None) -> None:
     global _asked
-    _asked = True
+    again, _asked = _asked, True
+    if again and not _steps:  # it is ending already
+        return
     if not _steps and jax.process_count() == 1:
         sys.exit(STATUS)
 

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 
 from ppow_jax.config import to_dict
-from ppow_jax.drafters.eagle3 import DrafterConfig, abstract_params, config_from
+from ppow_jax.drafters.eagle3 import EAGLE3, DrafterConfig, abstract_params, config_from
 from ppow_jax.drafters.files import dialects, writing
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment
@@ -94,15 +94,18 @@ def run(experiment: Experiment) -> None:
         log.info("export: files for %s are in %s", chosen.server, where)
 
 
-def load(directory: pathlib.Path, fingerprint: str) -> tuple[DrafterConfig, dict, jax.Array]:
+def load(
+    directory: pathlib.Path, fingerprint: str, module: str = EAGLE3
+) -> tuple[DrafterConfig, dict, jax.Array]:
     """Reads what `run` wrote: shape, parameters, draft vocabulary (int32 `[N]` target ids).
 
     Args:
       directory: of the export.
       fingerprint: of the target that will verify (`Experiment.fingerprint`).
+      module: the class that it may name, see `config_from`.
 
     Raises:
-      UserError: no export there, another target, or damaged parameters.
+      UserError: no export there, another target or class, or damaged parameters.
     """
     manifest = files.read_json(directory / "manifest.json")
     if manifest is None:
@@ -115,7 +118,7 @@ def load(directory: pathlib.Path, fingerprint: str) -> tuple[DrafterConfig, dict
             f"{directory}: this drafter belongs to target {trained_for[:12]} "
             f"({target.text('path', '')}), not to {fingerprint[:12]}; its drafts would be refused"
         )
-    config = config_from(about.part("drafter").values, about.where)
+    config = config_from(about.part("drafter").values, about.where, module)
     params = checkpoint.load_params(directory / "drafter", abstract_params(config))
     if params_sha256(params) != about.text("params_sha256"):
         raise UserError(f"{directory}: the parameters are not those of the manifest; export again")

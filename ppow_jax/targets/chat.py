@@ -20,13 +20,17 @@ _LONGEST = 300  # characters of what a template says of an error
 class ChatTemplate:
     """A template that is compiled once.
 
+    Args:
+      source: its text.
+      name: what errors call it.
+
     Raises:
       UserError: it is no template.
     """
 
-    def __init__(self, source: str) -> None:
-        self._sandbox = sandbox.Sandbox()
-        with _errors():
+    def __init__(self, source: str, name: str = "chat template") -> None:
+        self._sandbox, self._name = sandbox.Sandbox(), name
+        with self._errors():
             self._template = self._sandbox.compiled(source)
 
     def render(
@@ -74,26 +78,28 @@ class ChatTemplate:
             documents=None,
             add_generation_prompt=prompt,
         )
-        with _errors():
+        with self._errors():
             self._sandbox.begin(marking, given)
             return "".join(self._template.generate(given))
 
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Makes one line of all that goes wrong in a template, which may raise anything."""
-    try:
-        yield
-    except Exception as e:
-        lines = [
-            frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == "<template>"
-        ]
-        said = " ".join(str(getattr(e, "message", e)).split())[:_LONGEST]
-        if isinstance(e, jinja2.TemplateSyntaxError):
-            lines = [e.lineno]
-        elif not isinstance(e, jinja2.TemplateError):
-            said = f"{type(e).__name__}: {said}".removesuffix(": ")
-        raise UserError(f"chat template: {f'line {lines[-1]}: ' if lines else ''}{said}") from e
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Makes one line of all that goes wrong in a template, which may raise anything."""
+        try:
+            yield
+        except Exception as e:
+            lines = [
+                frame.lineno
+                for frame in traceback.extract_tb(e.__traceback__)
+                if frame.filename == "<template>"
+            ]
+            said = " ".join(str(getattr(e, "message", e)).split())[:_LONGEST]
+            if isinstance(e, jinja2.TemplateSyntaxError):
+                lines = [e.lineno]
+            elif not isinstance(e, jinja2.TemplateError):
+                said = f"{type(e).__name__}: {said}".removesuffix(": ")
+            place = f"line {lines[-1]}: " if lines else ""
+            raise UserError(f"{self._name}: {place}{said}") from e
 
 
 def variables(text: str, key: str) -> dict[str, Any]:

@@ -60,4 +60,4 @@ def _fitting(tokens: Tokenizer, rows: int, path: str) -> Tokenizer:
             f"{path}: the tokenizer has the id {highest}, expected ids below {rows}, the rows of the "
             "embedding; the files are of two models"
         )
-    return dataclasses.replace(tokens, rows=rows)
+    return dataclasses.replace(tokens, rows=rows, model=path)

@@ -27,6 +27,7 @@ class Tokenizer:
       variables: what the template gets beside the conversation: the texts of special tokens as `bos_token`,
         `eos_token`, ..., where the model has them, and what `config.target.template_variables` says.
       rows: of the target's embedding; ids beyond them are refused where a text has one. None: not known.
+      model: path or name of the target, for errors.
     """
 
     core: tokenizers.Tokenizer
@@ -34,10 +35,15 @@ class Tokenizer:
     stop_ids: tuple[int, ...]
     variables: Mapping[str, Any]
     rows: int | None = None
+    model: str = ""
+
+    @property
+    def _template_named(self) -> str:
+        return f"{self.model}: chat template".removeprefix(": ")
 
     @functools.cached_property
     def _chat(self) -> ChatTemplate:
-        return ChatTemplate(self.template)
+        return ChatTemplate(self.template, self._template_named)
 
     @property
     def bos(self) -> str:
@@ -124,8 +130,8 @@ class Tokenizer:
             start = len(before)
         else:
             raise UserError(
-                "chat template: with the response, the text before it is another than without; expected the "
-                "same, or {% generation %} around the response; set respond.keep_answers=False"
+                f"{self._template_named}: with the response, the text before it is another than without; "
+                "expected the same, or {% generation %} around the response; set respond.keep_answers=False"
             )
         ids, rest = self.encode_after(text[start:end]), self.encode_after(text[end:] if end else "")
         stop = next((at for at, i in enumerate(ids) if i in self.stop_ids), None)
@@ -151,8 +157,8 @@ def with_stops(tokenizer: Tokenizer) -> Tokenizer:
     question, response = first_messages(_QUESTION), {"role": "assistant", "content": _RESPONSE}
     if _QUESTION not in tokenizer.render(question):
         raise UserError(
-            "chat template: it leaves out what the user says, expected it in the text; use a template for "
-            "messages whose content is a text"
+            f"{tokenizer.model}: the chat template leaves out what the user says, expected it in the text; "
+            "use a template for messages whose content is a text"
         )
     for messages in ([*question, response, *question], [*question, response]):
         try:

@@ -157,7 +157,8 @@ def load(experiment: Experiment, run: str) -> Trained:
                 f"{experiment.workdir}: the run {run!r} is at step {store.latest} of {about['steps']}; train "
                 "it to its end"
             )
-        drafter = drafter_of(config_from(about["drafter"], str(directory(experiment, run))))
+        module = experiment.settings.drafter.module
+        drafter = drafter_of(config_from(about["drafter"], str(directory(experiment, run)), module))
         _, state, _ = store.restore_part(shapes(experiment, drafter))
     finally:
         store.close()

@@ -64,7 +64,8 @@ def _train(experiment: Experiment, run: str, corpus: texts.Corpus, store: Checkp
     else:
         where = drafters.directory(experiment, run)
         about = drafters.checked(store.readable_about(), where)
-        drafter, steps = drafter_of(config_from(about["drafter"], str(where))), about["steps"]
+        shape = config_from(about["drafter"], str(where), experiment.settings.drafter.module)
+        drafter, steps = drafter_of(shape), about["steps"]
         made = recipe(experiment, settings, drafter, steps, gamma_of(experiment, run, drafter))
         done, state, about = store.restore(abstract_state(experiment, made, sizes), batches)
         seconds = about["seconds"]

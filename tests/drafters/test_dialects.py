@@ -270,3 +270,17 @@ def test_without_a_head_it_predicts_with_the_targets(tmp_path):
 def test_a_shape_that_no_drafter_has(changes):
     with pytest.raises(UserError, match=r"^x/1: the drafter's shape in it is damaged \(.+\); train again$"):
         eagle3.config_from(dataclasses.asdict(PLAIN) | changes, "x/1")
+
+
+def test_a_file_names_no_class_that_the_settings_do_not(monkeypatch):
+    """What `module` names would be imported, and so run."""
+    own = dataclasses.asdict(PLAIN) | {"module": "theirs:Drafter"}
+    monkeypatch.setattr(
+        eagle3.keys, "imported", lambda name, complaint: imports.append(name) or eagle3.Drafter
+    )
+    imports = []
+    with pytest.raises(UserError, match="found a drafter of the class 'theirs:Drafter', expected eagle3"):
+        eagle3.config_from(own, "x/1")
+    assert imports == []
+    assert eagle3.config_from(own, "x/1", "theirs:Drafter").module == "theirs:Drafter"
+    assert set(imports) == {"theirs:Drafter"}

@@ -62,7 +62,10 @@ def test_texts_and_lists():
         refused(lambda v=value: of(a=v).listed("a", int), "a list of whole numbers")
     for value in ([1.0, math.nan], [1.0, 0.0], [1.0, "2"], [1.0]):
         refused(lambda v=value: of(a=v).listed("a", float, 2), "a list of 2 numbers above 0")
-    refused(lambda: of(a=[*range(999), "x"]).listed("a", int), "a with 'x' in it, expected a list of whole numbers")
+    refused(
+        lambda: of(a=[*range(999), "x"]).listed("a", int),
+        "a with 'x' in it, expected a list of whole numbers",
+    )
 
 
 def test_groups_name_their_keys_in_full():

@@ -3,6 +3,7 @@
 Ids and texts are those of transformers 5.19 for the same files.
 """
 
+import dataclasses
 import json
 import pathlib
 
@@ -250,6 +251,8 @@ def test_system_messages():
     assert standard.first_turn("a", "be") == text.first_turn("a", "be")
     with pytest.raises(UserError, match=r"^chat template: line 1: no system$"):
         tokenizer(NO_SYSTEM).first_turn("a", "be")
+    with pytest.raises(UserError, match=r"^models/m: chat template: line 1: no system$"):
+        dataclasses.replace(tokenizer(NO_SYSTEM), model="models/m").first_turn("a", "be")
 
 
 ASSISTANT = "<s>user\na<e>\n<s>assistant\n"
@@ -291,7 +294,7 @@ def test_an_answer_whose_beginning_the_template_hides():
 def test_a_template_that_leaves_out_what_the_user_says_is_refused():
     parts = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
     for template in (parts, "{% for m in mesages %}{{ m.content }}{% endfor %}<s>"):
-        with pytest.raises(UserError, match="chat template: it leaves out what the user says"):
+        with pytest.raises(UserError, match="the chat template leaves out what the user says"):
             with_stops(tokenizer(template))
 
 

@@ -113,6 +113,8 @@ def test_outside_of_steps_it_ends_at_once_with_a_status_of_its_own(listening):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
     assert end.value.code == preemption.STATUS == 75
+    os.kill(os.getpid(), signal.SIGTERM)  # again, while it ends: nothing more
+    time.sleep(0.1)
 
 
 def test_the_command_says_so_and_how_to_go_on(monkeypatch, capsys):
