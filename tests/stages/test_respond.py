@@ -11,44 +11,23 @@ import jax
 import numpy as np
 import pytest
 import runs
+from written import ASSISTANT, END, USER, greedy, ids, sampled, stored, trace
 
 from ppow_jax.data import records
 from ppow_jax.data.conversations import Conversation, spans
 from ppow_jax.data.prompt import Prompt
-from ppow_jax.errors import ConfigError, UserError
+from ppow_jax.errors import UserError
 from ppow_jax.models.target import Target
 from ppow_jax.report import measure
-from ppow_jax.stages import evaluate, respond, train
+from ppow_jax.stages import respond
 from ppow_jax.targets import markov
 
-USER, ASSISTANT, END = (markov.SPECIALS.index(x) for x in ("<user>", "<assistant>", "<end>"))
-BEST = markov.transition(0).argmax(1)
 # As the chain's own, but it keeps the case of what it renders.
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}<end>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-
-
-def ids(text: str) -> list[int]:
-    return [len(markov.SPECIALS) + markov.LETTERS.index(x) for x in text]
-
-
-def greedy(last: int, count: int) -> list[int]:
-    out = [last]
-    for _ in range(count):
-        out.append(int(BEST[out[-1]]))
-    return out[1:]
-
-
-def stored(workdir) -> dict[str, dict]:
-    return {r["id"]: r for r in records.Records(workdir / "responses")}
-
-
-def trace(file) -> tuple[int, int]:
-    """Differs if the file was written again, even with the same bytes."""
-    return file.stat().st_ino, file.stat().st_mtime_ns
 
 
 @pytest.fixture
@@ -78,12 +57,6 @@ def test_batches_are_cut_by_turns_and_length(experiment):
     ]
     batches = respond.batches_of(prompts, respond.select(experiment, prompts, 8).lengths, 2, 8)
     assert [[p.id for p in batch] for batch in batches] == [["a", "b"], ["long", "two"]]
-
-
-def sampled(workdir, **changes):
-    """Runs respond alone, at temperature 1, so that a batch's text depends on its key."""
-    changes = dict(stages=("respond",), respond__temperature=1.0, train__ppow__temperature=1.0) | changes
-    return runs.run(workdir, **changes)
 
 
 def test_batches_of_long_texts_hold_fewer_of_them(monkeypatch):
@@ -222,7 +195,7 @@ def test_a_prompt_that_the_template_refuses_is_named_before_any_is_answered(expe
     changed = dataclasses.replace(experiment.tokenizer, template=refusing)
     experiment = dataclasses.replace(experiment, tokenizer=changed)
     prompts = [Prompt("fine", "", ("a",)), Prompt("mine", "", ("a",), "be kind")]
-    with pytest.raises(UserError, match=r"^prompt 'mine': chat template: line 1: no system$"):
+    with pytest.raises(UserError, match=r"^prompt 'mine': markov:0: chat template: line 1: no system$"):
         respond.select(experiment, prompts, 4)
 
 
@@ -318,7 +291,7 @@ def test_a_run_that_is_refused_for_its_prompts_may_use_others(tmp_path):
 def test_a_prompt_that_the_chat_template_refuses_is_named(experiment):
     template = "{% if messages[0]['content'] == 'b' %}{{ raise_exception('no b') }}{% endif %}x"
     strict = dataclasses.replace(experiment.tokenizer, template=template)
-    with pytest.raises(UserError, match=r"^prompt 'p/2': chat template: line 1: no b$"):
+    with pytest.raises(UserError, match=r"^prompt 'p/2': markov:0: chat template: line 1: no b$"):
         respond_to(
             dataclasses.replace(experiment, tokenizer=strict), 512, [{"turns": ["a"]}, {"turns": ["b"]}]
         )
@@ -377,78 +350,3 @@ def test_padding_repeats_the_shortest_prompt():
     assert padded.shape == (4, 40) and padded.dtype == np.int32
     assert lengths.tolist() == [33, 2, 2, 2]
     assert padded[3, :3].tolist() == [8, 9, 0]
-
-
-IMPORTED = [
-    {"id": "t3", "category": "c", "turns": ["ab"], "response_ids": [[10, 11]], "finished": [True]},
-    {"id": "t5", "turns": ["a"], "response_ids": [[12, 13, 14]], "finished": [False]},
-    {"id": "new", "turns": ["a"], "response_ids": [[15]]},
-]
-
-
-def test_imported_responses_are_taken_and_their_prompts_not_answered(tmp_path):
-    path = runs.write_jsonl(tmp_path / "r.jsonl", IMPORTED)
-    sampled(tmp_path / "w", respond__responses=str(path))
-    found = stored(tmp_path / "w")
-    assert set(found) == {f"t{i}" for i in range(24)} | {"new"}
-    assert len(records.Records(tmp_path / "w" / "responses")) == 25  # none twice
-    assert records.shards(tmp_path / "w" / "responses") == [
-        "import-00000",
-        *(f"write-{i:05}" for i in range(3)),
-    ]
-    t3, t5, new = found["t3"], found["t5"], found["new"]
-    assert t3["category"] == "c"
-    assert t3["tokens"].tolist() == [USER, *ids("ab"), ASSISTANT, 10, 11, END]
-    assert t3["assistant"].tolist() == [0, 0, 0, 0, 1, 1, 1]
-    assert t5["tokens"].tolist() == [USER, *ids("a"), ASSISTANT, 12, 13, 14]  # cut: no end of turn
-    assert t5["assistant"].tolist() == [0, 0, 0, 1, 1, 1]
-    assert new["tokens"].tolist()[-2:] == [15, END]
-    files = sorted((tmp_path / "w" / "responses").iterdir())
-    before = [trace(file) for file in files]
-    (tmp_path / "w" / "stages.json").unlink()  # as after a kill
-    sampled(tmp_path / "w", respond__responses=str(path))
-    assert sorted((tmp_path / "w" / "responses").iterdir()) == files
-    assert [trace(file) for file in files] == before  # not written again
-
-
-def test_imported_responses_alone(tmp_path):
-    path = runs.write_jsonl(tmp_path / "r.jsonl", IMPORTED)
-    sampled(tmp_path / "w", respond__responses=str(path), respond__prompts="")
-    assert set(stored(tmp_path / "w")) == {"t3", "t5", "new"}
-
-
-@pytest.fixture
-def answered(monkeypatch) -> None:
-    """Prompts of which some have answers already."""
-    prompts = [
-        Prompt("taken", "c", ("ab", "c"), answers=("xy", "z")),
-        Prompt("open", "", ("ab",)),
-        Prompt("long", "", ("a", "b"), answers=("x", "y" * 600)),
-        Prompt("too long", "", ("a",), answers=("y" * 600,)),
-    ]
-    monkeypatch.setattr(respond, "load", lambda spec, key, warn=True: {"p": prompts} if spec else {})
-
-
-def test_answers_that_are_there_are_taken_word_for_word(tmp_path, answered, caplog):
-    changes = {"respond__keep_answers": True, "stages": ("respond",)}
-    with caplog.at_level("INFO", logger="ppow_jax"):
-        runs.run(tmp_path / "w", **changes)
-    found = stored(tmp_path / "w")
-    assert set(found) == {"taken", "open", "long"}
-    first, second = [USER, *ids("ab"), ASSISTANT], [USER, *ids("c"), ASSISTANT]
-    assert found["taken"]["tokens"].tolist() == [*first, *ids("xy"), END, *second, *ids("z"), END]
-    assert found["taken"]["assistant"].tolist() == [0] * 4 + [1] * 3 + [0] * 3 + [1] * 2
-    assert found["taken"]["category"] == "c"
-    assert found["open"]["tokens"].tolist() == first + greedy(ASSISTANT, 16)
-    assert found["long"]["tokens"].tolist() == [USER, *ids("a"), ASSISTANT, *ids("x"), END]
-    assert "3 of 5 answers taken as the prompts have them; others exceed the context of 512" in caplog.text
-
-
-def test_keeping_answers_that_are_not_there_or_that_must_be_the_targets(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"^config.respond.keep_answers: found True, but no prompt of"):
-        runs.run(tmp_path / "w", respond__keep_answers=True)
-    chosen = {"respond__keep_answers": True, "runs": ("supervise", "ppow"), "train__ppow__temperature": 0.0}
-    with pytest.raises(ConfigError, match=r"^config.train.ppow.temperature: found 0, .*respond.keep_answers"):
-        train.check(runs.make_settings(tmp_path, **chosen))
-    with pytest.raises(ConfigError, match=r"^config.respond.keep_answers: found True, expected False for"):
-        evaluate.check(runs.make_settings(tmp_path, respond__keep_answers=True, decode__shape="auto"))
