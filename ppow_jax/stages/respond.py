@@ -76,12 +76,20 @@ def check(settings: Settings) -> None:
 
 
 def check_target(experiment: Experiment) -> None:
-    """Responses of this target, and prompts that it has room for.
+    """Responses of this target, prompts that it has room for, and more of both than are kept out of training.
 
     Raises:
-      UserError: responses of another target, or no prompt that is short enough.
+      UserError: responses of another target, no prompt that is short enough, or too few.
     """
-    _inputs(experiment)
+    imported, kept, selection = _inputs(experiment)
+    prompts = [*(c.prompt for c in (*imported, *kept)), *selection.prompts]
+    most = sum(len(prompt.turns) for prompt in prompts)  # texts, if the template needs one a turn
+    held = experiment.settings.data.holdout
+    if "train" in experiment.settings.stages and most <= held:
+        raise ConfigError(
+            f"config.data.holdout: found {held}, expected fewer than the {most} turns of all prompts and "
+            "responses; lower it, or give more of them"
+        )
 
 
 class _Inputs(NamedTuple):

@@ -47,6 +47,15 @@ def test_imported_responses_alone(tmp_path):
     assert set(stored(tmp_path / "w")) == {"t3", "t5", "new"}
 
 
+def test_fewer_texts_than_are_kept_out_of_training(tmp_path):
+    path = runs.write_jsonl(tmp_path / "r.jsonl", IMPORTED)
+    changes = dict(respond__responses=str(path), respond__prompts="", data__holdout=3)
+    with pytest.raises(ConfigError, match=r"^config.data.holdout: found 3, expected fewer than the 3 turns"):
+        runs.run(tmp_path / "w", **changes)
+    assert not (tmp_path / "w" / "responses").exists()
+    sampled(tmp_path / "w", **changes)  # of `respond` alone
+
+
 @pytest.fixture
 def answered(monkeypatch) -> None:
     """Prompts of which some have answers already."""
