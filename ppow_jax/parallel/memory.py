@@ -17,6 +17,7 @@ import ctypes
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
 
 _TPU_VARIABLE = "LIBTPU_INIT_ARGS"
 _TPU_WISH = (
@@ -55,12 +56,37 @@ def free_bytes() -> int | None:
     with contextlib.suppress(OSError, ValueError):  # not Linux
         about = dict(line.split(":") for line in _MACHINE.read_text().splitlines())
         found.append(1024 * int(about["MemAvailable"].split()[0]))
-    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
-        found.append(int((_GROUP / "memory.max").read_text()) - int((_GROUP / "memory.current").read_text()))
-    return min(found, default=None)
+    return min([*found, *_left_to_groups()], default=None)
 
 
-_MACHINE, _GROUP = pathlib.Path("/proc/meminfo"), pathlib.Path("/sys/fs/cgroup")
+def _left_to_groups() -> Iterator[int]:
+    """Memory that the control groups of this process may still take: a container's, or a service's.
+
+    Source: the kernel's documentation of cgroup v2 (`memory.max`) and v1 (`memory.limit_in_bytes`).
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for line in _OWN_GROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":  # v2
+                root, limit, usage, cached = _GROUPS, "memory.max", "memory.current", "inactive_file"
+            elif "memory" in controllers.split(","):
+                root, limit, usage = _GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+                cached = "total_inactive_file"
+            else:
+                continue
+            # A container may see its own group as the root, under a path that only its host has.
+            group = root / path.lstrip("/")
+            for at in (group, *group.parents):
+                with contextlib.suppress(OSError, ValueError, KeyError):  # none there, or without a limit
+                    stat = dict(x.split() for x in (at / "memory.stat").read_text().splitlines())
+                    used = int((at / usage).read_text()) - int(stat[cached])  # read files can be dropped
+                    yield int((at / limit).read_text()) - used
+                if at == root:
+                    break
+
+
+_MACHINE, _GROUPS = pathlib.Path("/proc/meminfo"), pathlib.Path("/sys/fs/cgroup")
+_OWN_GROUPS = pathlib.Path("/proc/self/cgroup")
 _STATUS, _FORGET = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
 
 

@@ -1,4 +1,4 @@
-"""The restart with wishes about memory."""
+"""The restart with wishes about memory, and how much there is left."""
 
 import os
 import platform
@@ -90,3 +90,43 @@ print(before - held())
 """
     given = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(given.stdout) > 60_000_000
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("own", "groups", "free"),
+    [
+        ("", {}, 20),  # no groups: the machine's
+        ("0::/a/b", {"a/b": (4, 1, 0)}, 3),
+        ("0::/a/b", {"a/b": (4, 3, 2)}, 3),  # of what it holds, files that were read can be dropped
+        ("0::/a/b", {"a/b": (4, 1, 0), "a": (5, 3, 0)}, 2),  # the group around it may be fuller
+        ("0::/a/b", {"a/b": ("max", 1, 0), "a": (9, 1, 0)}, 8),
+        ("0::/host/x", {"": (6, 1, 0)}, 5),  # a container sees its own group as the root
+        ("4:memory:/a", {"memory/a": (4, 1, 0)}, 3),
+        ("4:cpu,memory:/docker/x", {"memory": (4, 1, 0)}, 3),
+        ("4:memory:/a", {"memory/a": (2**63 / GB, 1, 0)}, 20),
+        ("4:cpu:/a", {"memory/a": (4, 1, 0), "a": (4, 1, 0)}, 20),
+        ("0::/a", {"a": (40, 1, 0)}, 20),
+        ("nonsense", {"": (6, 1, 0)}, 20),
+    ],
+)
+def test_memory_that_is_left_to_a_group(tmp_path, monkeypatch, own, groups, free):
+    machine, listed = tmp_path / "meminfo", tmp_path / "cgroup"
+    machine.write_text(f"MemTotal: 1 kB\nMemAvailable: {20 * GB // 1000} kB\n")
+    listed.write_text(own)
+    for name, (limit, used, cached) in groups.items():
+        group = tmp_path / "groups" / name
+        group.mkdir(parents=True, exist_ok=True)
+        old = name.startswith("memory")
+        values = ("limit_in_bytes", "usage_in_bytes") if old else ("max", "current")
+        limit = limit if isinstance(limit, str) else int(limit * GB)
+        for file, value in zip(values, (limit, used * GB), strict=True):
+            (group / f"memory.{file}").write_text(f"{value}\n")
+        key = "total_inactive_file" if old else "inactive_file"
+        (group / "memory.stat").write_text(f"anon 1\n{key} {cached * GB}\n")
+    monkeypatch.setattr(memory, "_MACHINE", machine)
+    monkeypatch.setattr(memory, "_OWN_GROUPS", listed)
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")
+    assert memory.free_bytes() / GB == pytest.approx(free * (1.024 if free == 20 else 1), rel=1e-3)
