@@ -31,6 +31,11 @@ from ppow_jax.training.step import Recipe, make_step
 def pytest_configure(config: pytest.Config) -> None:
     """The fast tests compile much and run little: XLA optimises nothing in them. The slow ones are as in use,
     but for processes that they start many of."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker and hasattr(os, "sched_setaffinity"):  # workers that share cores wait for each other's threads
+        cores = sorted(os.sched_getaffinity(0))
+        own = cores[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+        os.sched_setaffinity(0, own or cores)
     if config.option.markexpr == "not slow":
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick.FLAGS}"
 

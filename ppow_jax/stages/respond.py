@@ -20,7 +20,7 @@ from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.decode.sampling import Sampling
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment
-from ppow_jax.parallel import files, partition, preemption, processes, progress
+from ppow_jax.parallel import files, memory, partition, preemption, processes, progress
 from ppow_jax.parallel.console import log
 from ppow_jax.settings import Settings
 from ppow_jax.stages import features, room
@@ -248,6 +248,8 @@ def write(
             features.write(kept, f"write-{i:05}", [t.features for c in conversations for t in c.texts], dtype)
         records.write_shard(directory, f"write-{i:05}", (r for c in conversations for r in c.records()))
         tokens += sum(sum(t.assistant) for c in conversations for t in c.texts)
+        del conversations
+        memory.give_back()
         seconds = time.monotonic() - began
         log.info(
             "%s: batch %d/%d, %d tokens, %.0f tokens/s | %s left",
