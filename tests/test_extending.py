@@ -113,6 +113,7 @@ def both(files, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_an_objective_from_one_file_trains_and_resumes_bit_for_bit(both):
     (workdir, saved), (other, others) = both["whole"], both["stopped"]
     assert saved["margin"][0] == 6
@@ -124,6 +125,7 @@ def test_an_objective_from_one_file_trains_and_resumes_bit_for_bit(both):
     assert start != [v for k, v in saved["margin"][1].items() if "params" in k]
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_and_exported(both):
     workdir, _ = both["whole"]
     report = json.loads((workdir / "report.json").read_text())
@@ -136,6 +138,7 @@ def test_it_is_evaluated_and_exported(both):
     assert manifest["config"]["train"]["margin"]["margin"] == 2.0
 
 
+@pytest.mark.slow
 def test_the_loss_the_reward_and_the_drafter_are_used(both, files):
     workdir, _ = both["whole"]
     reward = importlib.import_module("my_reward").saved_passes
@@ -146,7 +149,7 @@ def test_the_loss_the_reward_and_the_drafter_are_used(both, files):
             share * float(reward(np.array(k), context)) for k, share in enumerate(row["accepted_shares"])
         )
         assert row["reward_speedup"] == pytest.approx(want, abs=1e-5)
-    run = runs.build(workdir, **CHANGES)
+    run = runs.build(workdir, drafter__module="my_drafter:Gated", **CHANGES)
     found = drafters.load(run, "margin")
     assert type(found.drafter).__name__ == "Gated"
     assert found.params["gate"]["weight"].shape == (

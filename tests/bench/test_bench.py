@@ -35,6 +35,7 @@ def run(finished, tmp_path, monkeypatch):
     return runs.build(tmp_path / "workdir")
 
 
+@pytest.mark.slow
 def test_all_decoders_write_the_same_texts(run, capsys, monkeypatch):
     """A pass over n tokens takes 10 + n seconds here, one in turn with drafting 3 more."""
     monkeypatch.setattr(cost, "target_timer", lambda *about: lambda: 10.0 + about[2])

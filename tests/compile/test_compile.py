@@ -22,6 +22,7 @@ from ppow_jax.settings import OBJECTIVES, Settings, TargetSettings
 ROOT = pathlib.Path(ppow_jax.__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_shapes_of_the_papers_targets():
     """Their parameters, in billions, as their makers state them."""
     want = {

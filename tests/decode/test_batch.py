@@ -56,6 +56,7 @@ def same(one, other) -> None:
         assert np.asarray(getattr(one, field)).tolist() == np.asarray(getattr(other, field)).tolist(), field
 
 
+@pytest.mark.slow
 def test_sampled_texts_that_end_at_different_times_are_those_of_the_plain_loop(monkeypatch, mesh, chain):
     config = DecodeConfig(L, (1, STOP), Sampling(1.0))
     whole, found, features, seen = both(monkeypatch, mesh, chain, config)
@@ -68,7 +69,14 @@ def test_sampled_texts_that_end_at_different_times_are_those_of_the_plain_loop(m
 
 
 @pytest.mark.parametrize("temperature", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["chain", "dynamic", "lookup"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("chain", marks=pytest.mark.slow),
+        "dynamic",
+        pytest.param("lookup", marks=pytest.mark.slow),
+    ],
+)
 def test_drafted_texts_that_end_at_different_times_are_those_of_the_plain_loop(
     monkeypatch, mesh, tiny, pupil, name, temperature
 ):

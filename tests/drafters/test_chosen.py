@@ -67,7 +67,9 @@ def close(found, wanted, tolerance):
         np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=0, atol=atol, err_msg=str(path))
 
 
-@pytest.mark.parametrize(("dtype", "parts"), [("float32", 1), ("bfloat16", 3)])
+@pytest.mark.parametrize(
+    ("dtype", "parts"), [("float32", 1), pytest.param("bfloat16", 3, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", list(losses.LOSSES))
 def test_gradients_of_losses_are_those_of_plain_formulas(tiny, name, dtype, parts, monkeypatch):
     """At once, and anchors in parts; the plain formula is differentiated through the same windows by jax."""

@@ -69,7 +69,7 @@ def test_vocabularies_that_are_not_what_they_should_be(tmp_path):
 TOP, NESTED = "eagle_aux_hidden_state_layer_ids", "eagle_config"
 WRONG = {
     "taps beyond the target": ({TOP: [2, 4, 40]}, f"{TOP} [2, 4, 40], expected ascending", "0 to 9, by"),
-    "taps as texts": ({TOP: ["2", "4", "6"]}, f"{TOP} ['2', '4', '6'], expected a list of whole numbers"),
+    "taps as texts": ({TOP: ["2", "4", "6"]}, f"{TOP} with '2' in it, expected a list of whole numbers"),
     "taps as one text": ({TOP: "246"}, f"{TOP} '246'"),
     "taps twice": ({TOP: [2, 2, 4]}, f"{TOP} [2, 2, 4]"),
     "taps in no order": ({TOP: [6, 4, 2]}, f"{TOP} [6, 4, 2]"),

@@ -75,11 +75,11 @@ WRONG = {
     ),
     "a list of texts": (
         dict(rope_scaling=LONG | {"long_factor": ["1"] * 8}),
-        "rope_scaling.long_factor ['1'",
+        "rope_scaling.long_factor with '1' in it",
     ),
     "a list of zeros": (
         dict(rope_scaling=LONG | {"long_factor": [0.0] * 8}),
-        "rope_scaling.long_factor [0.0",
+        "rope_scaling.long_factor with 0.0 in it",
     ),
     "an unknown key": (dict(rope_scaling=LONG | {"short_mscale": 1.1}), "rope_scaling.short_mscale 1.1"),
     "a key of another kind": (dict(rope_parameters={"factor": 8.0}), "rope_parameters.factor 8.0"),

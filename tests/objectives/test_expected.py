@@ -188,6 +188,7 @@ def test_the_kl_is_taken_where_the_key_says(chain, drafter, letters, batch, posi
     assert float(loss) == pytest.approx(0.5 * want, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_sampled_windows_converges_to_that_of_the_closed_form(chain, drafter, batch):
     """No clip, first step, centred advantages. The error falls as one over the root of the samples: 16 times
     as many windows, a quarter of it; the estimates of several keys are averaged, so that the ratio is

@@ -177,6 +177,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "kind"), CASES)
 def test_a_step_on_eight_devices_is_the_step_on_one(steps, mesh, kind):
     """Parameters, optimiser, loss, rewards, accepted counts; `all` is data 2 x fsdp 2 x tensor 2."""
@@ -202,6 +203,7 @@ def test_a_step_keeps_the_layout_of_the_table(steps, mesh, kind):
     assert steps[f"{mesh}/{kind}/split"] == (3 * matrices if mesh == "all" else 0)
 
 
+@pytest.mark.slow
 def test_a_cache_lies_in_parts_by_rows_and_by_heads(steps):
     """After prefill, and after half of the rows have left."""
     (whole, share), (left, share_left) = steps["cache"]
@@ -210,6 +212,7 @@ def test_a_cache_lies_in_parts_by_rows_and_by_heads(steps):
     assert (whole / share).tolist() == (left / share_left).tolist() == [4, 2, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sharded.FAMILIES)
 def test_a_directory_read_onto_eight_devices_is_the_familys_model(steps, family):
     """Every matrix and every bias of queries, keys and values lies in parts."""

@@ -206,7 +206,7 @@ REFUSED = {
     "too few kinds": ("qwen3", dict(layer_types=["full_attention"]), "found 1 layer_types, expected 7"),
     "too many kinds": ("gemma3", dict(layer_types=["full_attention"] * 8), "found 8 layer_types, expected 7"),
     "no list of kinds": ("qwen3", dict(layer_types="full_attention"), "expected a list of texts"),
-    "numbers as kinds": ("qwen3", dict(layer_types=[0] * 7), "layer_types [0, 0"),
+    "numbers as kinds": ("qwen3", dict(layer_types=[0] * 7), "layer_types with 0 in it"),
     "kinds of a llama": ("llama2", dict(layer_types=kinds((1, "conv"))), "'conv' in layer_types"),
     "a window that is off": (
         "qwen3", dict(layer_types=kinds((1, "sliding_attention")), sliding_window=8), "no sliding_window"),

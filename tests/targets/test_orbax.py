@@ -61,7 +61,7 @@ def test_it_comes_back_also_by_the_name_of_its_manifest(converted):
         ("shape", {"heads": -4}, "shape.heads -4"),
         ("shape", {"rope_theta": [1e4]}, "shape.rope_theta [10000.0], expected a number"),
         ("shape", {"tied_head": 0}, "shape.tied_head 0, expected true or false"),
-        ("shape", {"taps": ["0"]}, "shape.taps ['0'], expected a list of whole numbers"),
+        ("shape", {"taps": ["0"]}, "shape.taps with '0' in it, expected a list of whole numbers"),
         ("shape", {"spans": 8}, "shape.spans 8, expected a list"),
         ("shape", {"activation": 1}, "shape.activation 1, expected a text"),
         ("shape", {"vocab_size": None}, "no 'shape.vocab_size'"),

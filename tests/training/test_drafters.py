@@ -39,6 +39,7 @@ def report(workdir: pathlib.Path) -> dict:
     return json.loads((workdir / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_files_and_the_report_shows_where_it_began(exported, tmp_path):
     files = str(exported / "vllm")
     chosen = dict(STEPS, drafter__path=files, drafter__vocab_size=7)  # the files know better
