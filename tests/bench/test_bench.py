@@ -54,6 +54,7 @@ def test_all_decoders_write_the_same_texts(run, capsys, monkeypatch):
     assert f"{13 / 11:.2f} + {3 / 11:.2f}" in chain
 
 
+@pytest.mark.slow
 def test_costs_and_shapes_are_listed(run, capsys):
     decoding.costs(run, "")
     out = capsys.readouterr().out
@@ -116,6 +117,7 @@ def test_an_exact_target_computes_in_float32(finished, tmp_path):
 PARTS = dict(train__ppow__proximity_weight=0.5, train__ppow__anchor_rule__warmup_steps=0)
 
 
+@pytest.mark.slow
 def test_every_kind_of_training_step_is_taken_apart(tmp_path, monkeypatch, capsys):
     """Of supervise and cst, whose steps do the same work, the first; and what PPOW's signal is made of."""
     for timer in ("target_timer", "draft_timer"):

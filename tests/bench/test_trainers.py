@@ -21,6 +21,7 @@ for n, _ in enumerate(sys.stdin):
 """
 
 
+@pytest.mark.slow
 def test_our_own_step_in_a_process_of_its_own(tmp_path):
     """The losses of a step are its anchors' tokens; texts of random ids are the target's to the end."""
     settings = runs.make_settings(tmp_path, runs=("supervise",))
@@ -63,6 +64,7 @@ def test_operations_of_a_step_by_hand():
     assert trainers.peer_operations(shape, B, T, K) == 2 * B * T * (trained + 2 * 12 * 4 + 4 * 7)
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_step(tmp_path):
     """Operations: the windows' are at least three times those of a layer, attention aside."""
     made = runs.build(tmp_path / "w", runs=("supervise",))

@@ -47,6 +47,7 @@ def test_a_round_costs_its_pass_its_levels_and_the_rest():
     assert prices.round(16, 1, 5) == pytest.approx(3.0 + 0.25 + 0.3)
 
 
+@pytest.mark.slow
 def test_a_drafter_that_is_always_right_drafts_long_chains_where_they_are_cheap(chain, texts_of):
     found = best(chain, texts_of, (), costs(0.0, 0.0))
     assert found[0].shape == shapes.chain(10)

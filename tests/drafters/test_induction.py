@@ -127,6 +127,7 @@ def test_padding_and_the_first_position_teach_nothing_and_batches_add_up():
     np.testing.assert_allclose(*products, atol=2e-3 * np.abs(products[1]).max())
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_them_if_the_settings_say_so_and_reads_no_text_where_it_resumes(
     tmp_path, monkeypatch
 ):

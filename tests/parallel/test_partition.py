@@ -196,6 +196,7 @@ def test_a_step_on_eight_devices_is_the_step_on_one(steps, mesh, kind):
         assert 0.1 < steps[here + "/metrics/accepted"] < 2.5  # something is accepted, something refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "kind"), CASES)
 def test_a_step_keeps_the_layout_of_the_table(steps, mesh, kind):
     assert steps[f"{mesh}/{kind}/strays"].tolist() == []

@@ -99,6 +99,7 @@ def test_several_processes_end_together_if_one_is_told(monkeypatch, told):
             preemption.leave("evaluate is done with maths")
 
 
+@pytest.mark.slow
 def test_between_batches_and_benchmarks_a_run_may_end(tmp_path, monkeypatch):
     left = []
     monkeypatch.setattr(preemption, "leave", left.append)
