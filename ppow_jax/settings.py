@@ -233,8 +233,10 @@ class ExportSettings:
     """Which drafter is exported, and for which server."""
 
     drafter: str = key("", "A run; empty: the last one.")
-    server: str = key("sglang", "Beside our own checkpoint, files for sglang, vllm or vllm_tpu; empty: none.")
-    dtype: str = key("bfloat16", "of those files", choices=STORED_DTYPES)
+    server: str = key(
+        "sglang", "Beside our own checkpoint, files for sglang, vllm, vllm_tpu or llamacpp; empty: none."
+    )
+    dtype: str = key("bfloat16", "of the weights in those files; for llamacpp q8_0, q4_0 and q4_1 too")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,14 +15,15 @@ import safetensors
 
 from ppow_jax.config import to_dict
 from ppow_jax.drafters.eagle3 import EAGLE3, DrafterConfig, abstract_params, config_from
-from ppow_jax.drafters.files import dialects, writing
+from ppow_jax.drafters.files import dialects, llamacpp, writing
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.models.fields import Fields
 from ppow_jax.parallel import checkpoint, files, processes
 from ppow_jax.parallel.console import log
 from ppow_jax.report.measure import params_sha256
-from ppow_jax.settings import Settings
+from ppow_jax.settings import STORED_DTYPES, Settings
+from ppow_jax.targets import tokenizer_gguf
 from ppow_jax.training import drafters
 
 
@@ -34,10 +35,13 @@ def check(settings: Settings) -> None:
     """
     if not settings.exported():
         raise ConfigError("config.train: found no run, expected one whose drafter is exported")
-    server = settings.export.server
-    if server not in ("", *dialects.SERVERS):
-        known = ", ".join(dialects.SERVERS)
-        raise ConfigError(f"config.export.server: found {server!r}, expected {known}, or empty")
+    server, dtype = settings.export.server, settings.export.dtype
+    known = {name: STORED_DTYPES for name in dialects.SERVERS} | {llamacpp.NAME: llamacpp.DTYPES}
+    if server and server not in known:
+        raise ConfigError(f"config.export.server: found {server!r}, expected {', '.join(known)}, or empty")
+    if server and dtype not in known[server]:
+        expected = " or ".join(known[server])
+        raise ConfigError(f"config.export.dtype: found {dtype!r}, expected {expected} for {server}")
 
 
 def check_target(experiment: Experiment) -> None:
@@ -47,8 +51,13 @@ def check_target(experiment: Experiment) -> None:
       UserError: what the server would silently ignore.
     """
     settings = experiment.settings
-    if settings.export.server:
-        shape = drafters.shape_of(experiment, settings.exported())
+    if not settings.export.server:
+        return
+    shape = drafters.shape_of(experiment, settings.exported())
+    if settings.export.server == llamacpp.NAME:
+        llamacpp.check(shape, experiment.target.config)
+        tokenizer_gguf.metadata(experiment.tokenizer, experiment.target.config.vocab_size)
+    else:
         dialects.check(shape, experiment.target.config, settings.export.server)
 
 
@@ -79,19 +88,33 @@ def run(experiment: Experiment) -> None:
     chosen = experiment.settings.export
     if chosen.server:
         where = directory / chosen.server
-        about_target = (experiment.target.config, chosen.server, chosen.dtype, experiment.fingerprint)
         params = processes.host(trained.params)
         if processes.first():
             scratch = where.with_name(f"{where.name}.new")
             try:
-                writing.write(scratch, config, params, vocab, *about_target)
-            except safetensors.SafetensorError as e:  # as on a full disk
+                _write_for(experiment, scratch, config, params, vocab)
+            except (safetensors.SafetensorError, OSError) as e:  # as on a full disk
                 raise UserError(f"{where}: cannot be written ({e}); make room and run again") from e
             where.mkdir(exist_ok=True)
             for file in scratch.iterdir():
                 file.replace(where / file.name)
             scratch.rmdir()
         log.info("export: files for %s are in %s", chosen.server, where)
+
+
+def _write_for(
+    experiment: Experiment, directory: pathlib.Path, config: DrafterConfig, params: dict, vocab: np.ndarray
+) -> None:
+    """Writes the files of the server that the settings name."""
+    server, dtype = experiment.settings.export.server, experiment.settings.export.dtype
+    target, about = experiment.target.config, (config, params, vocab)
+    if server != llamacpp.NAME:
+        writing.write(directory, *about, target, server, dtype, experiment.fingerprint)
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = tokenizer_gguf.metadata(experiment.tokenizer, target.vocab_size)
+    file = directory / llamacpp.FILE
+    llamacpp.write(file, *about, target, tokenizer, dtype, experiment.fingerprint)
 
 
 def load(

@@ -48,6 +48,8 @@ def _prompts(spec: str, key: str) -> str | None:
 def _drafter(path: str, workdir: pathlib.Path) -> str | None:
     """Of the files of a drafter in a directory."""
     directory = files.path_of(path)
+    if path and directory.is_file():
+        return _file(path)
     if not path or not directory.is_dir() or directory.resolve().is_relative_to(workdir.resolve()):
         return None
     names = sorted(p.name for p in directory.iterdir() if p.suffix in _OF_DRAFTERS)

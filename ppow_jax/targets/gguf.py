@@ -114,6 +114,12 @@ def _scaling(m: Fields, arch: str) -> dict[str, Any] | None:
     return found
 
 
+def permute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """GGUF's row order of llama q/k matrices `[out, in]`, meant for interleaved rotary."""
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     """Undoes GGUF's row order of llama q/k matrices `[out, in]` and biases, meant for interleaved rotary."""
     half = rows.shape[0] // heads // 2

@@ -1,5 +1,6 @@
-"""The tokenizer of a GGUF file: byte-level BPE, rebuilt from metadata."""
+"""The tokenizer of a GGUF file: byte-level BPE, rebuilt from metadata, or written as such."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from ppow_jax.errors import UserError
 from ppow_jax.models.fields import Fields
 from ppow_jax.targets.tokenizer import ENDS, Tokenizer
 
-_CONTROL, _ADDED = 3, 4  # kinds of tokens
+_NORMAL, _CONTROL, _ADDED, _UNUSED = 1, 3, 4, 5  # kinds of tokens
 _WORDS = (  # of llama 3 and, with another number of digits at once, of Qwen2
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -98,3 +99,61 @@ def _core(read: Fields, tokens: tuple[str, ...], ignore_merges: bool) -> tokeniz
         merges.append((left, right))
     model = models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=ignore_merges)
     return tokenizers.Tokenizer(model)
+
+
+# Tells the ways of splitting text apart.
+_SAMPLE = "It's  12345 x2 DON'T\n\n def f(a_b):\r\n\treturn 3.14 \u00e9\u4e2d\u6587!!  "
+
+
+def metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+    """The metadata from which `from_gguf`, and llama.cpp, rebuild a tokenizer.
+
+    Args:
+      tokenizer: byte-level BPE.
+      rows: of the target's embedding; ids without a token get one that is not used.
+
+    Raises:
+      UserError: a tokenizer of another kind, or one whose way of splitting text has no name here.
+    """
+    core = tokenizer.core
+    about = json.loads(core.to_str())
+    kind, split = about["model"]["type"], core.pre_tokenizer
+    pre = None
+    if kind == "BPE" and split is not None:
+        found = [piece for piece, _ in split.pre_tokenize_str(_SAMPLE)]
+        pre = next(
+            (
+                name
+                for name, steps in _PRE.items()
+                if found == [piece for piece, _ in pre_tokenizers.Sequence(steps).pre_tokenize_str(_SAMPLE)]
+            ),
+            None,
+        )
+    if pre is None:
+        raise UserError(
+            f"{tokenizer.model}: a tokenizer of the kind {kind} that splits text in its own way cannot be "
+            f"written into a GGUF file; expected byte-level BPE as of {', '.join(_PRE)}"
+        )
+    added = core.get_added_tokens_decoder()
+    tokens, kinds = [], []
+    for i in range(rows):
+        token = core.id_to_token(i)
+        if token is None:
+            tokens.append(f"[PAD{i}]")
+            kinds.append(_UNUSED)
+        else:
+            tokens.append(token)
+            special = i in added and added[i].special
+            kinds.append(_CONTROL if special else _ADDED if i in added else _NORMAL)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in about["model"]["merges"]]
+    ids = {name: core.token_to_id(text) for name in ("bos", "eos") if (text := getattr(tokenizer, name))}
+    values = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.add_bos_token": False,  # the template writes it
+        "tokenizer.chat_template": tokenizer.template,
+    }
+    return values | {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i is not None}

@@ -22,13 +22,13 @@ from ppow_jax.drafters.eagle3 import (
     init_params,
     weights_of,
 )
-from ppow_jax.drafters.files import reading
+from ppow_jax.drafters.files import llamacpp, reading
 from ppow_jax.errors import ConfigError, UnfinishedError, UserError
 from ppow_jax.experiment import Experiment, require_finite
 from ppow_jax.models.fields import Fields
 from ppow_jax.models.target import TargetConfig, head_matrix
 from ppow_jax.models.target_outputs import taps_of
-from ppow_jax.parallel import partition
+from ppow_jax.parallel import files, partition
 from ppow_jax.parallel.checkpoint import Checkpoints
 from ppow_jax.parallel.console import log
 from ppow_jax.settings import FRESH, IMPORTED, DrafterSettings
@@ -211,13 +211,17 @@ def imported(
     Raises:
       UserError: it cannot be read, is of another target, or reads other layers of it than `target.taps`.
     """
-    directory = directories.find(path, key)
-    if directory is None:
+    file = files.path_of(path)
+    directory = None if path.endswith(".gguf") else directories.find(path, key)
+    if path.endswith(".gguf") and file.is_file():
+        found = llamacpp.read(file, target, fingerprint)
+    elif directory is None:
         raise ConfigError(
             f"config.{key}: no directory {path!r}; expected one of EAGLE-3 files (config.json, "
-            "model.safetensors), or a name of the Hugging Face hub (ORGANISATION/MODEL)"
+            "model.safetensors), a GGUF file, or a name of the Hugging Face hub (ORGANISATION/MODEL)"
         )
-    found = reading.read(directory, target, fingerprint)
+    else:
+        found = reading.read(directory, target, fingerprint)
     if found.taps != target.taps:
         raise ConfigError(
             f"config.target.taps: found {target.taps}, expected {found.taps}, "
