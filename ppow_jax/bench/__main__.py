@@ -7,16 +7,18 @@
   python -m ppow_jax.bench cost       what decoding is made of, and the shapes of drafts that it favours
   python -m ppow_jax.bench decode     decoders against each other and against what their parts would allow
   python -m ppow_jax.bench parting    where drafted and batched texts part from autoregressive ones
+  python -m ppow_jax.bench llamacpp   a drafter in llama.cpp beside the same drafter here
 
-`cost`, `decode` and `parting` want a trained drafter: --workdir=DIR of a run. The others take the config of
-a workdir, a file (--config=configs/NAME.py [--config.KEY=VALUE ...]), or else all keys' defaults with a run
-of `supervised` and one of `ppow`. Floors: operations over the float32 matrix-product rate, or bytes that must
+`cost`, `decode`, `parting` and `llamacpp` want a trained drafter: --workdir=DIR of a run. The others take the
+config of a workdir, a file (--config=configs/NAME.py [--config.KEY=VALUE ...]), or else all keys' defaults
+with a run of `supervised` and one of `ppow`. Floors: operations over the float32 matrix-product rate, or bytes that must
 be read over the memory's rate, whichever is longer; both rates are measured in the same run. What the
 figures mean: docs/performance.md.
 """
 
 import dataclasses
 import json
+import pathlib
 import sys
 import tempfile
 
@@ -30,12 +32,13 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ppow_jax import config, experiment
-from ppow_jax.bench import decoding, loading, parting, stages, trainers
+from ppow_jax.bench import decoding, llamacpp, loading, parting, stages, trainers
 from ppow_jax.bench.machine import Machine
 from ppow_jax.errors import ConfigError
 from ppow_jax.experiment import Experiment
 from ppow_jax.parallel import console, files
 from ppow_jax.settings import Settings
+from ppow_jax.targets import gguf_files
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/, where there is no --workdir.")
 _TARGET = flags.DEFINE_string("target", "", "As config.target.path, in its place, where no --workdir is.")
@@ -63,6 +66,11 @@ _SPECJAX = flags.DEFINE_string("specjax", "", "A checkout of SpecJAX, for `train
 _TURNS = flags.DEFINE_integer("turns", 9, "Steps that each trainer of `train` takes.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Of the target; empty: the config's.")
 _EXACT = flags.DEFINE_bool("exact", False, "As config.decode.exact, for `decode` and `parting`.")
+_DEPTHS = flags.DEFINE_list("depths", ["1", "2", "3", "4", "6"], "Tokens that `llamacpp` drafts a round.")
+_STORED = flags.DEFINE_list(
+    "stored", ["float32", "float32"], f"Target and drafter of `llamacpp`: {', '.join(gguf_files.TYPES)}."
+)
+_THREADS = flags.DEFINE_integer("threads", 0, "Of `llamacpp`; 0: as many as cores.", lower_bound=0)
 _ROWS = flags.DEFINE_integer("rows", 8, "Prompts that `parting` decodes side by side.")
 _BATCH = flags.DEFINE_integer("batch", 0, "Prompts of `respond`; 0: the config's default.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Batches that `respond` times, a row each.")
@@ -96,6 +104,26 @@ def _parting(made: Experiment, machine: Machine) -> None:
     parting.compare(made, decoders, _ROWS.value, _PROMPTS.value, _COUNT.value, _TOKENS.value)
 
 
+def _llamacpp(made: Experiment, machine: Machine) -> None:
+    wrong = [depth for depth in _DEPTHS.value if not depth.isdecimal() or not int(depth)]
+    if wrong:
+        raise ConfigError(f"--depths: found {wrong[0]!r}, expected numbers of tokens, such as 1,2,3")
+    if len(_STORED.value) != 2 or not set(_STORED.value) <= gguf_files.TYPES.keys():
+        raise ConfigError(f"--stored: found {_STORED.value}, expected two of {', '.join(gguf_files.TYPES)}")
+    with tempfile.TemporaryDirectory() as directory:
+        llamacpp.compare(
+            made,
+            decoding.chosen(made, _RUN.value),
+            pathlib.Path(directory),
+            _PROMPTS.value,
+            _COUNT.value,
+            _TOKENS.value,
+            [int(depth) for depth in _DEPTHS.value],
+            (_STORED.value[0], _STORED.value[1]),
+            _THREADS.value or decoding.cores(),
+        )
+
+
 COMMANDS = {
     "parts": _parts,
     "train": _train,
@@ -103,6 +131,7 @@ COMMANDS = {
     "cost": _cost,
     "decode": _decode,
     "parting": _parting,
+    "llamacpp": _llamacpp,
 }
 
 
@@ -117,7 +146,7 @@ def _settings(command: str) -> Settings:
                 "found --workdir beside --config or --target, expected one: it has its own config"
             )
         settings = config.from_config(json.loads(file.read_text()))
-    elif command in ("cost", "decode", "parting"):
+    elif command in ("cost", "decode", "parting", "llamacpp"):
         raise ConfigError(f"{command}: found no --workdir, expected one of a run with a trained drafter")
     else:
         settings = config.from_config(_default() if _CONFIG.value is None else _CONFIG.value)

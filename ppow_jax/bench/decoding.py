@@ -35,7 +35,7 @@ _TORCH_LOOKUP = 10  # of transformers, its documentation's
 _PAUSE = 0.3  # seconds after which threads of another library have stopped spinning
 
 
-def _candidate(experiment: Experiment, run: str) -> evaluate.Candidate:
+def chosen(experiment: Experiment, run: str) -> evaluate.Candidate:
     """The drafter of a training run; empty: of the last one."""
     found = {c.run: c for c in evaluate.find_candidates(experiment)}
     if run and run not in found:
@@ -45,7 +45,7 @@ def _candidate(experiment: Experiment, run: str) -> evaluate.Candidate:
 
 def costs(experiment: Experiment, run: str) -> None:
     """Costs of the parts, and the shapes that they favour on held-out texts."""
-    candidate = _candidate(experiment, run)
+    candidate = chosen(experiment, run)
     found = cost.measure(experiment.target, experiment.target_params, candidate.drafter, candidate.weights)
     row = lambda name, seconds: [name, f"{seconds * 1e3:.2f}", f"{seconds / found.step:.3f}"]  # noqa: E731
     rows = [row("autoregressive round", found.step)]
@@ -87,7 +87,7 @@ Decoder = Callable[[Sequence[int]], DecodedPrompt]
 
 def race(experiment: Experiment, run: str, about: Race) -> None:
     """All decoders on the same prompts, in turn; prints the table."""
-    candidate, ids = _candidate(experiment, run), _prompts(experiment, about)
+    candidate, ids = chosen(experiment, run), _prompts(experiment, about)
     length = bucket(len(ids[0]))
     config = DecodeConfig(about.tokens, experiment.tokenizer.stop_ids)
     plain = Session(experiment.target, experiment.target_params, config)
@@ -151,7 +151,7 @@ def sessions(experiment: Experiment, run: str, names: Sequence[str], tokens: int
     """A session for each decoder named."""
     config = DecodeConfig(tokens, experiment.tokenizer.stop_ids)
     plain = Session(experiment.target, experiment.target_params, config)
-    found = _drafters(experiment, _candidate(experiment, run), names)
+    found = _drafters(experiment, chosen(experiment, run), names)
     return {name: dataclasses.replace(plain, drafting=d, weights=w) for name, (d, w) in found.items()}
 
 
@@ -200,7 +200,7 @@ class _Worker:
 
     def __init__(self, python: str, file: str, tokens: int, stops: Sequence[int]) -> None:
         script = pathlib.Path(__file__).with_name("torch_worker.py")
-        command = [python, str(script), "--model", file, "--threads", str(_cores())]
+        command = [python, str(script), "--model", file, "--threads", str(cores())]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._about = {"tokens": tokens, "stops": list(stops)}
         log.info("decode: %s", self._answer())
@@ -221,7 +221,7 @@ class _Worker:
         self._process.communicate()
 
 
-def _cores() -> int:
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -162,3 +162,60 @@ def values(tensor: gguf.ReaderTensor, file: pathlib.Path) -> np.ndarray:
             f"{file}: tensor {tensor.name!r} holds {kind}, expected a type that the gguf library "
             "reads, such as F16, BF16, Q8_0 or Q4_K"
         ) from e
+
+
+TYPES = {
+    "float32": gguf.GGMLQuantizationType.F32,
+    "float16": gguf.GGMLQuantizationType.F16,
+    "bfloat16": gguf.GGMLQuantizationType.BF16,
+    "q8_0": gguf.GGMLQuantizationType.Q8_0,
+    "q4_0": gguf.GGMLQuantizationType.Q4_0,
+    "q4_1": gguf.GGMLQuantizationType.Q4_1,
+}
+
+
+def add(writer: gguf.GGUFWriter, name: str, values: np.ndarray, dtype: str) -> None:
+    """Adds a float32 tensor, stored as one of `TYPES`.
+
+    One of a single axis stays float32. Rows that a quantised type cannot hold, whose length is no multiple of
+    its blocks, are float16.
+    """
+    kind = TYPES["float32"] if values.ndim == 1 else TYPES[dtype]
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    if values.shape[-1] % block:
+        kind = TYPES["float16"]
+    values = np.ascontiguousarray(values, np.float32)
+    if kind == TYPES["float32"]:
+        writer.add_tensor(name, values)
+    elif kind == TYPES["float16"]:
+        writer.add_tensor(name, values.astype(np.float16))
+    else:
+        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+
+
+def close(writer: gguf.GGUFWriter) -> None:
+    """Writes what was added."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_as(source: pathlib.Path, file: pathlib.Path, dtype: str) -> None:
+    """Writes the model of a GGUF file again, its matrices stored as one of `TYPES`.
+
+    Raises:
+      UserError: as `read`.
+    """
+    contents = read(source)
+    reader = _Reader(source)
+    architecture = contents.metadata["general.architecture"]
+    writer = gguf.GGUFWriter(file, architecture)
+    for key, field in reader.fields.items():
+        if key.startswith(("GGUF.", "split.")) or key in ("general.architecture", "general.file_type"):
+            continue
+        inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(key, field.contents(), field.types[0], inner)
+    for name, tensor in contents.tensors.items():
+        add(writer, name, values(tensor, source), dtype)
+    close(writer)

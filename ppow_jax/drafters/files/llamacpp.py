@@ -44,15 +44,7 @@ _TENSORS = {
 }
 _D2T, _FREQUENCIES = "d2t", "rope_freqs.weight"
 _FINGERPRINT, _SCALING = "ppow_jax.target_fingerprint", "ppow_jax.rope_scaling"  # read by us alone
-_TYPES = {
-    "float32": gguf.GGMLQuantizationType.F32,
-    "float16": gguf.GGMLQuantizationType.F16,
-    "bfloat16": gguf.GGMLQuantizationType.BF16,
-    "q8_0": gguf.GGMLQuantizationType.Q8_0,
-    "q4_0": gguf.GGMLQuantizationType.Q4_0,
-    "q4_1": gguf.GGMLQuantizationType.Q4_1,
-}
-DTYPES = tuple(_TYPES)
+DTYPES = tuple(gguf_files.TYPES)
 
 
 def check(config: DrafterConfig, target: TargetConfig) -> None:
@@ -121,16 +113,13 @@ def write(
         values = np.asarray(leaf, np.float32)
         if ours in ("attention/query/weight", "attention/key/weight"):
             values = permute(values, config.heads if "query" in ours else config.kv_heads)
-        _add_tensor(writer, _TENSORS[ours], values, dtype)
+        gguf_files.add(writer, _TENSORS[ours], values, dtype)
     scaling = rotary.scaled(dict(config.rope_scaling), config.rope_theta, config.head_size)
     if scaling.divisors:
         writer.add_string(_SCALING, json.dumps(config.rope_scaling))
         writer.add_tensor(_FREQUENCIES, np.asarray(scaling.divisors, np.float32))
     writer.add_tensor(_D2T, np.asarray(vocab, np.int64))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_files.close(writer)
 
 
 def _metadata(config: DrafterConfig, target: TargetConfig) -> dict[str, Any]:
@@ -166,17 +155,6 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, value)
     else:
         writer.add_array(key, value)
-
-
-def _add_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray, dtype: str) -> None:
-    kind = _TYPES["float32"] if values.ndim == 1 else _TYPES[dtype]
-    block, _ = gguf.GGML_QUANT_SIZES[kind]
-    if values.shape[-1] % block:
-        kind = _TYPES["float16"]
-    if kind in (_TYPES["float32"], _TYPES["float16"]):
-        writer.add_tensor(name, np.ascontiguousarray(values, np.dtype(kind.name.replace("F", "float"))))
-    else:
-        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
 
 
 def read(file: pathlib.Path, target: TargetConfig, fingerprint: str) -> Imported:
