@@ -11,9 +11,9 @@
 
 `cost`, `decode`, `parting` and `llamacpp` want a trained drafter: --workdir=DIR of a run. The others take the
 config of a workdir, a file (--config=configs/NAME.py [--config.KEY=VALUE ...]), or else all keys' defaults
-with a run of `supervised` and one of `ppow`. Floors: operations over the float32 matrix-product rate, or bytes that must
-be read over the memory's rate, whichever is longer; both rates are measured in the same run. What the
-figures mean: docs/performance.md.
+with a run of `supervised` and one of `ppow`. Floors: operations over the float32 matrix-product rate, or
+bytes that must be read over the memory's rate, whichever is longer; both rates are measured in the same run.
+What the figures mean: docs/performance.md.
 """
 
 import dataclasses
