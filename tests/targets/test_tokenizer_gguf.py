@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
+import tokenizers
 
 from ppow_jax.errors import UserError
+from ppow_jax.targets import tokenizer_gguf
 from ppow_jax.targets.tokenizer import Tokenizer, with_stops
 from ppow_jax.targets.tokenizer_gguf import from_gguf
 
@@ -105,3 +107,25 @@ def test_metadata_that_are_not_right(changes, message):
         from_gguf(metadata(**changes), "m.gguf")
     assert str(caught.value).startswith("m.gguf: ") and "\n" not in str(caught.value)
     assert message in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_a_tokenizer_written_into_a_file_is_the_same_tokenizer(pre):
+    """More rows than tokens, as embeddings often have, are filled up with tokens that no text has."""
+    tokenizer = from_gguf(metadata(pre, bos_token_id=9))
+    written = tokenizer_gguf.metadata(tokenizer, 14)
+    assert written["tokenizer.ggml.pre"] == pre and written["tokenizer.ggml.merges"] == ["1 2"]
+    assert written["tokenizer.ggml.tokens"] == [*TOKENS, "[PAD12]", "[PAD13]"]
+    assert written["tokenizer.ggml.token_type"] == [1] * 10 + [3, 3, 5, 5]
+    assert (written["tokenizer.ggml.bos_token_id"], written["tokenizer.ggml.eos_token_id"]) == (9, 10)
+    back = from_gguf(written)
+    for text in ("12 1212!", "ab'!<eot>", "!1 2\n"):
+        assert back.encode(text) == tokenizer.encode(text)
+    assert back.template == tokenizer.template and back.variables == tokenizer.variables
+
+
+def test_a_tokenizer_that_has_no_name_in_gguf_files():
+    tokenizer = from_gguf(metadata())
+    tokenizer.core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    with pytest.raises(UserError, match=r"splits text in its own way .* expected byte-level BPE as of gpt-2"):
+        tokenizer_gguf.metadata(tokenizer, 12)

@@ -200,9 +200,12 @@ def read(file: pathlib.Path, target: TargetConfig, fingerprint: str) -> Imported
         return np.ascontiguousarray(values)
 
     params = jax.tree_util.tree_map_with_path(leaf, abstract_params(config))
-    vocab = np.arange(config.vocab_size)
     if _D2T in tensors:
         vocab = np.asarray(tensors.pop(_D2T).data).reshape(-1)
+    elif config.vocab_size == target.vocab_size:
+        vocab = np.arange(config.vocab_size)
+    else:
+        vocab = np.zeros(0, np.int64)
     ascending = vocab.dtype.kind == "i" and bool((np.diff(vocab) > 0).all())
     if vocab.shape != (config.vocab_size,) or not ascending or vocab[0] < 0 or vocab[-1] >= target.vocab_size:
         raise UserError(
@@ -262,8 +265,8 @@ def _shape(
         kv_heads=kv_heads,
         head_size=size,
         mlp_hidden=m.whole(f"{at}.feed_forward_length"),
-        rope_theta=m.number(f"{at}.rope.freq_base", above=1),
-        norm_epsilon=m.number(f"{at}.attention.layer_norm_rms_epsilon", zero=True),
+        rope_theta=_written(m.number(f"{at}.rope.freq_base", above=1)),
+        norm_epsilon=_written(m.number(f"{at}.attention.layer_norm_rms_epsilon", zero=True)),
         embedding_size=target.vocab_size if "token_embd.weight" in tensors else 0,
         rope_scaling=pairs,
         normed_residual=m.flag(f"{at}.norm_before_residual"),
@@ -271,3 +274,8 @@ def _shape(
     m.whole(f"{at}.context_length", None)
     m.rest(lambda key: not key.startswith(f"{at}."))
     return config, taps
+
+
+def _written(value: float) -> float:
+    """The number that was written: 1e-05, where the file's float32 is its neighbour 9.999999747e-06."""
+    return float(str(np.float32(value)))
