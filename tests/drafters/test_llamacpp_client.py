@@ -66,7 +66,7 @@ def theirs(trained, questions, tmp_path_factory) -> list[llamacpp.Answer]:
 
 
 def test_it_accepts_as_many_tokens_as_we_do(trained, questions, theirs):
-    made, candidate, target = trained
+    made, candidate, _ = trained
     limits = DecodeConfig(TOKENS, made.tokenizer.stop_ids)
     eagle = Eagle(candidate.drafter, shapes.parse(f"chain:{DEPTH}"))
     session = Session(made.target, made.target_params, limits, eagle, candidate.weights)
