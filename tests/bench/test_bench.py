@@ -197,7 +197,8 @@ def test_it_needs_no_checkout(tmp_path):
         (("parts", "--workdir=."), "config.json: not there, expected the workdir of a run"),
         (
             ("race",),
-            "found 'race', expected one of load, parts, train, respond, cost, decode, parting; see --help",
+            "found 'race', expected one of load, parts, train, respond, cost, decode, parting, "
+            "llamacpp; see --help",
         ),
     ],
 )

@@ -13,6 +13,7 @@ from ppow_jax.drafters import eagle3
 from ppow_jax.drafters.files import llamacpp
 from ppow_jax.errors import UserError
 from ppow_jax.targets import gguf_files
+from ppow_jax.training import drafters
 
 TOKENIZER = {
     "tokenizer.ggml.model": "gpt2",
@@ -218,3 +219,10 @@ def test_what_the_scaling_of_others_is_called_is_not_guessed(tmp_path):
     write(tmp_path / "d.gguf", SHAPES["llama3"])
     scaling = json.loads(gguf_files.read(tmp_path / "d.gguf").metadata["ppow_jax.rope_scaling"])
     assert dict(map(tuple, scaling)) == LLAMA3
+
+
+def test_a_config_names_the_file(tmp_path):
+    write(tmp_path / "d.gguf")
+    assert drafters.imported(str(tmp_path / "d.gguf"), TARGET, "ours").config == PLAIN
+    with pytest.raises(UserError, match=r"^config.drafter.path: no directory .*none.gguf"):
+        drafters.imported(str(tmp_path / "none.gguf"), TARGET, "ours")

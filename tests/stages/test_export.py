@@ -117,3 +117,19 @@ def test_exporting_again_replaces_the_drafter(finished, tmp_path, manifest):
     assert again["run"] == "supervise"
     assert again["params_sha256"] != manifest["params_sha256"]
     export.load(workdir / "export", manifest["target"]["fingerprint"])
+
+
+@pytest.mark.parametrize(
+    ("server", "dtype", "said"),
+    [
+        ("llama", "float32", "config.export.server: found 'llama', expected sglang, vllm, vllm_tpu, llamacpp,"),
+        ("sglang", "q4_0", "config.export.dtype: found 'q4_0', expected float32 or bfloat16 or float16"),
+        ("llamacpp", "int8", "config.export.dtype: found 'int8', expected float32 or float16 or bfloat16"),
+        ("llamacpp", "q8_0", "markov:0: a tokenizer of the kind"),  # letters, of which GGUF files know no kind
+    ],
+)  # fmt: skip
+def test_what_a_server_cannot_read_is_said_before_the_work(server, dtype, said, tmp_path):
+    with pytest.raises(UserError) as e:
+        runs.run(tmp_path / "w", export__server=server, export__dtype=dtype)
+    assert str(e.value).startswith(said)
+    assert not (tmp_path / "w" / "responses").exists()
