@@ -14,6 +14,7 @@ from ppow_jax.keys import key, section
 STAGES = ("respond", "train", "evaluate", "export")
 DTYPES = ("float32", "bfloat16")
 STORED_DTYPES = (*DTYPES, "float16")
+QUANTISED = ("q8_0", "q4_0", "q4_1")  # of GGUF files
 # A start that is no other run; in reports, the drafter of config.drafter.path, and decoding without any.
 FRESH, IMPORTED, AUTOREGRESSIVE = "fresh", "imported", "autoregressive"
 RESERVED = (FRESH, IMPORTED, AUTOREGRESSIVE, "decode", *STAGES)  # no names of training runs
@@ -236,7 +237,11 @@ class ExportSettings:
     server: str = key(
         "sglang", "Beside our own checkpoint, files for sglang, vllm, vllm_tpu or llamacpp; empty: none."
     )
-    dtype: str = key("bfloat16", "of the weights in those files; for llamacpp q8_0, q4_0 and q4_1 too")
+    dtype: str = key(
+        "bfloat16",
+        f"of the weights in those files; for llamacpp alone {', '.join(QUANTISED)}",
+        choices=(*STORED_DTYPES, *QUANTISED),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -206,7 +206,7 @@ def test_a_name_of_a_run_is_a_name():
         ),
         (train, dict(train={}), "train", "at least one"),
         (train, dict(train__cst__start="supervised"), "train.cst.start", "fresh, an earlier run"),
-        (export, dict(export__server="tgi"), "export.server", "sglang, vllm, vllm_tpu, or empty"),
+        (export, dict(export__server="tgi"), "export.server", "sglang, vllm, vllm_tpu, llamacpp, or empty"),
         (evaluate, dict(decode__shape="chain:0"), "decode.shape", "chain:K, group:GxK"),
         (evaluate, dict(evaluate__tree="tree:60x8"), "evaluate.tree", "chain:K, group:GxK"),
         (

@@ -124,7 +124,7 @@ def test_exporting_again_replaces_the_drafter(finished, tmp_path, manifest):
     [
         ("llama", "float32", "config.export.server: found 'llama', expected sglang, vllm, vllm_tpu, llama"),
         ("sglang", "q4_0", "config.export.dtype: found 'q4_0', expected float32 or bfloat16 or float16"),
-        ("llamacpp", "int8", "config.export.dtype: found 'int8', expected float32 or float16 or bfloat16"),
+        ("llamacpp", "int8", "config.export.dtype: found 'int8', expected float32 or bfloat16 or float16"),
         ("llamacpp", "q8_0", "markov:0: a tokenizer of the kind"),  # letters: no kind of GGUF's
     ],
 )  # fmt: skip

@@ -84,7 +84,7 @@ def write_gguf(
         writer.add_rope_scaling_type(library.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_float32(f"{arch}.rope.scaling.yarn_beta_fast", rope["beta_fast"])
     elif rope["rope_type"] == "llama3":
         sizes = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         divisors = rotary.llama3_divisors(
