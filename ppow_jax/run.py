@@ -86,7 +86,8 @@ def _do(made: Experiment, unit: str) -> None:
     about: dict[str, Any] = {"read": inputs.read(settings, unit, workdir)}
     _mark(settings, workdir, unit, finished=False, **about)
     began, before = time.monotonic(), _seconds(workdir, unit)
-    memory.give_back()  # what the stage before has left
+    jax.clear_caches()  # the stage before has left its programs and what it freed
+    memory.give_back()
     memory.forget_peak()
     try:
         _run(made, unit)
