@@ -39,6 +39,7 @@ def get_config():
         optimizer=base.optimizer(6e-4, 20),
     )
     c.evaluate.prompts = ",".join(f"{kind}=builtin:{kind}/eval[:48]" for kind in KINDS)
+    c.evaluate.batch_size = 24
     c.evaluate.max_new_tokens = 64
     c.evaluate.decode_prompts = 4
     c.log.curve_points = 3
