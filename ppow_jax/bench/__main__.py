@@ -4,7 +4,8 @@
   python -m ppow_jax.bench train      a training step in parts, and beside those of other trainers
   python -m ppow_jax.bench load       reading a target: time, and host memory beyond the arrays themselves
   python -m ppow_jax.bench respond    batched writing against the matrix-product rate
-  python -m ppow_jax.bench cost       what decoding is made of, and the shapes of drafts that it favours
+  python -m ppow_jax.bench cost       what decoding is made of, and the shapes of drafts that it favours;
+                                      --engine=llamacpp: there, with the chains that pay
   python -m ppow_jax.bench decode     decoders against each other and against what their parts would allow
   python -m ppow_jax.bench parting    where drafted and batched texts part from autoregressive ones
   python -m ppow_jax.bench llamacpp   a drafter in llama.cpp beside the same drafter here
@@ -17,10 +18,12 @@ What the figures mean: docs/performance.md.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
 import tempfile
+from collections.abc import Iterator
 
 from ppow_jax.parallel import memory
 
@@ -32,18 +35,27 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ppow_jax import config, experiment
-from ppow_jax.bench import decoding, llamacpp, loading, parting, stages, trainers
+from ppow_jax.bench import decoding, loading, parting, stages, trainers
+from ppow_jax.bench.llamacpp import compare, server
+from ppow_jax.bench.llamacpp import cost as there
+from ppow_jax.bench.llamacpp.server import STORED
 from ppow_jax.bench.machine import Machine
 from ppow_jax.errors import ConfigError
 from ppow_jax.experiment import Experiment
 from ppow_jax.parallel import console, files
+from ppow_jax.report.measure import Candidate
 from ppow_jax.settings import Settings
+from ppow_jax.stages import evaluate
 from ppow_jax.targets import gguf_files
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/, where there is no --workdir.")
 _TARGET = flags.DEFINE_string("target", "", "As config.target.path, in its place, where no --workdir is.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Of a run, whose drafter `cost` and `decode` use.")
-_RUN = flags.DEFINE_string("run", "", "Which drafter of the workdir, by its training run; empty: the last.")
+_RUN = flags.DEFINE_string(
+    "run",
+    "",
+    "Which drafter of the workdir, by its training run; empty: the last. With llama.cpp several, as A,B.",
+)
 _PROMPTS = flags.DEFINE_string(
     "prompts",
     "maths=builtin:maths/eval,code=builtin:code/eval,chat=builtin:chat/eval",
@@ -66,11 +78,18 @@ _SPECJAX = flags.DEFINE_string("specjax", "", "A checkout of SpecJAX, for `train
 _TURNS = flags.DEFINE_integer("turns", 9, "Steps that each trainer of `train` takes.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Of the target; empty: the config's.")
 _EXACT = flags.DEFINE_bool("exact", False, "As config.decode.exact, for `decode` and `parting`.")
-_DEPTHS = flags.DEFINE_list("depths", ["1", "2", "3", "4", "6"], "Tokens that `llamacpp` drafts a round.")
-_STORED = flags.DEFINE_list(
-    "stored", ["float32", "float32"], f"Target and drafter of `llamacpp`: {', '.join(gguf_files.TYPES)}."
+_ENGINE = flags.DEFINE_enum("engine", "ours", ["ours", "llamacpp"], "Whose rounds `cost` measures.")
+_DEPTHS = flags.DEFINE_list("depths", ["1", "2", "3", "4", "6"], "Tokens that llama.cpp drafts a round.")
+_TARGETS = flags.DEFINE_list(
+    "target_types",
+    ["float32"],
+    f"How llama.cpp's target is stored, each in turn: {', '.join((STORED, *gguf_files.TYPES))}; {STORED} is "
+    "the file as it is.",
 )
-_THREADS = flags.DEFINE_integer("threads", 0, "Of `llamacpp`; 0: as many as cores.", lower_bound=0)
+_DRAFTERS = flags.DEFINE_list(
+    "drafter_types", ["float32"], "How llama.cpp's drafter is stored, as --target_types."
+)
+_THREADS = flags.DEFINE_list("threads", [], "Of llama.cpp, each in turn; empty: as many as cores.")
 _ROWS = flags.DEFINE_integer("rows", 8, "Prompts that `parting` decodes side by side.")
 _BATCH = flags.DEFINE_integer("batch", 0, "Prompts of `respond`; 0: the config's default.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Batches that `respond` times, a row each.")
@@ -89,7 +108,10 @@ def _respond(made: Experiment, machine: Machine) -> None:
 
 
 def _cost(made: Experiment, machine: Machine) -> None:
-    decoding.costs(made, _RUN.value)
+    if _ENGINE.value == "llamacpp":
+        _cost_there(made)
+    else:
+        decoding.costs(made, _RUN.value)
 
 
 def _decode(made: Experiment, machine: Machine) -> None:
@@ -105,23 +127,47 @@ def _parting(made: Experiment, machine: Machine) -> None:
 
 
 def _llamacpp(made: Experiment, machine: Machine) -> None:
-    wrong = [depth for depth in _DEPTHS.value if not depth.isdecimal() or not int(depth)]
-    if wrong:
-        raise ConfigError(f"--depths: found {wrong[0]!r}, expected numbers of tokens, such as 1,2,3")
-    if len(_STORED.value) != 2 or not set(_STORED.value) <= gguf_files.TYPES.keys():
-        raise ConfigError(f"--stored: found {_STORED.value}, expected two of {', '.join(gguf_files.TYPES)}")
+    depths = _numbers("depths", _DEPTHS.value)
+    asked = server.questions(made, _PROMPTS.value, _COUNT.value)
+    for candidate, engine in _engines(made):
+        compare.compare(made, candidate, engine, asked, _TOKENS.value, depths)
+
+
+def _cost_there(made: Experiment) -> None:
+    depths = _numbers("depths", _DEPTHS.value)
+    if len(set(depths)) < 2:
+        raise ConfigError(f"--depths: found {_DEPTHS.value}, expected two lengths of chains or more")
+    asked = server.questions(made, _PROMPTS.value, _COUNT.value)
+    held_out = evaluate.held_out(made)
+    for candidate, engine in _engines(made):
+        there.costs(candidate, engine, held_out, asked, _TOKENS.value, depths)
+
+
+def _engines(made: Experiment) -> Iterator[tuple[Candidate, server.Engine]]:
+    """llama.cpp with each drafter, as it is stored, each target, and each number of threads."""
+    for name, given, allowed in (
+        ("target_types", _TARGETS.value, (STORED, *gguf_files.TYPES)),
+        ("drafter_types", _DRAFTERS.value, tuple(gguf_files.TYPES)),
+    ):
+        if wrong := set(given) - set(allowed):
+            raise ConfigError(f"--{name}: found {min(wrong)!r}, expected some of {', '.join(allowed)}")
+    threads = _numbers("threads", _THREADS.value) or [decoding.cores()]
     with tempfile.TemporaryDirectory() as directory:
-        llamacpp.compare(
-            made,
-            decoding.chosen(made, _RUN.value),
-            pathlib.Path(directory),
-            _PROMPTS.value,
-            _COUNT.value,
-            _TOKENS.value,
-            [int(depth) for depth in _DEPTHS.value],
-            (_STORED.value[0], _STORED.value[1]),
-            _THREADS.value or decoding.cores(),
-        )
+        for run, target, drafter, number in itertools.product(
+            _RUN.value.split(","), _TARGETS.value, _DRAFTERS.value, threads
+        ):
+            candidate = decoding.chosen(made, run)
+            yield (
+                candidate,
+                server.prepare(made, candidate, pathlib.Path(directory), (target, drafter), number),
+            )
+
+
+def _numbers(name: str, given: list[str]) -> list[int]:
+    wrong = [number for number in given if not number.isdecimal() or not int(number)]
+    if wrong:
+        raise ConfigError(f"--{name}: found {wrong[0]!r}, expected whole numbers from 1, such as 1,2,3")
+    return [int(number) for number in given]
 
 
 COMMANDS = {

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import pathlib
 
 import gguf
 import jax
 import numpy as np
 import pytest
-from drafter_files import PLAIN, TARGET, VOCAB, params_of, same
+from drafter_files import CONVERTED, LLAMA3, PLAIN, TARGET, VOCAB, numbered, params_of, same
+from golden_llamacpp import DIVISORS, described
 
 from ppow_jax.drafters import eagle3
 from ppow_jax.drafters.files import llamacpp
@@ -20,19 +22,13 @@ TOKENIZER = {
     "tokenizer.ggml.tokens": ["a", "b"],
     "tokenizer.chat_template": "x",
 }
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "llamacpp.json").read_text())
 SHAPES = {
     "plain": PLAIN,
     "residual": dataclasses.replace(PLAIN, normed_residual=True),
     "narrower": eagle3.drafter_config(TARGET, len(VOCAB), 40, "float32", width=24),
-    "more heads": dataclasses.replace(PLAIN, kv_heads=4),
-    "llama3": dataclasses.replace(PLAIN, rope_scaling=tuple(LLAMA3.items())),
+    "more heads": CONVERTED["more_heads"],
+    "llama3": CONVERTED["llama3"],
     "all tokens": dataclasses.replace(PLAIN, vocab_size=TARGET.vocab_size),
 }
 
@@ -55,6 +51,18 @@ def test_there_and_back_to_the_same_bits(shape, tmp_path):
     assert found.config == SHAPES[shape] and found.taps == TARGET.taps and found.head == ""
     assert same(found.params, params) and found.vocab.tolist() == vocab.tolist()
     assert found.vocab.dtype == np.int32
+
+
+@pytest.mark.parametrize("shape", CONVERTED)
+def test_our_file_is_that_of_llama_cpps_own_converter(shape, tmp_path):
+    """Of what it makes of our files for SGLang: `parity/llamacpp_converter.py`."""
+    write(tmp_path / "d.gguf", CONVERTED[shape], params=numbered(CONVERTED[shape]))
+    ours = gguf.GGUFReader(tmp_path / "d.gguf")
+    assert {t.name: described(t) for t in ours.tensors if t.name != DIVISORS} == GOLDEN[shape]["tensors"]
+    divisors = [t.data.tolist() for t in ours.tensors if t.name == DIVISORS]
+    assert np.array(divisors) == pytest.approx(np.array(GOLDEN[shape]["divisors"]), rel=1e-6)
+    keys = {key: field.contents() for key, field in ours.fields.items() if key.startswith("eagle3.")}
+    assert keys == {f"eagle3.{key}": value for key, value in GOLDEN[shape]["keys"].items()}
 
 
 def test_names_keys_and_rows_as_llama_cpp_has_them(tmp_path):

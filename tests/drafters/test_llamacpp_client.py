@@ -9,13 +9,10 @@ import pytest
 
 from configs import quickstart
 from ppow_jax import config, experiment, run
-from ppow_jax.bench import decoding, llamacpp
+from ppow_jax.bench import decoding
+from ppow_jax.bench.llamacpp import compare, server
 from ppow_jax.data import prompts
 from ppow_jax.data.conversations import Conversation
-from ppow_jax.decode import shapes
-from ppow_jax.decode.drafting import Eagle
-from ppow_jax.decode.loop import DecodeConfig
-from ppow_jax.decode.session import Session
 from ppow_jax.drafters.files import llamacpp as files
 from ppow_jax.targets import gguf_files, tokenizer_gguf
 
@@ -53,24 +50,22 @@ def questions(trained) -> list[list[int]]:
     return [Conversation(prompt).question(tokenizer, 0).ids for prompt in of]
 
 
-def there(trained, file, questions) -> list[llamacpp.Answer]:
-    server = llamacpp.Server(trained[2], file, DEPTH, CONTEXT, threads=1)
-    return [server(ids, TOKENS) for ids in questions]
+def there(trained, file, questions) -> list[server.Answer]:
+    program = server.Server(trained[2], CONTEXT, 1, file, DEPTH if file else 0)
+    return [program(ids, TOKENS) for ids in questions]
 
 
 @pytest.fixture(scope="module")
-def theirs(trained, questions, tmp_path_factory) -> list[llamacpp.Answer]:
+def theirs(trained, questions, tmp_path_factory) -> list[server.Answer]:
     file = tmp_path_factory.mktemp("drafter") / "drafter.gguf"
-    llamacpp.write_drafter(trained[0], trained[1], file, "float32")
+    server.write_drafter(trained[0], trained[1], file, "float32")
     return there(trained, file, questions)
 
 
 def test_it_accepts_as_many_tokens_as_we_do(trained, questions, theirs):
     made, candidate, _ = trained
-    limits = DecodeConfig(TOKENS, made.tokenizer.stop_ids)
-    eagle = Eagle(candidate.drafter, shapes.parse(f"chain:{DEPTH}"))
-    session = Session(made.target, made.target_params, limits, eagle, candidate.weights)
-    ours = [llamacpp._ours(session, ids, made.tokenizer)[0] for ids in questions]
+    session = compare.session(made, candidate, DEPTH, TOKENS)
+    ours = [compare.ours(session, ids, made.tokenizer)[0] for ids in questions]
     assert [a.text for a in theirs] == [a.text for a in ours]
     assert [a.accepted for a in theirs] == [a.accepted for a in ours]
     assert sum(a.accepted for a in ours) > 20

@@ -18,10 +18,32 @@ from ppow_jax.models.target import default_taps
 TARGET = dataclasses.replace(small.TINY, layers=9, taps=default_taps(9))  # 2, 4, 6
 VOCAB = small.DRAFT_VOCAB
 PLAIN = eagle3.drafter_config(TARGET, len(VOCAB), 40, "float32")
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CONVERTED = {  # by llama.cpp itself: parity/llamacpp_converter.py
+    "plain": PLAIN,
+    "more_heads": dataclasses.replace(PLAIN, kv_heads=4),
+    "llama3": dataclasses.replace(PLAIN, rope_scaling=tuple(LLAMA3.items())),
+}
 
 
 def params_of(config) -> dict:
     return small.randomise(eagle3.abstract_params(config), 1)
+
+
+def numbered(config) -> dict:
+    """Parameters that depend on no library's random numbers: quarters from -2 to 2."""
+    count = iter(range(100))
+
+    def leaf(like):
+        return ((np.arange(like.size) * 7 + next(count)) % 17 / 4 - 2).astype(np.float32).reshape(like.shape)
+
+    return jax.tree.map(leaf, eagle3.abstract_params(config))
 
 
 def write(directory, config=PLAIN, server="sglang", dtype="float32", target=TARGET, vocab=VOCAB, params=None):
