@@ -86,8 +86,7 @@ def _do(made: Experiment, unit: str) -> None:
     about: dict[str, Any] = {"read": inputs.read(settings, unit, workdir)}
     _mark(settings, workdir, unit, finished=False, **about)
     began, before = time.monotonic(), _seconds(workdir, unit)
-    jax.clear_caches()  # the stage before has left its programs and what it freed
-    memory.give_back()
+    memory.drop_programs()  # those of the stage before
     memory.forget_peak()
     try:
         _run(made, unit)

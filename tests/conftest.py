@@ -23,6 +23,7 @@ import small
 from ppow_jax.drafters.eagle3 import weights_of
 from ppow_jax.models.target import Target
 from ppow_jax.objectives.supervised import Supervised
+from ppow_jax.parallel import memory
 from ppow_jax.parallel.console import log
 from ppow_jax.targets import gguf
 from ppow_jax.training.step import Recipe, make_step
@@ -38,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.sched_setaffinity(0, own or cores)
     if config.option.markexpr == "not slow":
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick.FLAGS}"
+        memory.drop_programs = memory.give_back  # many tests run the same small stages
 
 
 @pytest.fixture(scope="session")
@@ -81,9 +83,9 @@ def compiled_once(session_directory) -> None:
     compiled once."""
     directory = str(session_directory / "compiled")
     jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 @pytest.fixture(scope="session")
