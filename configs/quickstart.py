@@ -38,9 +38,9 @@ def get_config():
         rank=1,
         optimizer=base.optimizer(6e-4, 20),
     )
-    c.evaluate.prompts = ",".join(f"{kind}=builtin:{kind}/eval[:40]" for kind in KINDS)
-    c.evaluate.batch_size = 40
+    c.evaluate.prompts = ",".join(f"{kind}=builtin:{kind}/eval[:48]" for kind in KINDS)
+    c.evaluate.batch_size = 48
     c.evaluate.max_new_tokens = 64
-    c.evaluate.decode_prompts = 3
+    c.evaluate.decode_prompts = 4
     c.log.curve_points = 3
     return c
