@@ -11,7 +11,7 @@
   python -m ppow_jax.bench llamacpp   a drafter in llama.cpp beside the same drafter here
 
 `cost`, `decode`, `parting` and `llamacpp` want a trained drafter: --workdir=DIR of a run. The others take the
-config of a workdir, a file (--config=configs/NAME.py [--config.KEY=VALUE ...]), or else all keys' defaults
+config of a workdir, a config (--config=NAME or a file [--config.KEY=VALUE ...]), or else all keys' defaults
 with a run of `supervised` and one of `ppow`. Floors: operations over the float32 matrix-product rate, or
 bytes that must be read over the memory's rate, whichever is longer; both rates are measured in the same run.
 What the figures mean: docs/performance.md.
@@ -48,7 +48,9 @@ from ppow_jax.settings import Settings
 from ppow_jax.stages import evaluate
 from ppow_jax.targets import gguf_files
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/, where there is no --workdir.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Where there is no --workdir: the name of a ready-made config, or a file."
+)
 _TARGET = flags.DEFINE_string("target", "", "As config.target.path, in its place, where no --workdir is.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Of a run, whose drafter `cost` and `decode` use.")
 _RUN = flags.DEFINE_string(

@@ -1,7 +1,7 @@
 """The command line: the log as plain lines on stderr, help, and a user's mistakes as one line."""
 
 import errno
-import itertools
+import importlib.resources
 import logging
 import os
 import pathlib
@@ -44,11 +44,11 @@ def only_the_first_speaks() -> None:
 
 def parse_with_config(argv: list[str]) -> list[str]:
     """absl's flag parsing, with the many ways in which a config can be wrong as one line."""
-    path = _config_path(argv)
-    if path is not None and not os.path.isfile(path):
-        raise ConfigError(f"--config: no file {path!r}; configs/ holds the ready-made ones")
-    if path is not None and (folder := pathlib.Path(path).absolute().parent).name == "configs":
-        sys.path.insert(0, str(folder.parent))  # they import each other, wherever the command is started
+    argv, path = _with_config_file(argv)
+    if path is not None:
+        folder = pathlib.Path(path).absolute().parent
+        if folder.name == "configs" and not (folder / "__init__.py").exists():
+            sys.path.insert(0, str(folder.parent))  # they import each other, wherever the command is started
     try:
         return flags.FLAGS(argv)
     except flags.Error as e:
@@ -72,13 +72,31 @@ def parse_with_config(argv: list[str]) -> list[str]:
         raise ConfigError(f"--config={path}: cannot be loaded ({type(e).__name__}: {e})") from e
 
 
-def _config_path(argv: list[str]) -> str | None:
-    """The value of --config=PATH or --config PATH."""
-    for flag, following in itertools.zip_longest(argv, argv[1:]):
-        name, _, value = flag.partition("=")
-        if name in ("--config", "-config"):
-            return value or following
-    return None
+def _with_config_file(argv: list[str]) -> tuple[list[str], str | None]:
+    """The flags with a ready-made config's name as the path of its file, and the path, if any is given.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    for at, flag in enumerate(argv):
+        name, given, value = flag.partition("=")
+        if name not in ("--config", "-config"):
+            continue
+        value = value if given else "".join(argv[at + 1 : at + 2])
+        path = value if os.path.isfile(value) else _ready_made().get(value)
+        if path is None:
+            raise ConfigError(
+                f"--config: no file {value!r}, expected a path or one of {', '.join(_ready_made())}"
+            )
+        return [*argv[:at], f"--config={path}", *argv[at + (1 if given else 2) :]], path
+    return argv, None
+
+
+def _ready_made() -> dict[str, str]:
+    """Files of the configs that are installed with the package, by name."""
+    folder = importlib.resources.files("ppow_jax.configs")
+    files = sorted(pathlib.Path(str(entry)) for entry in folder.iterdir())
+    return {file.stem: str(file) for file in files if file.suffix == ".py" and file.stem != "__init__"}
 
 
 def command(

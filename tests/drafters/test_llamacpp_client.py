@@ -6,8 +6,8 @@ import importlib.util
 import jax
 import numpy as np
 import pytest
+from ppow_jax.configs import quickstart
 
-from configs import quickstart
 from ppow_jax import config, experiment, run
 from ppow_jax.bench import decoding
 from ppow_jax.bench.llamacpp import compare, server
