@@ -31,11 +31,13 @@ HELD = (0, 6, 12, 18)  # of 24 texts, the 4 held out
 ONLY_RESPOND = "--config.stages=respond"
 
 
-def command(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """The command line, from the repository's root."""
+def command(
+    *arguments: str, environment: dict[str, str] | None = None, directory: pathlib.Path = ROOT
+) -> subprocess.CompletedProcess:
+    """The command line, from the repository's root or another directory."""
     return subprocess.run(
         [sys.executable, "-m", "ppow_jax.main", *arguments],
-        cwd=ROOT,
+        cwd=directory,
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | (environment or {}),
         capture_output=True,
         text=True,
@@ -100,7 +102,7 @@ def test_a_missing_config_file(tmp_path, form):
 @pytest.mark.parametrize("form", ["--config=tiny", "--config tiny"])
 def test_a_ready_made_config_has_a_name(tmp_path, form):
     """In any directory; its keys can be set as those of a file."""
-    done = command(*form.split(" "), "--workdir=w", "--config.train.ppow.group=1", cwd=tmp_path)
+    done = command(*form.split(" "), "--workdir=w", "--config.train.ppow.group=1", directory=tmp_path)
     assert "config.train.ppow.group: found 1, expected 2 or more" in complaint(done, 2)
 
 
