@@ -1,4 +1,4 @@
-"""What the documentation's site needs beyond the pages in `docs/`: files that lie elsewhere in the repository."""
+"""What the site of the documentation has beyond the pages in `docs/`: files from elsewhere."""
 
 import pathlib
 from typing import Any
