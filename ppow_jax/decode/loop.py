@@ -62,6 +62,48 @@ class Decoded(NamedTuple, Generic[Array]):
     emitted_by_round: Array
 
 
+class Pass(NamedTuple):
+    """A verification pass.
+
+    Attributes:
+      draft: what the target verified.
+      way: that the text took through it.
+      logits: float32 `[B, J, V]`, the target's after every node.
+      features: `[B, M, ...]`, of the tokens that the round settled.
+    """
+
+    draft: Draft
+    way: Walk
+    logits: jax.Array
+    features: Features
+
+
+class Watched(NamedTuple):
+    """What those who watch are told of a round.
+
+    Attributes:
+      tokens: int32 `[B, M]`, the text's.
+      kept: int32 `[B]`, how many of them a row emitted; 0: it had ended before.
+      drafted: int32 `[B, J]`, the trees; node 0 is the last token known before. Negative: nothing.
+      parents: int32 `[B, J]`, as in `verify.Draft`.
+      nodes: int32 `[B, M]`, the way that the text took through the tree, as in `verify.Walk`.
+      accepted: int32 `[B]`, drafted tokens that agreed; a stop token among them, or the longest text, may
+        have ended the text before the last of them.
+      drafter_log_probs: float32 `[B, J]`, of each drafted token after its parent, over the draft vocabulary;
+        NaN at node 0, and where no distribution proposes. None unless they are asked for.
+      target_log_probs: the same of the target, over its own vocabulary.
+    """
+
+    tokens: np.ndarray | jax.Array
+    kept: np.ndarray | jax.Array
+    drafted: np.ndarray | jax.Array
+    parents: np.ndarray | jax.Array
+    nodes: np.ndarray | jax.Array
+    accepted: np.ndarray | jax.Array
+    drafter_log_probs: np.ndarray | jax.Array | None = None
+    target_log_probs: np.ndarray | jax.Array | None = None
+
+
 class State(NamedTuple):
     """Between rounds. `known` counts the tokens of prompt and text; the last one is not cached yet."""
 
@@ -143,8 +185,8 @@ def next_round(
     config: DecodeConfig,
     drafting: Drafting | None = None,
     weights: Any = None,
-) -> tuple[State, Features]:
-    """Draft, verify, keep; with the features `[B, M, ...]` of the tokens that the round settled."""
+) -> tuple[State, Pass]:
+    """Draft, verify, keep; with the pass that this took."""
     offset_B = state.known - 1
     if drafting:
         keys_B = _keys_at(state.keys, state.known, 1)
@@ -185,7 +227,7 @@ def next_round(
         cache=kv_cache.write(state.cache, new, slot, going_on),
         drafts=drafts,
     )
-    return state, read
+    return state, Pass(draft, way, logits_BxJxV, read)
 
 
 def _chooser(
@@ -235,7 +277,7 @@ def grow(state: State, slots: int, drafting: Drafting | None = None) -> State:
     return state._replace(cache=kv_cache.grow(state.cache, slots), drafts=drafts)
 
 
-Watch = Callable[[np.ndarray, np.ndarray], None]
+Watch = Callable[[Watched], None]
 _watchers: dict[int, Watch] = {}
 _numbers = itertools.count()
 
@@ -250,6 +292,7 @@ def decode(
     drafting: Drafting | None = None,
     weights: Any = None,
     watch: Watch | None = None,
+    scores: bool = False,
 ) -> Decoded[jax.Array]:
     """Decodes every prompt to its stop.
 
@@ -262,8 +305,9 @@ def decode(
       config: static settings.
       drafting: who drafts.
       weights: the drafter's.
-      watch: called after every round, prefill's first, while the loop runs: tokens int32 `[B, M]` and how
-        many of them each row kept, int32 `[B]`.
+      watch: called after every round while the loop runs, with arrays of the host. The first call is the
+        prompt's, which drafts nothing and emits one token.
+      scores: whether `watch` gets log-probabilities.
 
     Returns:
       `Decoded`. At temperature 0 the texts do not depend on the drafter, at others their distribution does
@@ -271,21 +315,38 @@ def decode(
     """
     inputs = (target, params, prompt_BxP, length_B, keys_B, config, drafting, weights)
     if watch is None:
-        return _decode(*inputs, None)
+        return _decode(*inputs, None, False)
     number = next(_numbers)
     _watchers[number] = watch
     try:
-        return jax.block_until_ready(_decode(*inputs, np.int32(number)))
+        return jax.block_until_ready(_decode(*inputs, np.int32(number), scores))
     finally:
         jax.effects_barrier()
         del _watchers[number]
 
 
-def _tell(number: np.ndarray, tokens_BxM: np.ndarray, kept_B: np.ndarray) -> None:
-    _watchers[int(number)](np.asarray(tokens_BxM), np.asarray(kept_B))
+def _tell(number: np.ndarray, watched: Watched) -> None:
+    _watchers[int(number)](jax.tree.map(np.asarray, watched))
 
 
-@functools.partial(jax.jit, static_argnames=("target", "config", "drafting"))
+def _watched(done: Pass, kept_B: jax.Array, how: Sampling, scores: bool) -> Watched:
+    """What there is to tell of a pass."""
+    draft, way = done.draft, done.way
+    told = Watched(way.tokens, kept_B, draft.tokens, draft.parents, way.nodes, way.accepted)
+    if not scores:
+        return told
+    B, J = draft.tokens.shape
+    log_p_BxJxV = sampling.log_probs(done.logits, how)
+    log_p_BxJ = log_p_BxJxV[jnp.arange(B)[:, None], draft.parents, jnp.maximum(draft.tokens, 0)]
+    unknown_BxJ = (jnp.arange(J) == 0) | (draft.tokens < 0)
+    log_q_BxJ = jnp.nan if draft.log_probs is None else draft.log_probs
+    return told._replace(
+        drafter_log_probs=jnp.where(unknown_BxJ, jnp.nan, log_q_BxJ),
+        target_log_probs=jnp.where(unknown_BxJ, jnp.nan, log_p_BxJ),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("target", "config", "drafting", "scores"))
 def _decode(
     target: Target,
     params: dict,
@@ -296,22 +357,27 @@ def _decode(
     drafting: Drafting | None,
     weights: Any,
     watcher: jax.Array | None,
+    scores: bool,
 ) -> Decoded[jax.Array]:
     L, depth = config.max_new_tokens, drafting.depth if drafting else 0
 
-    def watched(state: State, kept_B: jax.Array) -> State:
+    def tell(done: Pass, kept_B: jax.Array) -> None:
         if watcher is not None:
-            rows = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (depth + 1,)))
-            tokens_BxM = rows(state.tokens, state.emitted - kept_B)
-            io_callback(_tell, None, watcher, tokens_BxM, kept_B, ordered=True)
-        return state
+            about = _watched(done, kept_B, config.sampling, scores)
+            io_callback(_tell, None, watcher, about, ordered=True)
 
     def body(state: State) -> State:
-        after, _ = next_round(target, params, state, config, drafting, weights)
-        return watched(after, after.emitted - state.emitted)
+        after, done = next_round(target, params, state, config, drafting, weights)
+        tell(done, after.emitted - state.emitted)
+        return after
 
-    state, _ = prefill(target, params, prompt_BxP, length_B, keys_B, config, drafting, weights)
-    state = grow(watched(state, state.emitted), prompt_BxP.shape[1] + L + depth + 1, drafting)
+    state, features = prefill(target, params, prompt_BxP, length_B, keys_B, config, drafting, weights)
+    last_Bx1 = jnp.take_along_axis(prompt_BxP, length_B[:, None] - 1, 1)
+    nothing_Bx1, zero_B = jnp.zeros_like(last_Bx1), jnp.zeros_like(length_B)
+    way = Walk(nothing_Bx1, state.tokens[:, :1], zero_B)
+    logits = jnp.zeros((len(length_B), 1, 1))  # nothing is drafted that they could say something of
+    tell(Pass(Draft(last_Bx1, nothing_Bx1), way, logits, features), state.emitted)
+    state = grow(state, prompt_BxP.shape[1] + L + depth + 1, drafting)
     state = jax.lax.while_loop(lambda s: ~s.done.all(), body, state)
     tokens = jnp.where(jnp.arange(L) < state.emitted[:, None], state.tokens[:, :L], 0)
     end_B = jnp.take_along_axis(tokens, state.emitted[:, None] - 1, 1)[:, 0]

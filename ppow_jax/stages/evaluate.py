@@ -6,6 +6,7 @@ of the same prompt in turn, so that a slow moment of the machine hits both. All 
 `evaluate.control`, prompt by prompt. What is known of a drafter is not measured again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -211,24 +212,56 @@ def find_candidates(experiment: Experiment) -> list[Candidate]:
     Raises:
       UserError: there is none that is finished.
     """
-    settings = experiment.settings
-    names = [IMPORTED] if settings.drafter.path else []
-    names += [name for name in settings.chosen() if drafters.directory(experiment, name).exists()]
     found = []
-    for name in names:
+    for name in _begun(experiment):
         try:
-            trained = drafters.load(experiment, name)
+            found.append(_candidate(experiment, name))
         except UnfinishedError as e:
             log.warning("evaluate: %s is left out: %s", name, e)
-            continue
-        weights = weights_of(trained.params, experiment.target_params, trained.vocab)
-        sha = params_sha256(trained.params)
-        found.append(Candidate(name, trained.drafter, weights, trained.steps, trained.seconds, sha))
     if not found:
-        raise UserError(
-            f"{experiment.workdir}: no training run is finished yet; add 'train' to config.stages"
-        )
+        raise _nothing_trained(experiment)
     return found
+
+
+def find_candidate(experiment: Experiment, run: str = "", where: str = "--run") -> Candidate:
+    """The drafter of a training run, or `imported`, the one that was read from files.
+
+    Args:
+      experiment: whose workdir has it.
+      run: its name; empty: of the last one that is finished.
+      where: the flag or argument that has the name, for the error.
+
+    Raises:
+      ConfigError: there is no such run.
+      UserError: it is not finished, or none is.
+    """
+    begun = _begun(experiment)
+    if run:
+        if run not in begun:
+            raise ConfigError(f"{where}: found {run!r}, expected one of {', '.join(begun) or 'none yet'}")
+        return _candidate(experiment, run)
+    for name in reversed(begun):
+        with contextlib.suppress(UnfinishedError):
+            return _candidate(experiment, name)
+    raise _nothing_trained(experiment)
+
+
+def _begun(experiment: Experiment) -> list[str]:
+    """The drafters that the workdir may have."""
+    settings = experiment.settings
+    names = [IMPORTED] if settings.drafter.path else []
+    return names + [name for name in settings.chosen() if drafters.directory(experiment, name).exists()]
+
+
+def _candidate(experiment: Experiment, name: str) -> Candidate:
+    trained = drafters.load(experiment, name)
+    weights = weights_of(trained.params, experiment.target_params, trained.vocab)
+    sha = params_sha256(trained.params)
+    return Candidate(name, trained.drafter, weights, trained.steps, trained.seconds, sha)
+
+
+def _nothing_trained(experiment: Experiment) -> UserError:
+    return UserError(f"{experiment.workdir}: no training run is finished yet; add 'train' to config.stages")
 
 
 def write_texts(experiment: Experiment, name: str, benchmark: list[prompts.Prompt]) -> Benchmark:

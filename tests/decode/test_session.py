@@ -54,7 +54,10 @@ def test_buckets_are_few_and_close():
 def test_those_who_watch_see_the_tokens_in_order_as_they_come(chain, name):
     stop = small.walk(5, 9)[-1]
     decoder, seen = session(chain, name, stops=(stop,)), []
-    watch = lambda tokens, kept: seen.append([t[:k].tolist() for t, k in zip(tokens, kept, strict=True)])  # noqa: E731
+
+    def watch(w):
+        seen.append([tokens[:kept].tolist() for tokens, kept in zip(w.tokens, w.kept, strict=True)])
+
     out = decoder([[5], [5, 6]], watch=watch)
     for row in range(2):
         parts = [round_[row] for round_ in seen]
@@ -62,12 +65,12 @@ def test_those_who_watch_see_the_tokens_in_order_as_they_come(chain, name):
         assert [len(p) for p in parts[1:] if p] == small.rounds_of(out, row)
     assert len(seen[0][0]) == 1 and not loop._watchers
     count = loop._decode._cache_size()
-    decoder([[7], [8]], watch=lambda tokens, kept: None)  # another watcher, the same program
+    decoder([[7], [8]], watch=lambda watched: None)  # another watcher, the same program
     assert loop._decode._cache_size() == count
 
 
 def test_a_watcher_that_fails_is_heard(chain):
-    def watch(tokens, kept):
+    def watch(watched):
         raise RuntimeError("enough")
 
     with pytest.raises(Exception, match="enough"):
