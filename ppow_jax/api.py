@@ -212,9 +212,7 @@ def read_report(workdir: str | pathlib.Path) -> dict[str, Any]:
     """
     found = files.read_json(files.path_of(str(workdir)) / "report.json")
     if found is None:
-        raise UserError(
-            f"found no report.json in {str(workdir)!r}, expected one: the stage evaluate writes it"
-        )
+        raise UserError(f"{workdir}: found no report.json, expected one; the stage evaluate writes it")
     return found
 
 

@@ -10,6 +10,8 @@ from ppow_jax.experiment import Experiment
 from ppow_jax.report.measure import Benchmark, Candidate, Turn, padded_texts
 from ppow_jax.targets.tokenizer import Tokenizer
 
+_PART = "\ufffd"  # of a character, as decoders show it
+
 
 def samples(
     experiment: Experiment, candidate: Candidate, benchmarks: Sequence[Benchmark], prompts: int, tokens: int
@@ -56,14 +58,23 @@ def as_text(experiment: Experiment, turn: Turn, rounds: Sequence[Round]) -> dict
 
 
 def round_as_text(tokenizer: Tokenizer, known: list[int], of: Round, special: bool = True) -> dict[str, Any]:
-    """A round as text, behind the ids that are known; see `as_text`. `special`: with special tokens."""
+    """A round as text, behind the ids that are known; see `as_text`.
+
+    A character of several tokens stands whole where its last one is, so that the parts in a row are the text.
+
+    Args:
+      tokenizer: the target's.
+      known: ids of the text so far.
+      of: the round.
+      special: whether special tokens are part of the text.
+    """
     text_of = functools.partial(tokenizer.added, special=special)
     kept, refused = of.drafted[: of.accepted], of.drafted[of.accepted :]
     return {
         "drafted": len(of.drafted),
         "count": of.accepted,
-        "accepted": text_of(known, kept),
+        "accepted": text_of(known, kept).rstrip(_PART),
         "refused": text_of(known + kept, refused[:1]),
         "dropped": text_of(known + kept + refused[:1], refused[1:]),
-        "own": text_of(known + kept, of.own),
+        "own": text_of(known + kept, of.own).rstrip(_PART),
     }

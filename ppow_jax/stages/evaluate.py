@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import pathlib
 from typing import Any
 
 from ppow_jax.data import prompts, texts
@@ -213,7 +214,7 @@ def find_candidates(experiment: Experiment) -> list[Candidate]:
       UserError: there is none that is finished.
     """
     found = []
-    for name in _begun(experiment):
+    for name in begun(experiment.settings, experiment.workdir):
         try:
             found.append(_candidate(experiment, name))
         except UnfinishedError as e:
@@ -235,22 +236,26 @@ def find_candidate(experiment: Experiment, run: str = "", where: str = "--run") 
       ConfigError: there is no such run.
       UserError: it is not finished, or none is.
     """
-    begun = _begun(experiment)
     if run:
-        if run not in begun:
-            raise ConfigError(f"{where}: found {run!r}, expected one of {', '.join(begun) or 'none yet'}")
+        check_run(experiment.settings, experiment.workdir, run, where)
         return _candidate(experiment, run)
-    for name in reversed(begun):
+    for name in reversed(begun(experiment.settings, experiment.workdir)):
         with contextlib.suppress(UnfinishedError):
             return _candidate(experiment, name)
     raise _nothing_trained(experiment)
 
 
-def _begun(experiment: Experiment) -> list[str]:
-    """The drafters that the workdir may have."""
-    settings = experiment.settings
+def check_run(settings: Settings, workdir: pathlib.Path, run: str, where: str) -> None:
+    """Raises `ConfigError` if a workdir has no drafter of that name; the message begins with `where`."""
+    names = begun(settings, workdir)
+    if run not in names:
+        raise ConfigError(f"{where}: found {run!r}, expected one of {', '.join(names) or 'none yet'}")
+
+
+def begun(settings: Settings, workdir: pathlib.Path) -> list[str]:
+    """The drafter that is read from files, if any, and the training runs that have left something."""
     names = [IMPORTED] if settings.drafter.path else []
-    return names + [name for name in settings.chosen() if drafters.directory(experiment, name).exists()]
+    return names + [name for name in settings.chosen() if drafters.directory(workdir, name).exists()]
 
 
 def _candidate(experiment: Experiment, name: str) -> Candidate:
