@@ -19,10 +19,11 @@ from ppow_jax.config import from_config, to_dict
 from ppow_jax.data import dialogue
 from ppow_jax.decode import shapes
 from ppow_jax.decode.drafting import Eagle
-from ppow_jax.decode.loop import DecodeConfig, Watched
+from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.decode.rounds import Round, seen
 from ppow_jax.decode.sampling import Sampling
 from ppow_jax.decode.session import Session
+from ppow_jax.decode.watching import Watched
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.parallel import console, files

@@ -30,6 +30,8 @@ class Exchange:
     def figures(self) -> list[str]:
         """Speed, tau, accepted tokens by round and the draft's shape, each as text."""
         passes = self.answer.rounds[1:]
+        if not passes:
+            return ["a single token, which the pass over the prompt wrote"]
         speed = f"{self.answer.tokens_per_s:.1f} tokens/s"
         if self.plain:
             ratio = self.answer.tokens_per_s / self.plain.tokens_per_s

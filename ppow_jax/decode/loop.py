@@ -10,19 +10,18 @@ a round emits at most, T of the longest text to emit, V vocabulary.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import io_callback
 
-from ppow_jax.decode import sampling, verify
+from ppow_jax.decode import sampling, verify, watching
 from ppow_jax.decode.drafting import Drafting, VerifiedTokens
 from ppow_jax.decode.sampling import GREEDY, Sampling
 from ppow_jax.decode.verify import Draft, Walk
+from ppow_jax.decode.watching import Watch
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.cache import Cache
 from ppow_jax.models.layers import likeliest
@@ -76,32 +75,6 @@ class Pass(NamedTuple):
     way: Walk
     logits: jax.Array
     features: Features
-
-
-class Watched(NamedTuple):
-    """What those who watch are told of a round.
-
-    Attributes:
-      tokens: int32 `[B, M]`, the text's.
-      kept: int32 `[B]`, how many of them a row emitted; 0: it had ended before.
-      drafted: int32 `[B, J]`, the trees; node 0 is the last token known before. Negative: nothing.
-      parents: int32 `[B, J]`, as in `verify.Draft`.
-      nodes: int32 `[B, M]`, the way that the text took through the tree, as in `verify.Walk`.
-      accepted: int32 `[B]`, drafted tokens that agreed; a stop token among them, or the longest text, may
-        have ended the text before the last of them.
-      drafter_log_probs: float32 `[B, J]`, of each drafted token after its parent, over the draft vocabulary;
-        NaN at node 0, and where no distribution proposes. None unless they are asked for.
-      target_log_probs: the same of the target, over its own vocabulary.
-    """
-
-    tokens: np.ndarray | jax.Array
-    kept: np.ndarray | jax.Array
-    drafted: np.ndarray | jax.Array
-    parents: np.ndarray | jax.Array
-    nodes: np.ndarray | jax.Array
-    accepted: np.ndarray | jax.Array
-    drafter_log_probs: np.ndarray | jax.Array | None = None
-    target_log_probs: np.ndarray | jax.Array | None = None
 
 
 class State(NamedTuple):
@@ -277,11 +250,6 @@ def grow(state: State, slots: int, drafting: Drafting | None = None) -> State:
     return state._replace(cache=kv_cache.grow(state.cache, slots), drafts=drafts)
 
 
-Watch = Callable[[Watched], None]
-_watchers: dict[int, Watch] = {}
-_numbers = itertools.count()
-
-
 def decode(
     target: Target,
     params: dict,
@@ -306,7 +274,7 @@ def decode(
       drafting: who drafts.
       weights: the drafter's.
       watch: called after every round while the loop runs, with arrays of the host. The first call is the
-        prompt's, which drafts nothing and emits one token.
+        prompt's, which drafts nothing and emits one token. What it raises ends the loop.
       scores: whether `watch` gets log-probabilities.
 
     Returns:
@@ -316,34 +284,10 @@ def decode(
     inputs = (target, params, prompt_BxP, length_B, keys_B, config, drafting, weights)
     if watch is None:
         return _decode(*inputs, None, False)
-    number = next(_numbers)
-    _watchers[number] = watch
-    try:
-        return jax.block_until_ready(_decode(*inputs, np.int32(number), scores))
-    finally:
+    with watching.numbered(watch) as number:
+        decoded = jax.block_until_ready(_decode(*inputs, number, scores))
         jax.effects_barrier()
-        del _watchers[number]
-
-
-def _tell(number: np.ndarray, watched: Watched) -> None:
-    _watchers[int(number)](jax.tree.map(np.asarray, watched))
-
-
-def _watched(done: Pass, kept_B: jax.Array, how: Sampling, scores: bool) -> Watched:
-    """What there is to tell of a pass."""
-    draft, way = done.draft, done.way
-    told = Watched(way.tokens, kept_B, draft.tokens, draft.parents, way.nodes, way.accepted)
-    if not scores:
-        return told
-    B, J = draft.tokens.shape
-    log_p_BxJxV = sampling.log_probs(done.logits, how)
-    log_p_BxJ = log_p_BxJxV[jnp.arange(B)[:, None], draft.parents, jnp.maximum(draft.tokens, 0)]
-    unknown_BxJ = (jnp.arange(J) == 0) | (draft.tokens < 0)
-    log_q_BxJ = jnp.nan if draft.log_probs is None else draft.log_probs
-    return told._replace(
-        drafter_log_probs=jnp.where(unknown_BxJ, jnp.nan, log_q_BxJ),
-        target_log_probs=jnp.where(unknown_BxJ, jnp.nan, log_p_BxJ),
-    )
+    return decoded
 
 
 @functools.partial(jax.jit, static_argnames=("target", "config", "drafting", "scores"))
@@ -363,8 +307,8 @@ def _decode(
 
     def tell(done: Pass, kept_B: jax.Array) -> None:
         if watcher is not None:
-            about = _watched(done, kept_B, config.sampling, scores)
-            io_callback(_tell, None, watcher, about, ordered=True)
+            scored = (done.logits, config.sampling) if scores else None
+            watching.tell(watcher, watching.watched(done.draft, done.way, kept_B, scored))
 
     def body(state: State) -> State:
         after, done = next_round(target, params, state, config, drafting, weights)

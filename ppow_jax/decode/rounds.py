@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppow_jax.decode.loop import Watched
 from ppow_jax.decode.profile import Texts
+from ppow_jax.decode.watching import Watched
 from ppow_jax.drafters.eagle3 import Drafter, DrafterWeights
 from ppow_jax.drafters.windows import greedy, text_prefix, text_starts, window_pass
 from ppow_jax.parallel import processes

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from ppow_jax.decode.drafting import Drafting
-from ppow_jax.decode.loop import DecodeConfig, Decoded, Watch, decode
+from ppow_jax.decode.loop import DecodeConfig, Decoded, decode
+from ppow_jax.decode.watching import Watch
 from ppow_jax.errors import UserError
 from ppow_jax.models.target import Target
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small
 
-from ppow_jax.decode import loop, shapes
+from ppow_jax.decode import loop, shapes, watching
 from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.decode.ngrams import Lookahead, Lookup
@@ -63,19 +63,20 @@ def test_those_who_watch_see_the_tokens_in_order_as_they_come(chain, name):
         parts = [round_[row] for round_ in seen]
         assert list(itertools.chain(*parts)) == out.tokens[row, : out.emitted[row]].tolist()
         assert [len(p) for p in parts[1:] if p] == small.rounds_of(out, row)
-    assert len(seen[0][0]) == 1 and not loop._watchers
+    assert len(seen[0][0]) == 1 and not watching._watchers
     count = loop._decode._cache_size()
     decoder([[7], [8]], watch=lambda watched: None)  # another watcher, the same program
     assert loop._decode._cache_size() == count
 
 
-def test_a_watcher_that_fails_is_heard(chain):
+@pytest.mark.parametrize("error", [KeyError("enough"), KeyboardInterrupt("enough")])
+def test_a_watcher_that_fails_is_heard(chain, error):
     def watch(watched):
-        raise RuntimeError("enough")
+        raise error
 
-    with pytest.raises(Exception, match="enough"):
+    with pytest.raises(type(error), match="enough"):
         session(chain, None)([[5]], watch=watch)
-    assert not loop._watchers
+    assert not watching._watchers
 
 
 @pytest.mark.parametrize("name", [None, *SHAPES])
