@@ -197,12 +197,10 @@ def train(
       ConfigError: a key that there is not, a wrong type, or an impossible combination.
       UserError: anything else that can be mended.
     """
-    made = config.copy_and_resolve_references() if isinstance(config, ConfigDict) else _read(str(config))
-    try:
-        made.update_from_flattened_dict(dict(changes or {}))
-    except (KeyError, TypeError, ValueError) as e:
-        raise ConfigError(f"changes: {' '.join(map(str, e.args))}") from e
-    run.run(from_config(made), pathlib.Path(workdir))
+    values = _plain(config if isinstance(config, ConfigDict) else _read(str(config)))
+    for key, value in (changes or {}).items():
+        _put(values, key, value)
+    run.run(from_config(values), pathlib.Path(workdir))
 
 
 def read_report(workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -237,6 +235,28 @@ def _check_taps(target: Experiment, workdir: pathlib.Path) -> None:
             f"taps: found {target.target.config.taps}, expected {known}, which the drafters in "
             f"{str(workdir)!r} read; give them to load_target"
         )
+
+
+def _plain(config: ConfigDict) -> dict[str, Any]:
+    """A copy as nested dicts, in the same order, which `copy.deepcopy` would not keep."""
+    return {name: _plain(v) if isinstance(v, ConfigDict) else v for name, v in config.items()}
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Changes a value in nested dicts.
+
+    Raises:
+      ConfigError: there is no such key.
+    """
+    *path, last = key.split(".")
+    section: Any = values
+    for name in path:
+        section = section.get(name) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or last not in section:
+        raise ConfigError(
+            f"changes: unknown key {key!r}, expected one of `python -m ppow_jax.config_help`, without 'config.'"
+        )
+    section[last] = value
 
 
 def _read(name: str) -> ConfigDict:

@@ -164,8 +164,11 @@ def test_training_takes_a_name_a_file_or_a_configdict(tmp_path, monkeypatch):
         settings, workdir = asked.pop()
         assert (settings.train["supervise"].steps, settings.seed, workdir) == (7, 3, tmp_path / "w")
     assert given.to_dict() == before
-    with pytest.raises(ConfigError, match="stepz"):
-        ppow_jax.train("tiny", tmp_path / "w", {"train.supervise.stepz": 7})
+    for key in ("train.supervise.stepz", "colours.red", "seed.red"):
+        with pytest.raises(ConfigError, match=f"changes: unknown key '{key}', expected one of"):
+            ppow_jax.train("tiny", tmp_path / "w", {key: 7})
+    with pytest.raises(ConfigError, match="config.train.supervise.steps: found 'x'"):
+        ppow_jax.train("tiny", tmp_path / "w", {"train.supervise.steps": "x"})
     with pytest.raises(ConfigError, match="config: no file 'tinny', expected a path or one of"):
         ppow_jax.train("tinny", tmp_path / "w")
     file.write_text("1 / 0")
