@@ -254,7 +254,8 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
         section = section.get(name) if isinstance(section, dict) else None
     if not isinstance(section, dict) or last not in section:
         raise ConfigError(
-            f"changes: unknown key {key!r}, expected one of `python -m ppow_jax.config_help`, without 'config.'"
+            f"changes: unknown key {key!r}, expected one of `python -m ppow_jax.config_help`, without its "
+            "'config.'"
         )
     section[last] = value
 

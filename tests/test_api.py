@@ -167,7 +167,7 @@ def test_training_takes_a_name_a_file_or_a_configdict(tmp_path, monkeypatch):
     for key in ("train.supervise.stepz", "colours.red", "seed.red"):
         with pytest.raises(ConfigError, match=f"changes: unknown key '{key}', expected one of"):
             ppow_jax.train("tiny", tmp_path / "w", {key: 7})
-    with pytest.raises(ConfigError, match="config.train.supervise.steps: found 'x'"):
+    with pytest.raises(ConfigError, match=r"config.train.supervise.steps: found 'x'"):
         ppow_jax.train("tiny", tmp_path / "w", {"train.supervise.steps": "x"})
     with pytest.raises(ConfigError, match="config: no file 'tinny', expected a path or one of"):
         ppow_jax.train("tinny", tmp_path / "w")
