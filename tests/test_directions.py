@@ -28,10 +28,17 @@ ORDER = (
     "report",
     "stages",
     "run",
+    "api",
     "main",
 )
-COMMANDS = ("bench", "compile", "convert", "config_help")  # may import anything but `main`, and nobody them
-MAY_IMPORT_STAGES = ("stages", "run", "bench", "compile")
+COMMANDS = (
+    "bench",
+    "chat",
+    "compile",
+    "convert",
+    "config_help",
+)  # may import anything but `main`, and nobody them
+MAY_IMPORT_STAGES = ("stages", "run", "api", "bench", "chat", "compile")
 
 
 def module_name(path: pathlib.Path, root: pathlib.Path) -> str:

@@ -19,7 +19,6 @@ What the figures mean: docs/performance.md.
 
 import dataclasses
 import itertools
-import json
 import pathlib
 import sys
 import tempfile
@@ -158,7 +157,7 @@ def _engines(made: Experiment) -> Iterator[tuple[Candidate, server.Engine]]:
         for run, target, drafter, number in itertools.product(
             _RUN.value.split(","), _TARGETS.value, _DRAFTERS.value, threads
         ):
-            candidate = decoding.chosen(made, run)
+            candidate = evaluate.find_candidate(made, run)
             yield (
                 candidate,
                 server.prepare(made, candidate, pathlib.Path(directory), (target, drafter), number),
@@ -186,14 +185,11 @@ COMMANDS = {
 def _settings(command: str) -> Settings:
     """Those of the workdir, of the config file, or the defaults."""
     if _WORKDIR.value:
-        file = files.path_of(_WORKDIR.value) / "config.json"
-        if not file.exists():
-            raise ConfigError(f"{file}: not there, expected the workdir of a run")
         if _CONFIG.value is not None or _TARGET.value:
             raise ConfigError(
                 "found --workdir beside --config or --target, expected one: it has its own config"
             )
-        settings = config.from_config(json.loads(file.read_text()))
+        settings = experiment.read_settings(files.path_of(_WORKDIR.value))
     elif command in ("cost", "decode", "parting", "llamacpp"):
         raise ConfigError(f"{command}: found no --workdir, expected one of a run with a trained drafter")
     else:

@@ -46,9 +46,7 @@ def parse_with_config(argv: list[str]) -> list[str]:
     """absl's flag parsing, with the many ways in which a config can be wrong as one line."""
     argv, path = _with_config_file(argv)
     if path is not None:
-        folder = pathlib.Path(path).absolute().parent
-        if folder.name == "configs" and not (folder / "__init__.py").exists():
-            sys.path.insert(0, str(folder.parent))  # they import each other, wherever the command is started
+        let_configs_import(path)
     try:
         return flags.FLAGS(argv)
     except flags.Error as e:
@@ -82,14 +80,28 @@ def _with_config_file(argv: list[str]) -> tuple[list[str], str | None]:
         name, given, value = flag.partition("=")
         if name not in ("--config", "-config"):
             continue
-        value = value if given else "".join(argv[at + 1 : at + 2])
-        path = value if os.path.isfile(value) else _ready_made().get(value)
-        if path is None:
-            raise ConfigError(
-                f"--config: no file {value!r}, expected a path or one of {', '.join(_ready_made())}"
-            )
+        path = config_file(value if given else "".join(argv[at + 1 : at + 2]), "--config")
         return [*argv[:at], f"--config={path}", *argv[at + (1 if given else 2) :]], path
     return argv, None
+
+
+def config_file(name: str, where: str) -> str:
+    """The path of a config: a file, or a ready-made config by its name.
+
+    Raises:
+      ConfigError: there is none; the message begins with `where`.
+    """
+    path = name if os.path.isfile(name) else _ready_made().get(name)
+    if path is None:
+        raise ConfigError(f"{where}: no file {name!r}, expected a path or one of {', '.join(_ready_made())}")
+    return path
+
+
+def let_configs_import(path: str) -> None:
+    """Lets the configs of a folder `configs` import each other, wherever the command is started."""
+    folder = pathlib.Path(path).absolute().parent
+    if folder.name == "configs" and not (folder / "__init__.py").exists():
+        sys.path.insert(0, str(folder.parent))
 
 
 def _ready_made() -> dict[str, str]:

@@ -193,7 +193,7 @@ def test_it_needs_no_checkout(tmp_path):
     ("arguments", "message"),
     [
         (("cost",), "cost: found no --workdir, expected one of a run with a trained drafter"),
-        (("parts", "--workdir=."), "config.json: not there, expected the workdir of a run"),
+        (("parts", "--workdir=."), "--workdir: found no run in '.', expected a workdir"),
         (
             ("race",),
             "found 'race', expected one of load, parts, train, respond, cost, decode, parting, "
