@@ -177,7 +177,7 @@ def _require_target(asking: _Asking, prompts: list[Prompt], own: Decoder) -> Non
             f"{_KEY}: {alike} of {total} tokens of the first {len(first)} greedy texts are as "
             f"config.target.path writes them before they part, expected {_ALIKE:.0%} or more; serve the "
             f"model of {made.settings.target.path!r} in place of {server.model!r}, with the same chat "
-            "template, or name what is served in config.target.path (config.respond.compared=0: no comparison)"
+            "template, or name what is served in config.target.path (respond.compared=0: no comparison)"
         )
 
 
