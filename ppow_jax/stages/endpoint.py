@@ -166,10 +166,7 @@ def _require_target(asking: _Asking, prompts: list[Prompt], own: Decoder) -> Non
             theirs = [_written(conversation) if conversation else [] for conversation in found]
         theirs = processes.agreed(theirs)
         ours = [_written(conversation) for conversation in own(first, tokens)]
-    alike = sum(
-        sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
-        for a, b in zip(ours, theirs, strict=True)
-    )
+    alike = sum(_same(a, b) for a, b in zip(ours, theirs, strict=True))
     total = sum(map(len, ours))
     log.info("respond: %d of %d tokens of the server's first texts are ours", alike, total)
     if alike < _ALIKE * total:
@@ -184,6 +181,12 @@ def _require_target(asking: _Asking, prompts: list[Prompt], own: Decoder) -> Non
 def _written(conversation: Conversation) -> list[int]:
     """What was written of a conversation of one turn."""
     return [i for i, own in zip(conversation.tokens, conversation.assistant, strict=True) if own]
+
+
+def _same(one: list[int], other: list[int]) -> int:
+    """Tokens before two texts part."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _write(asking: _Asking, todo: Shards, directory: pathlib.Path, already: int) -> None:
