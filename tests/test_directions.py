@@ -19,6 +19,7 @@ ORDER = (
     "parallel",
     "models",
     "targets",
+    "serving",
     "drafters",
     "data",
     "decode",

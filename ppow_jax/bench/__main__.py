@@ -9,6 +9,8 @@
   python -m ppow_jax.bench decode     decoders against each other and against what their parts would allow
   python -m ppow_jax.bench parting    where drafted and batched texts part from autoregressive ones
   python -m ppow_jax.bench llamacpp   a drafter in llama.cpp beside the same drafter here
+  python -m ppow_jax.bench serve      a running server (--url): tokens/s, with and without drafter, and the
+                                      acceptance that it reports; needs neither a target nor a workdir
 
 `cost`, `decode`, `parting` and `llamacpp` want a trained drafter: --workdir=DIR of a run. The others take the
 config of a workdir, a config (--config=NAME or a file [--config.KEY=VALUE ...]), or else all keys' defaults
@@ -34,7 +36,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ppow_jax import config, experiment
-from ppow_jax.bench import decoding, loading, parting, stages, trainers
+from ppow_jax.bench import decoding, loading, parting, serve, stages, trainers
 from ppow_jax.bench.llamacpp import compare, server
 from ppow_jax.bench.llamacpp import cost as there
 from ppow_jax.bench.llamacpp.server import STORED
@@ -62,8 +64,8 @@ _PROMPTS = flags.DEFINE_string(
     "maths=builtin:maths/eval,code=builtin:code/eval,chat=builtin:chat/eval",
     "As config.evaluate.prompts.",
 )
-_COUNT = flags.DEFINE_integer("count", 4, "Prompts of each source that `decode` decodes.")
-_TOKENS = flags.DEFINE_integer("tokens", 128, "Tokens that `respond` and `decode` write at most.")
+_COUNT = flags.DEFINE_integer("count", 4, "Prompts of each source that are decoded.")
+_TOKENS = flags.DEFINE_integer("tokens", 128, "Tokens that are written at most.")
 _DECODERS = flags.DEFINE_string(
     "decoders",
     "chain:3 tree:16x4x4 tree:60x8x10 auto lookup:3 lookahead chain:3+lookup:3",
@@ -91,6 +93,11 @@ _DRAFTERS = flags.DEFINE_list(
     "drafter_types", ["float32"], "How llama.cpp's drafter is stored, as --target_types."
 )
 _THREADS = flags.DEFINE_list("threads", [], "Of llama.cpp, each in turn; empty: as many as cores.")
+_URL = flags.DEFINE_string("url", "", "http://HOST:PORT of the server that `serve` measures.")
+_PLAIN_URL = flags.DEFINE_string("plain_url", "", "For `serve`: the same server without drafter, if any.")
+_TIMEOUT = flags.DEFINE_float(
+    "timeout", 300.0, "Seconds that a server of `serve` may be silent.", lower_bound=0.1
+)
 _ROWS = flags.DEFINE_integer("rows", 8, "Prompts that `parting` decodes side by side.")
 _BATCH = flags.DEFINE_integer("batch", 0, "Prompts of `respond`; 0: the config's default.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Batches that `respond` times, a row each.")
@@ -199,6 +206,12 @@ def _settings(command: str) -> Settings:
     return dataclasses.replace(settings, target=target)
 
 
+def _serve() -> None:
+    if not _URL.value:
+        raise ConfigError("serve: found no --url, expected http://HOST:PORT of a server")
+    serve.serve(_URL.value, _PLAIN_URL.value, _PROMPTS.value, _COUNT.value, _TOKENS.value, _TIMEOUT.value)
+
+
 def _default() -> ConfigDict:
     """All keys' defaults, and the two kinds of training that `parts` takes apart."""
     chosen = config.defaults()
@@ -210,9 +223,12 @@ def _default() -> ConfigDict:
 def main(argv: list[str]) -> None:
     """Runs one command."""
     console.setup()
-    names = ("load", *COMMANDS)
+    names = ("load", "serve", *COMMANDS)
     if len(argv) != 2 or argv[1] not in names:
         raise ConfigError(f"found {' '.join(argv[1:])!r}, expected one of {', '.join(names)}; see --help")
+    if argv[1] == "serve":
+        _serve()
+        return
     settings = _settings(argv[1])
     if argv[1] == "load":  # before anything else is in memory
         loading.load(settings)

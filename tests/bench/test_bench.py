@@ -196,8 +196,13 @@ def test_it_needs_no_checkout(tmp_path):
         (("parts", "--workdir=."), "--workdir: found no run in '.', expected a workdir"),
         (
             ("race",),
-            "found 'race', expected one of load, parts, train, respond, cost, decode, parting, "
+            "found 'race', expected one of load, serve, parts, train, respond, cost, decode, parting, "
             "llamacpp; see --help",
+        ),
+        (("serve",), "serve: found no --url, expected http://HOST:PORT of a server"),
+        (
+            ("serve", "--url=localhost:8080"),
+            "--url: found 'localhost:8080', expected http://HOST:PORT of a server",
         ),
     ],
 )
