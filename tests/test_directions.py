@@ -30,8 +30,8 @@ ORDER = (
     "run",
     "main",
 )
-COMMANDS = ("bench", "compile", "convert", "config_help")  # may import anything but `main`, and nobody them
-MAY_IMPORT_STAGES = ("stages", "run", "bench", "compile")
+COMMANDS = ("bench", "compile", "convert", "config_help", "doctor")  # may import anything but `main`, and nobody them
+MAY_IMPORT_STAGES = ("stages", "run", "bench", "compile", "doctor")
 
 
 def module_name(path: pathlib.Path, root: pathlib.Path) -> str:
