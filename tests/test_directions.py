@@ -30,7 +30,8 @@ ORDER = (
     "run",
     "main",
 )
-COMMANDS = ("bench", "compile", "convert", "config_help", "doctor")  # may import anything but `main`, and nobody them
+# May import anything but `main`, and nobody them.
+COMMANDS = ("bench", "compile", "convert", "config_help", "doctor")
 MAY_IMPORT_STAGES = ("stages", "run", "bench", "compile", "doctor")
 
 

@@ -77,7 +77,7 @@ def template(case: Case) -> Finding:
         )
     if changed:
         found = "the tokenizer or chat template is another one, yet renders these prompts as before"
-        return Finding(NOTE, found, "see whether systems messages or later turns are rendered as before")
+        return Finding(NOTE, found, "see whether system messages or later turns are rendered as before")
     return Finding(FINE, f"{total} of {total} responses begin as the template has it")
 
 
@@ -104,7 +104,8 @@ def masks(case: Case) -> Finding:
             or any(token in stops for token in tokens[start : end - 1].tolist())
             for start, end in found
         )
-    for record, ids in _openings(case):
+    openings = () if any(wrong.values()) else _openings(case)
+    for record, ids in openings:
         found, same = spans(record["assistant"]), record["tokens"][: len(ids)].tolist() == ids
         wrong["beginning elsewhere"] += bool(found) and same and found[0][0] != len(ids)
     if any(wrong.values()):

@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ class File(NamedTuple):
       path: a directory of `config.json` and safetensors, or a GGUF file.
       is_gguf: which of them.
       values: the keys of `config.json`, or the metadata of the GGUF file.
-      tensors: the names of all tensors.
+      tensors: the shapes of all tensors, by their names.
       d2t: whole numbers `[N]` as they stand there; None: there are none.
       t2d: bool `[V]`, the mask of the draft vocabulary; None: there is none.
       fingerprint: of the target that it says it was trained with; empty: it does not say.
@@ -34,7 +34,7 @@ class File(NamedTuple):
     path: pathlib.Path
     is_gguf: bool
     values: Mapping[str, Any]
-    tensors: Collection[str]
+    tensors: Mapping[str, tuple[int, ...]]
     d2t: np.ndarray | None
     t2d: np.ndarray | None
     fingerprint: str
@@ -66,6 +66,12 @@ class File(NamedTuple):
             name: named.get(dialects.SERVERS[name].ids) or default_taps(layers) for name in self._servers()
         }
 
+    @property
+    def draft_tokens(self) -> int | None:
+        """Rows of the head: how many draft ids there are. None: it has no head of its own."""
+        shape = self.tensors.get("output.weight" if self.is_gguf else dialects.HEAD)
+        return shape[0] if shape else None
+
     def _servers(self) -> list[str]:
         """The servers that know its names; by its layer alone where none knows its architecture."""
         layer = dialects.server_of(self.tensors).layer
@@ -89,7 +95,8 @@ def look(path: pathlib.Path) -> File:
     if path.suffix == ".gguf":
         metadata, tensors = gguf_files.read(path)
         d2t = np.asarray(tensors["d2t"].data).reshape(-1) if "d2t" in tensors else None
-        return File(path, True, metadata, tuple(tensors), d2t, None, metadata.get(llamacpp.FINGERPRINT, ""))
+        shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in tensors.items()}
+        return File(path, True, metadata, shapes, d2t, None, metadata.get(llamacpp.FINGERPRINT, ""))
     if not path.is_dir():
         raise UserError(f"{path}: not there, expected a directory of EAGLE-3 files or a GGUF file")
     values = fields.read(path / "config.json", "an EAGLE-3 drafter's").values
@@ -100,5 +107,6 @@ def look(path: pathlib.Path) -> File:
             for name in ("d2t", "t2d")
         }
         about = [(tensor.reader.metadata() or {}).get(dialects.FINGERPRINT) for tensor in stored.values()]
+        shapes = {name: tuple(tensor.slices().get_shape()) for name, tensor in stored.items()}
     fingerprint = next(filter(None, about), "")
-    return File(path, False, values, tuple(stored), lists["d2t"], lists["t2d"], fingerprint)
+    return File(path, False, values, shapes, lists["d2t"], lists["t2d"], fingerprint)

@@ -42,16 +42,15 @@ def target(case: Case) -> Finding:
 def vocabulary_map(case: Case) -> Finding:
     """`d2t`: offsets in safetensors, ids in GGUF files, ascending, below the target's size."""
     file, V = case.file, case.experiment.target.config.vocab_size
-    key = "eagle3.draft_vocab_size" if file.is_gguf else "draft_vocab_size"
     if file.d2t is None:
         return Finding(FINE, "no d2t: the draft vocabulary is the target's")
     raw, number = file.d2t.astype(np.int64), np.arange(len(file.d2t))
     kinds = {"offsets": number + raw, "ids": raw}
     meant, other = ("ids", "offsets") if file.is_gguf else ("offsets", "ids")
+    N = file.draft_tokens or len(raw)
+    if len(raw) != N or not N:
+        return Finding(WRONG, f"found {len(raw)} numbers in d2t, expected {N}, the rows of the head", _AGAIN)
     fits = {kind: _fits(ids, V, file.t2d) for kind, ids in kinds.items()}
-    N = file.values.get(key, len(raw))
-    if len(raw) != N:
-        return Finding(WRONG, f"found {len(raw)} numbers in d2t, expected {N} ({key})", _AGAIN)
     if not fits[meant] and fits[other]:
         where = "a GGUF file" if file.is_gguf else "safetensors"
         return Finding(
