@@ -159,6 +159,11 @@ class Case:
         most = _QUANTISED if self.file.is_gguf else _ROUNDED
         return [name for name, distance in self.distances.items() if not distance <= most]
 
+    @property
+    def stored_coarsely(self) -> bool:
+        """Whether the files hold their matrices in a quantised type, of which the checkpoint has none."""
+        return self.file.is_gguf and bool(np.median(list(self.distances.values())) > _ROUNDED)
+
     @functools.cached_property
     def kin(self) -> bool:
         """Whether the files are of the run's drafter: most parameters are the checkpoint's."""

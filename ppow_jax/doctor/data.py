@@ -66,7 +66,14 @@ def template(case: Case) -> Finding:
     changed = "tokenizer" in experiment.changed(case.experiment)
     remedy = "serve with the template (and system message) of training, or answer and train again"
     total, different, example = 0, 0, ""
-    for record, ids in _openings(case):
+    try:
+        openings = list(_openings(case))
+    except UserError as e:
+        if not changed:
+            raise
+        found = f"the workdir was made with another tokenizer or chat template; texts not compared: {e}"
+        return Finding(WRONG, found, remedy)
+    for record, ids in openings:
         total += 1
         if record["tokens"][: len(ids)].tolist() != ids:
             different += 1

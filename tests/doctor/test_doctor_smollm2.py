@@ -1,4 +1,4 @@
-"""The doctor on SmolLM2 with a small drafter: what the Markov target, whose layers do nothing, cannot show."""
+"""The doctor on SmolLM2 with a small drafter: what the Markov target, whose layers do nothing, hides."""
 
 import importlib.util
 
