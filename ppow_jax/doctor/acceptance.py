@@ -36,6 +36,7 @@ _ROUNDS = 2  # by which they may differ in all, where rounding parts two candida
 _MEASURED, _MEASURED_ANEW = 32, 8  # texts with features on disk, and without
 _A_LITTLE, _LESS, _LESS_IF_COARSE = 0.97, 0.9, 0.8  # of the accepted tokens; q4_0 has cost a tenth
 _BETTER = 1.07  # times the accepted tokens, which another convention must give to be believed
+_SAVED = 4  # passes, which it must save at least: in short texts one may be chance
 _CHANCE = 0.05  # accepted tokens a round that mean nothing
 _OVERFIT, _OVERFIT_MUCH = 0.7, 0.3  # accepted on held-out texts, as a share of that on training texts
 
@@ -45,10 +46,12 @@ class Counted(NamedTuple):
 
     Attributes:
       tau: tokens a verification pass.
+      passes: how many there were.
       rates: float `[K]`, of the rounds that had text to compare with, the share that accepted each position.
     """
 
     tau: float
+    passes: int
     rates: np.ndarray
 
     @property
@@ -68,7 +71,8 @@ def _counted(rounds: Sequence[TurnRounds], depth: int) -> Counted:
     found = by_prompt(["all"] * len(rounds), rounds, depth)
     if not found.passes[0]:
         raise UserError("the held-out texts have no round: their responses are of one token or two")
-    return Counted(float(found.tokens[0] / found.passes[0]), found.accepted / np.maximum(1, found.offered))
+    tau, passes = float(found.tokens[0] / found.passes[0]), int(found.passes[0])
+    return Counted(tau, passes, found.accepted / np.maximum(1, found.offered))
 
 
 def _on_held(case: Case, subject: Subject) -> Counted:
@@ -80,7 +84,7 @@ def _on_held(case: Case, subject: Subject) -> Counted:
 
 def exported(case: Case) -> Finding:
     """The drafter in the files accepts as much as the run's checkpoint."""
-    if not case.kin:
+    if case.strange and not case.kin:
         raise UserError("the files are not those of the run's drafter (see parameters)")
     ours, theirs = (_on_held(case, subject).accepted for subject in (case.trained, case.served))
     found = f"accepted a round: {theirs:.2f} with the files, {ours:.2f} with the checkpoint"
@@ -99,13 +103,14 @@ def exported(case: Case) -> Finding:
 def conventions(case: Case) -> Finding:
     """The drafter with one convention changed: where that is better, the files are wrong about it."""
     subject = case.examined if case.path is None else case.served
-    own = _on_held(case, subject).accepted
-    others = {name: _on_held(case, other).accepted for name, other in _otherwise(case, subject)}
+    own = _on_held(case, subject)
+    others = {name: _on_held(case, other) for name, other in _otherwise(case, subject)}
     if not others:
         raise UserError("there is no other convention to compare with")
-    best = max(others, key=lambda name: others[name])
-    found = f"accepted a round: {own:.2f} as it is, {others[best]:.2f} with {best}"
-    if others[best] > _BETTER * own + _CHANCE:
+    best = max(others, key=lambda name: others[name].tau)
+    found = f"accepted a round: {own.accepted:.2f} as it is, {others[best].accepted:.2f} with {best}"
+    saved = own.passes - others[best].passes
+    if saved >= _SAVED and others[best].accepted > _BETTER * own.accepted:
         return Finding(
             WRONG, f"{found}; expected the best as it is", f"write the files with {best}, or convert again"
         )

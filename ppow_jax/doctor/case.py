@@ -4,6 +4,7 @@ once, when a check asks for it; what cannot be read is a `UserError`, and the ch
 Shape letters: B texts, T positions, C width of the target's taps.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -213,7 +214,7 @@ class Case:
         )
         target = self.experiment.target.config
         taps = set(target.taps)
-        if self.path is not None:
+        with contextlib.suppress(UserError):  # files that are not there, or that cannot be read
             taps |= set(self.imported.taps)
         wanted = {tap + step for tap in taps for step in (-1, 0, 1)}
         layers = tuple(sorted(tap for tap in wanted if 0 <= tap <= target.layers))
