@@ -81,14 +81,24 @@ def build(settings: Settings, workdir: pathlib.Path) -> Experiment:
       UserError: as `load_target`, or a workdir of another target.
     """
     made = load_target(settings, workdir)
-    about, before = _about_target(made), files.read_json(workdir / "target.json") or {}
-    for key, what in (("fingerprint", "target"), ("tokenizer", "tokenizer or chat template")):
-        if before.get(key, about[key]) != about[key]:
-            raise UserError(
-                f"{workdir}: made with another {what} ({key} {before[key][:12]}, this one is "
-                f"{about[key][:12]}); use a new workdir or the old config.target.path"
-            )
+    for key, (what, before, now) in changed(made).items():
+        raise UserError(
+            f"{workdir}: made with another {what} ({key} {before[:12]}, this one is {now[:12]}); use a new "
+            "workdir or the old config.target.path"
+        )
     return made
+
+
+def changed(made: Experiment) -> dict[str, tuple[str, str, str]]:
+    """What of the target is not as the workdir was made with: its name, what it was and what it is, by the
+    key of `target.json`."""
+    now, before = _about_target(made), files.read_json(made.workdir / "target.json") or {}
+    named = {"fingerprint": "target", "tokenizer": "tokenizer or chat template"}
+    return {
+        key: (what, before[key], now[key])
+        for key, what in named.items()
+        if before.get(key, now[key]) != now[key]
+    }
 
 
 def load_target(settings: Settings, workdir: pathlib.Path) -> Experiment:

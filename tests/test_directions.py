@@ -32,14 +32,9 @@ ORDER = (
     "api",
     "main",
 )
-COMMANDS = (
-    "bench",
-    "chat",
-    "compile",
-    "convert",
-    "config_help",
-)  # may import anything but `main`, and nobody them
-MAY_IMPORT_STAGES = ("stages", "run", "api", "bench", "chat", "compile")
+# May import anything but `main`, and nobody them.
+COMMANDS = ("bench", "chat", "compile", "convert", "config_help", "doctor")
+MAY_IMPORT_STAGES = ("stages", "run", "api", "bench", "chat", "compile", "doctor")
 
 
 def module_name(path: pathlib.Path, root: pathlib.Path) -> str:

@@ -112,14 +112,14 @@ def _ready_made() -> dict[str, str]:
 
 
 def command(
-    main: Callable[[list[str]], None],
+    main: Callable[[list[str]], int | None],
     module: types.ModuleType,
     parse: Callable[[list[str]], list[str]] | None = None,
 ) -> None:
     """Runs a command of flags; `--help` shows its module's text, a user's mistake is one line on stderr.
 
-    Exit status: 0, done; 2, the command or the config is wrong; 1, another mistake that can be mended; 75,
-    asked to end (SIGTERM), to be started again; 130, interrupted.
+    Exit status: what `main` returns, 0 if that is nothing; 2, the command or the config is wrong; 1, another
+    mistake that can be mended; 75, asked to end (SIGTERM), to be started again; 130, interrupted.
     """
     if any(a in ("--help", "-h", "--helpfull", "--helpshort") for a in sys.argv):
         print((module.__doc__ or "").strip() + "\n\n" + flags.FLAGS.module_help(module))

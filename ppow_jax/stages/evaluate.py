@@ -271,13 +271,18 @@ def _nothing_trained(experiment: Experiment) -> UserError:
 
 def write_texts(experiment: Experiment, name: str, benchmark: list[prompts.Prompt]) -> Benchmark:
     """Lets the target answer a benchmark's prompts, turn by turn and greedily, unless it has before."""
+    settings, found = experiment.settings.evaluate, benchmark_of(experiment, name, benchmark)
+    about = (found.directory, settings.max_new_tokens, 0.0, settings.batch_size)
+    selection = respond.select(experiment, benchmark, settings.max_new_tokens)
+    left_out = respond.write(experiment, selection, *about, label=f"evaluate {name}", kept=found.features)
+    return dataclasses.replace(found, left_out=left_out)
+
+
+def benchmark_of(experiment: Experiment, name: str, benchmark: list[prompts.Prompt]) -> Benchmark:
+    """A benchmark, whether its answers lie in its directory or not."""
     settings, target = experiment.settings.evaluate, experiment.target.config
     asked = [(p.id, p.turns, *filter(None, [p.system])) for p in benchmark]
     identity = [settings.max_new_tokens, target.dtype, target.taps, asked]
     identity += filter(None, [experiment.settings.target.template_variables])
     mark = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    found = Benchmark(name, benchmark, experiment.workdir / "evaluate" / f"{name}-{mark}")
-    about = (found.directory, settings.max_new_tokens, 0.0, settings.batch_size)
-    selection = respond.select(experiment, benchmark, settings.max_new_tokens)
-    left_out = respond.write(experiment, selection, *about, label=f"evaluate {name}", kept=found.features)
-    return dataclasses.replace(found, left_out=left_out)
+    return Benchmark(name, benchmark, experiment.workdir / "evaluate" / f"{name}-{mark}")

@@ -191,6 +191,15 @@ def shapes(experiment: Experiment, drafter: Drafter) -> dict[str, Any]:
 def _from_files(experiment: Experiment, path: str, key: str) -> Trained:
     """A drafter from EAGLE-3 files, computing in the dtype of the settings."""
     found = imported(path, experiment.target.config, experiment.fingerprint, key)
+    return complete(experiment, found, f"config.{key}: {path!r}")
+
+
+def complete(experiment: Experiment, found: reading.Imported, where: str) -> Trained:
+    """What was read from files, with a head of its own, on the mesh.
+
+    Raises:
+      UserError: a parameter is not finite; the message begins with `where`.
+    """
     config = dataclasses.replace(found.config, dtype=experiment.settings.drafter.dtype)
     params, target = found.params, experiment.target_params
     if found.head:
@@ -198,7 +207,7 @@ def _from_files(experiment: Experiment, path: str, key: str) -> Trained:
         matrix = target["embedding"]["embedding"] if tied else head_matrix(experiment.target.config, target)
         params = params | {"head": {"weight": jnp.array(matrix, jnp.float32)}}  # a copy, which is trained
     params = partition.shard(params, experiment.mesh)
-    require_finite(params, f"config.{key}: {path!r}")
+    require_finite(params, where)
     return Trained(Drafter(config), params, found.vocab)
 
 
