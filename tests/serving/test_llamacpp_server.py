@@ -1,5 +1,6 @@
 """llama.cpp's own HTTP server, with SmolLM2: measured, and as the writer of training texts."""
 
+import dataclasses
 import importlib
 import importlib.util
 
@@ -124,4 +125,4 @@ def test_a_prompt_beyond_its_context_is_named(plain, tmp_path):
     with pytest.raises(
         UserError, match=r"^prompt 'long': http.*/completion: 400 .*exceeds the available cont"
     ):
-        run.run(settings(plain, prompts=f"p={rows}", compared=0), tmp_path / "w")
+        run.run(chosen, tmp_path / "w")
