@@ -186,7 +186,7 @@ def test_training_leaves_a_workdir(tmp_path):
 @pytest.mark.slow
 def test_a_real_target_answers_in_whole_characters(smollm2):
     target = ppow_jax.load_target(f"package:{small.SMOLLM2}")
-    begun = drafters.fresh(target, np.arange(4096, dtype=np.int32), None)
+    begun = drafters.fresh(target, np.arange(8192, dtype=np.int32), None)
     weights = weights_of(begun.params, target.target_params, begun.vocab)
     drafter = Candidate("fresh", begun.drafter, weights, 0, 0.0, "")
     question = "Say hello in Japanese, and show an emoji."

@@ -193,7 +193,10 @@ def test_it_needs_no_checkout(tmp_path):
     ("arguments", "message"),
     [
         (("cost",), "cost: found no --workdir, expected one of a run with a trained drafter"),
-        (("parts", "--workdir=."), "--workdir: found no run in '.', expected a workdir"),
+        (
+            ("parts", "--workdir=."),
+            "--workdir: found no run in '.', expected a workdir (with the config.json of a run)",
+        ),
         (
             ("race",),
             "found 'race', expected one of load, serve, parts, train, respond, cost, decode, parting, "

@@ -122,7 +122,7 @@ def test_another_model_is_refused(plain, tmp_path, monkeypatch):
 def test_a_prompt_beyond_its_context_is_named(plain, tmp_path):
     rows = tmp_path / "long.jsonl"
     rows.write_text('{"id": "long", "turns": ["%s"]}\n' % ("word " * 1100))
-    with pytest.raises(
-        UserError, match=r"^prompt 'long': http.*/completion: 400 .*exceeds the available cont"
-    ):
+    chosen = settings(plain, prompts=f"p={rows}", compared=0)
+    chosen = dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, length=2000))
+    with pytest.raises(UserError, match=r"^prompt 'long': http.*/completion: 400 .*exceeds the available"):
         run.run(chosen, tmp_path / "w")
