@@ -1,5 +1,6 @@
 """Servers in a thread that answer as llama.cpp, vLLM, SGLang or another one would, with known texts."""
 
+import contextlib
 import dataclasses
 import http.server
 import json
@@ -56,8 +57,9 @@ class Fake:
                 if 300 <= status < 400:
                     self.send_header("Location", fake.url + "/elsewhere")
                 self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
+                with contextlib.suppress(ConnectionError):  # who asked may be gone: it waits no longer
+                    self.end_headers()
+                    self.wfile.write(content)
 
             def log_message(self, *_):
                 pass
