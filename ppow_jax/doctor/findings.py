@@ -32,3 +32,8 @@ def shown(findings: Mapping[str, Finding]) -> str:
     verdicts = [finding.verdict for finding in findings.values()]
     counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in _ORDER)
     return "\n".join([*lines, "", counts])
+
+
+def status(findings: Mapping[str, Finding]) -> int:
+    """The exit status: 1 if something is wrong, else 0."""
+    return int(any(finding.verdict == WRONG for finding in findings.values()))

@@ -1,9 +1,9 @@
 """The doctor finds a healthy workdir healthy, and each of many planted faults by name."""
 
 import dataclasses
+import pathlib
 import subprocess
 import sys
-import types
 
 import faults
 import jax.numpy as jnp
@@ -12,8 +12,7 @@ import pytest
 import runs
 import small
 
-from ppow_jax.doctor import __main__ as doctor
-from ppow_jax.doctor import acceptance, findings
+from ppow_jax.doctor import acceptance, checks, findings
 from ppow_jax.doctor.case import Case, Sample, Subject
 from ppow_jax.doctor.findings import FINE, NOT_CHECKED, NOTE, WRONG, Finding
 from ppow_jax.errors import ConfigError
@@ -34,7 +33,7 @@ def test_a_finished_workdir_is_healthy_and_left_as_it_is(finished, tmp_path):
     found = faults.examine(workdir)
     assert {name: finding for name, finding in found.items() if finding.verdict != FINE} == {}
     assert entries(workdir) == before
-    assert found.keys() == doctor.CHECKS.keys()
+    assert found.keys() == checks.CHECKS.keys()
 
 
 @pytest.mark.parametrize("name", faults.FAULTS)
@@ -135,40 +134,26 @@ def test_findings_are_shown_in_the_order_of_severity():
     assert lines[0] == "wrong        c: bad" and lines[-1] == "1 wrong, 1 note, 1 not checked, 1 fine"
 
 
-@pytest.fixture
-def command(monkeypatch, finished):
-    """Runs the command in this process with flags; returns its exit status."""
-
-    def run(**flags) -> int:
-        for name in ("_WORKDIR", "_RUN", "_TARGET", "_DRAFTER"):
-            value = flags.get(name.strip("_").lower(), "")
-            monkeypatch.setattr(doctor, name, types.SimpleNamespace(value=str(value)))
-        return doctor.main(["doctor"])
-
-    return run
-
-
-def test_the_exit_status_tells_whether_something_is_wrong(command, finished, capsys):
-    assert command(workdir=finished.workdir) == 0
-    assert "0 wrong, 0 note" in capsys.readouterr().out
-    assert command(workdir=finished.workdir, target="markov:1") == 1
-    assert capsys.readouterr().out.startswith("wrong        target: the target is ")
+def test_the_exit_status_tells_whether_something_is_wrong(finished):
+    healthy = checks.doctor(finished.workdir)
+    assert findings.status(healthy) == 0
+    assert "0 wrong, 0 note" in findings.shown(healthy)
+    other = checks.doctor(finished.workdir, target="markov:1")
+    assert findings.status(other) == 1
+    assert findings.shown(other).startswith("wrong        target: the target is ")
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({}, "expected --workdir"),
-        ({"workdir": "/"}, "found no run in"),
-        ({"workdir": "finished", "run": "typo"}, "--run: found 'typo', expected one of supervise, cst, ppow"),
-        ({"workdir": "finished", "drafter": "nowhere"}, "--drafter: no directory or .gguf file 'nowhere'"),
+        ({"workdir": pathlib.Path("/")}, "found no run in"),
+        ({"run": "typo"}, "--run: found 'typo', expected one of supervise, cst, ppow"),
+        ({"drafter": "nowhere"}, "--drafter: no directory or .gguf file 'nowhere'"),
     ],
 )
-def test_a_wrong_command_is_one_line(command, finished, flags, words):
-    if flags.get("workdir") == "finished":
-        flags = flags | {"workdir": finished.workdir}
+def test_a_wrong_command_is_one_line(finished, flags, words):
     with pytest.raises(ConfigError, match=words):
-        command(**flags)
+        checks.doctor(**{"workdir": finished.workdir} | flags)
 
 
 def test_a_wrong_command_exits_with_2():

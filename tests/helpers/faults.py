@@ -13,8 +13,7 @@ from drafter_files import LLAMA3, change, config_of, tensors_of
 
 from ppow_jax import config, experiment
 from ppow_jax.data import records
-from ppow_jax.doctor import __main__ as doctor
-from ppow_jax.doctor import case
+from ppow_jax.doctor import checks
 from ppow_jax.doctor.findings import WRONG, Finding
 from ppow_jax.drafters.files import dialects, llamacpp
 from ppow_jax.parallel.checkpoint import Checkpoints
@@ -63,9 +62,7 @@ def load(workdir: pathlib.Path, target: str = "") -> experiment.Experiment:
 
 def examine(workdir: pathlib.Path, target: str = "", drafter: str = "", run: str = "") -> dict[str, Finding]:
     """What the doctor finds."""
-    made = load(workdir, target)
-    with jax.set_mesh(made.mesh):
-        return doctor.examine(case.find(made, run, drafter))
+    return checks.doctor(workdir, run, target, drafter)
 
 
 def wrong(found: dict[str, Finding]) -> set[str]:
@@ -118,7 +115,7 @@ def _change_checkpoint(workdir: pathlib.Path, changed: Callable[[Trained], Train
     store = drafters.checkpoints(made, RUN)
     about = store.about() | {"drafter": dataclasses.asdict(trained.drafter.config)}
     store.close()
-    where = drafters.directory(made, RUN)
+    where = drafters.directory(made.workdir, RUN)
     shutil.rmtree(where)
     store = Checkpoints(where, 1)
     store.save(about["steps"], {"params": trained.params, "vocab": np.asarray(trained.vocab)}, None, about)
