@@ -100,8 +100,10 @@ def config_file(name: str, where: str) -> str:
 def let_configs_import(path: str) -> None:
     """Lets the configs of a folder `configs` import each other, wherever the command is started."""
     folder = pathlib.Path(path).absolute().parent
-    if folder.name == "configs" and not (folder / "__init__.py").exists():
-        sys.path.insert(0, str(folder.parent))
+    if folder.name == "configs":
+        package = types.ModuleType(folder.name)  # where the command is started may be a folder of that name
+        package.__path__ = [str(folder)]
+        sys.modules[folder.name] = package
 
 
 def _ready_made() -> dict[str, str]:
