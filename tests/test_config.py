@@ -7,9 +7,9 @@ import types
 
 import pytest
 from ml_collections import ConfigDict
-from ppow_jax.configs import base
 
 from ppow_jax import config, keys
+from ppow_jax.configs import base
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.objectives.supervised import Supervised
 from ppow_jax.settings import OBJECTIVES, DataSettings, OptimizerSettings, Settings

@@ -6,9 +6,9 @@ import faults
 import jax
 import numpy as np
 import pytest
-from ppow_jax.configs import quickstart
 
 from ppow_jax import config, run
+from ppow_jax.configs import quickstart
 from ppow_jax.doctor.findings import FINE, NOT_CHECKED
 from ppow_jax.drafters.files import dialects, llamacpp
 from ppow_jax.targets import tokenizer_gguf

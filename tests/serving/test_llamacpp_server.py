@@ -7,14 +7,15 @@ import importlib.util
 import jax
 import numpy as np
 import pytest
-from ppow_jax.configs import quickstart
 
 from ppow_jax import config, experiment, run
-from ppow_jax.bench import decoding, serve
+from ppow_jax.bench import serve
 from ppow_jax.bench.llamacpp import server as in_process
+from ppow_jax.configs import quickstart
 from ppow_jax.data import records
 from ppow_jax.errors import UserError
 from ppow_jax.serving import servers
+from ppow_jax.stages import evaluate
 from ppow_jax.targets import gguf_files
 
 pytestmark = [
@@ -93,7 +94,7 @@ def test_it_writes_the_texts_that_our_decoder_writes(trained, tmp_path):
 
 def test_acceptance_is_measured_beside_a_plain_server(trained, target, plain, tmp_path, capsys):
     file = tmp_path / "drafter.gguf"
-    in_process.write_drafter(trained, decoding.chosen(trained, "supervise"), file, "float32")
+    in_process.write_drafter(trained, evaluate.find_candidate(trained, "supervise"), file, "float32")
     url, program = served(target, file)
     serve.serve(url, plain, "maths=builtin:maths/eval[:3]", 3, TOKENS, 120.0)
     out = capsys.readouterr().out
