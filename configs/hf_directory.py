@@ -7,7 +7,7 @@ The directory holds `config.json`, `*.safetensors`, `tokenizer.json` and a chat 
 kind that it will meet and more steps (`smollm2_135m` has the keys).
 """
 
-from configs import quickstart
+from ppow_jax.configs import quickstart
 
 
 def get_config():

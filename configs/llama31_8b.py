@@ -10,7 +10,7 @@ Published (temperature 0, mean over MT-Bench, HumanEval and GSM8K, acceptance le
 6.09 / 3.41x, PPOW 6.40 / 3.46x; PPOW by benchmark 5.47, 7.23, 6.50.
 """
 
-from configs import base
+from ppow_jax.configs import base
 
 
 def get_config():

@@ -10,7 +10,7 @@ Published (temperature 0, mean over MT-Bench, HumanEval and GSM8K, acceptance le
 5.94 / 4.15x, PPOW 6.29 / 4.36x.
 """
 
-from configs import base
+from ppow_jax.configs import base
 
 
 def get_config():

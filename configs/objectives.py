@@ -8,8 +8,8 @@ Without the flags it trains and measures on the builtin prompts. docs/results.md
 with. `control` is continued supervision, and all others are compared with it prompt by prompt.
 """
 
-from configs import smollm2_135m
 from ppow_jax.config import training_run as run
+from ppow_jax.configs import smollm2_135m
 
 SUPERVISED = {
     "control": {},

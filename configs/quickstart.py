@@ -5,8 +5,8 @@
 The README shows the table that it ends with.
 """
 
-from configs import base
 from ppow_jax.config import training_run as run
+from ppow_jax.configs import base
 
 KINDS = ("maths", "code", "chat")
 

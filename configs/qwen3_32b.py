@@ -10,7 +10,7 @@ Published (temperature 0, mean over MT-Bench, HumanEval and GSM8K, acceptance le
 5.99 / 3.81x, PPOW 6.44 / 3.92x.
 """
 
-from configs import base
+from ppow_jax.configs import base
 
 
 def get_config():

@@ -10,7 +10,7 @@ Published (temperature 0, mean over MT-Bench, HumanEval and GSM8K, acceptance le
 6.16 / 3.17x, PPOW 6.52 / 3.39x; PPOW by benchmark 5.58, 7.01, 6.97.
 """
 
-from configs import base
+from ppow_jax.configs import base
 
 
 def get_config():

@@ -8,7 +8,7 @@ Without these two flags it trains and measures on the builtin prompts alone. Res
 docs/results.md says how long it takes, where the time goes and what came out.
 """
 
-from configs import base
+from ppow_jax.configs import base
 
 
 def get_config():

@@ -7,7 +7,7 @@ The best drafter is the chain itself, and its expected reward follows from the t
 (tests/test_tiny.py). PPOW is to reach at least 98% of it from a drafter below 60%.
 """
 
-from configs import base
+from ppow_jax.configs import base
 
 
 def get_config():

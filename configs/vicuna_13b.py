@@ -11,7 +11,7 @@ chat template, convert the weights (transformers: `save_pretrained`), write the 
 `chat_template.jinja` beside them, and give that directory as `--config.target.path`.
 """
 
-from configs import base
+from ppow_jax.configs import base
 
 
 def get_config():

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ppow_jax.config import from_config
 from ppow_jax.data import records
-from ppow_jax.errors import UserError
+from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.models.target import Target, fingerprint
 from ppow_jax.parallel import files, partition
 from ppow_jax.settings import Settings
@@ -58,25 +59,59 @@ class Experiment:
         return records.Records(self.workdir / "responses")
 
 
-def build(settings: Settings, workdir: pathlib.Path) -> Experiment:
-    """Loads the target onto the mesh.
+def read_settings(workdir: pathlib.Path, where: str = "--workdir") -> Settings:
+    """Those that a workdir was made with; `where` names the flag or argument that has it, for the error.
 
     Raises:
-      UserError: a missing or broken file, an impossible mesh, or a workdir of another target.
+      ConfigError: it is no workdir.
+      UserError: its config.json is damaged.
+    """
+    found = files.read_json(workdir / "config.json")
+    if not (isinstance(found, dict) and "stages" in found):
+        raise ConfigError(
+            f"{where}: found no run in {str(workdir)!r}, expected a workdir (with the config.json of a run)"
+        )
+    return from_config(found)
+
+
+def build(settings: Settings, workdir: pathlib.Path) -> Experiment:
+    """Loads the target of a workdir onto the mesh.
+
+    Raises:
+      UserError: as `load_target`, or a workdir of another target.
+    """
+    made = load_target(settings, workdir)
+    for key, (what, before, now) in changed(made).items():
+        raise UserError(
+            f"{workdir}: made with another {what} ({key} {before[:12]}, this one is {now[:12]}); use a new "
+            "workdir or the old config.target.path"
+        )
+    return made
+
+
+def changed(made: Experiment) -> dict[str, tuple[str, str, str]]:
+    """What of the target is not as the workdir was made with: its name, what it was and what it is, by the
+    key of `target.json`."""
+    now, before = _about_target(made), files.read_json(made.workdir / "target.json") or {}
+    named = {"fingerprint": "target", "tokenizer": "tokenizer or chat template"}
+    return {
+        key: (what, before[key], now[key])
+        for key, what in named.items()
+        if before.get(key, now[key]) != now[key]
+    }
+
+
+def load_target(settings: Settings, workdir: pathlib.Path) -> Experiment:
+    """Loads the target onto the mesh; the workdir is not looked at.
+
+    Raises:
+      UserError: a missing or broken file, or an impossible mesh.
     """
     mesh = partition.make_mesh(settings.mesh.shape)
     config, params, tokens = load(settings.target, mesh)
     params = partition.shard(params, mesh)
     require_finite(params, f"config.target.path: {settings.target.path!r}")
-    made = Experiment(settings, workdir, mesh, Target(config), params, tokens, fingerprint(config, params))
-    about, before = _about_target(made), files.read_json(workdir / "target.json") or {}
-    for key, what in (("fingerprint", "target"), ("tokenizer", "tokenizer or chat template")):
-        if before.get(key, about[key]) != about[key]:
-            raise UserError(
-                f"{workdir}: made with another {what} ({key} {before[key][:12]}, this one is "
-                f"{about[key][:12]}); use a new workdir or the old config.target.path"
-            )
-    return made
+    return Experiment(settings, workdir, mesh, Target(config), params, tokens, fingerprint(config, params))
 
 
 def keep_target(made: Experiment) -> None:

@@ -1,6 +1,6 @@
 """ppow_jax: train a drafter for speculative decoding, from prompts to a measured speedup.
 
-  python -m ppow_jax.main --config=configs/quickstart.py --workdir=DIR [--config.KEY=VALUE ...]
+  python -m ppow_jax.main --config=quickstart --workdir=DIR [--config.KEY=VALUE ...]
 
 The stages that the config names run in order; a finished stage is not run again on the same workdir and
 an interrupted one resumes. `python -m ppow_jax.config_help` lists all keys, with defaults and meaning.
@@ -25,7 +25,7 @@ from ppow_jax import config, run
 from ppow_jax.errors import ConfigError
 from ppow_jax.parallel import console, preemption
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A ready-made config by its name, or a file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; resumed if it exists.")
 
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise ConfigError(f"found the argument {argv[1]!r}, expected flags only; see --help")
     if _CONFIG.value is None or not _WORKDIR.value:
-        raise ConfigError("expected --config=configs/NAME.py and --workdir=DIR; see --help")
+        raise ConfigError("expected --config=NAME or a file, and --workdir=DIR; see --help")
     settings = config.from_config(_CONFIG.value)
     if settings.distributed:
         jax.distributed.initialize()

@@ -38,6 +38,11 @@ _WRITES = {
     "export": ("export",),
 }
 _REPEATABLE = ("evaluate", "export")  # cheap and harmless to do again with other settings
+_HOW = (
+    "respond.concurrency",
+    "respond.timeout",
+    "respond.compared",
+)  # of asking a server, not what it writes
 _MAY_CHANGE = ("optimizer", "accumulate")  # of a run that is not finished: it may go on more carefully
 
 
@@ -251,7 +256,7 @@ def _changed(
     found = {
         key: f"found {new!r}, but stage {unit!r} was begun in {workdir} with {old!r}; use that"
         for key, old, new in changed
-        if not known.get(key)
+        if not known.get(key) and key not in _HOW
     }
     for key in known:
         if not known[key] and key not in found:

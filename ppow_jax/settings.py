@@ -79,7 +79,19 @@ class RespondSettings:
     keep_answers: bool = key(False, "take the answers that prompts have as the target's, word for word")
     max_new_tokens: int = key(128, "a turn", at_least=1)
     temperature: float = key(0.0, "of the target; 0: greedy")
-    batch_size: int = key(192, "prompts, or as many as the free memory has room for", at_least=1)
+    batch_size: int = key(
+        192, "prompts that our decoder answers at a time, or as many as the memory has room for", at_least=1
+    )
+    endpoint: str = key(
+        "",
+        "http://HOST:PORT of a server of the same target (llama.cpp, vLLM, SGLang, or another that speaks "
+        "OpenAI's protocol), which writes in place of our decoder; empty: none.",
+    )
+    concurrency: int = key(16, "requests at a time to that server", at_least=1)
+    timeout: float = key(600.0, "seconds that it may be silent", above=0)
+    compared: int = key(
+        4, "Prompts whose greedy text by that server is held against our decoder's at first; 0: none."
+    )
 
     @property
     def greedy(self) -> bool:

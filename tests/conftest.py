@@ -13,7 +13,6 @@ import numpy as np
 import optax
 import pytest
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))  # for configs/
 sys.path.append(str(pathlib.Path(__file__).parent / "helpers"))
 
 import quick

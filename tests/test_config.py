@@ -8,8 +8,8 @@ import types
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base
 from ppow_jax import config, keys
+from ppow_jax.configs import base
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.objectives.supervised import Supervised
 from ppow_jax.settings import OBJECTIVES, DataSettings, OptimizerSettings, Settings
@@ -44,7 +44,7 @@ def test_the_ready_configs_are_found():
 
 @pytest.mark.parametrize("name", [n for n in READY if n != "__init__"])
 def test_every_ready_config_is_valid(name):
-    values = importlib.import_module(f"configs.{name}").get_config()
+    values = importlib.import_module(f"ppow_jax.configs.{name}").get_config()
     found = config.from_config(values)
     assert config.to_dict(found) == values.to_dict()  # nothing lost, nothing changed
     if name == "objectives":  # one run for each, and some of supervised

@@ -26,16 +26,18 @@ from ppow_jax.training import drafters
 # orbax drops its loaders where a file is damaged
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine")
 ROOT = pathlib.Path(__file__).parents[1]
-BASE = "from configs import base\ndef get_config():\n  c = base.get_config()\n"
+BASE = "from ppow_jax.configs import base\ndef get_config():\n  c = base.get_config()\n"
 HELD = (0, 6, 12, 18)  # of 24 texts, the 4 held out
 ONLY_RESPOND = "--config.stages=respond"
 
 
-def command(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """The command line, from the repository's root."""
+def command(
+    *arguments: str, environment: dict[str, str] | None = None, directory: pathlib.Path = ROOT
+) -> subprocess.CompletedProcess:
+    """The command line, from the repository's root or another directory."""
     return subprocess.run(
         [sys.executable, "-m", "ppow_jax.main", *arguments],
-        cwd=ROOT,
+        cwd=directory,
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | (environment or {}),
         capture_output=True,
         text=True,
@@ -57,7 +59,7 @@ def complaint(done: subprocess.CompletedProcess, status: int) -> str:
 def test_help():
     done = command("--help")
     assert done.returncode == 0 and done.stderr == ""
-    assert "python -m ppow_jax.main --config=configs/" in done.stdout and "--workdir" in done.stdout
+    assert "python -m ppow_jax.main --config=quickstart" in done.stdout and "--workdir" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,18 @@ def test_a_wrong_flag(tmp_path, arguments, message):
 @pytest.mark.parametrize("form", ["--config={}", "--config {}"])
 def test_a_missing_config_file(tmp_path, form):
     done = command(*form.format(tmp_path / "none.py").split(" "), f"--workdir={tmp_path / 'w'}")
-    assert complaint(done, 2).startswith(f"ppow_jax: --config: no file {str(tmp_path / 'none.py')!r}")
+    line = complaint(done, 2)
+    assert line.startswith(
+        f"ppow_jax: --config: no file {str(tmp_path / 'none.py')!r}, expected a path or one of"
+    )
+    assert "qwen3_8b, smollm2_135m, tiny" in line
+
+
+@pytest.mark.parametrize("form", ["--config=tiny", "--config tiny"])
+def test_a_ready_made_config_has_a_name(tmp_path, form):
+    """In any directory; its keys can be set as those of a file."""
+    done = command(*form.split(" "), "--workdir=w", "--config.train.ppow.group=1", directory=tmp_path)
+    assert "config.train.ppow.group: found 1, expected 2 or more" in complaint(done, 2)
 
 
 @pytest.mark.parametrize(

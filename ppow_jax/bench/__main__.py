@@ -9,9 +9,11 @@
   python -m ppow_jax.bench decode     decoders against each other and against what their parts would allow
   python -m ppow_jax.bench parting    where drafted and batched texts part from autoregressive ones
   python -m ppow_jax.bench llamacpp   a drafter in llama.cpp beside the same drafter here
+  python -m ppow_jax.bench serve      a running server (--url): tokens/s, with and without drafter, and the
+                                      acceptance that it reports; needs neither a target nor a workdir
 
 `cost`, `decode`, `parting` and `llamacpp` want a trained drafter: --workdir=DIR of a run. The others take the
-config of a workdir, a file (--config=configs/NAME.py [--config.KEY=VALUE ...]), or else all keys' defaults
+config of a workdir, a config (--config=NAME or a file [--config.KEY=VALUE ...]), or else all keys' defaults
 with a run of `supervised` and one of `ppow`. Floors: operations over the float32 matrix-product rate, or
 bytes that must be read over the memory's rate, whichever is longer; both rates are measured in the same run.
 What the figures mean: docs/performance.md.
@@ -19,7 +21,6 @@ What the figures mean: docs/performance.md.
 
 import dataclasses
 import itertools
-import json
 import pathlib
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ppow_jax import config, experiment
-from ppow_jax.bench import decoding, loading, parting, stages, trainers
+from ppow_jax.bench import decoding, loading, parting, serve, stages, trainers
 from ppow_jax.bench.llamacpp import compare, server
 from ppow_jax.bench.llamacpp import cost as there
 from ppow_jax.bench.llamacpp.server import STORED
@@ -48,7 +49,9 @@ from ppow_jax.settings import Settings
 from ppow_jax.stages import evaluate
 from ppow_jax.targets import gguf_files
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/, where there is no --workdir.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Where there is no --workdir: the name of a ready-made config, or a file."
+)
 _TARGET = flags.DEFINE_string("target", "", "As config.target.path, in its place, where no --workdir is.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Of a run, whose drafter `cost` and `decode` use.")
 _RUN = flags.DEFINE_string(
@@ -61,8 +64,8 @@ _PROMPTS = flags.DEFINE_string(
     "maths=builtin:maths/eval,code=builtin:code/eval,chat=builtin:chat/eval",
     "As config.evaluate.prompts.",
 )
-_COUNT = flags.DEFINE_integer("count", 4, "Prompts of each source that `decode` decodes.")
-_TOKENS = flags.DEFINE_integer("tokens", 128, "Tokens that `respond` and `decode` write at most.")
+_COUNT = flags.DEFINE_integer("count", 4, "Prompts of each source that are decoded.")
+_TOKENS = flags.DEFINE_integer("tokens", 128, "Tokens that are written at most.")
 _DECODERS = flags.DEFINE_string(
     "decoders",
     "chain:3 tree:16x4x4 tree:60x8x10 auto lookup:3 lookahead chain:3+lookup:3",
@@ -90,6 +93,11 @@ _DRAFTERS = flags.DEFINE_list(
     "drafter_types", ["float32"], "How llama.cpp's drafter is stored, as --target_types."
 )
 _THREADS = flags.DEFINE_list("threads", [], "Of llama.cpp, each in turn; empty: as many as cores.")
+_URL = flags.DEFINE_string("url", "", "http://HOST:PORT of the server that `serve` measures.")
+_PLAIN_URL = flags.DEFINE_string("plain_url", "", "For `serve`: the same server without drafter, if any.")
+_TIMEOUT = flags.DEFINE_float(
+    "timeout", 300.0, "Seconds that a server of `serve` may be silent.", lower_bound=0.1
+)
 _ROWS = flags.DEFINE_integer("rows", 8, "Prompts that `parting` decodes side by side.")
 _BATCH = flags.DEFINE_integer("batch", 0, "Prompts of `respond`; 0: the config's default.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Batches that `respond` times, a row each.")
@@ -156,7 +164,7 @@ def _engines(made: Experiment) -> Iterator[tuple[Candidate, server.Engine]]:
         for run, target, drafter, number in itertools.product(
             _RUN.value.split(","), _TARGETS.value, _DRAFTERS.value, threads
         ):
-            candidate = decoding.chosen(made, run)
+            candidate = evaluate.find_candidate(made, run)
             yield (
                 candidate,
                 server.prepare(made, candidate, pathlib.Path(directory), (target, drafter), number),
@@ -184,14 +192,11 @@ COMMANDS = {
 def _settings(command: str) -> Settings:
     """Those of the workdir, of the config file, or the defaults."""
     if _WORKDIR.value:
-        file = files.path_of(_WORKDIR.value) / "config.json"
-        if not file.exists():
-            raise ConfigError(f"{file}: not there, expected the workdir of a run")
         if _CONFIG.value is not None or _TARGET.value:
             raise ConfigError(
                 "found --workdir beside --config or --target, expected one: it has its own config"
             )
-        settings = config.from_config(json.loads(file.read_text()))
+        settings = experiment.read_settings(files.path_of(_WORKDIR.value))
     elif command in ("cost", "decode", "parting", "llamacpp"):
         raise ConfigError(f"{command}: found no --workdir, expected one of a run with a trained drafter")
     else:
@@ -199,6 +204,12 @@ def _settings(command: str) -> Settings:
     path, dtype = _TARGET.value or settings.target.path, _DTYPE.value or settings.target.dtype
     target = dataclasses.replace(settings.target, path=path, dtype=dtype)
     return dataclasses.replace(settings, target=target)
+
+
+def _serve() -> None:
+    if not _URL.value:
+        raise ConfigError("serve: found no --url, expected http://HOST:PORT of a server")
+    serve.serve(_URL.value, _PLAIN_URL.value, _PROMPTS.value, _COUNT.value, _TOKENS.value, _TIMEOUT.value)
 
 
 def _default() -> ConfigDict:
@@ -212,9 +223,12 @@ def _default() -> ConfigDict:
 def main(argv: list[str]) -> None:
     """Runs one command."""
     console.setup()
-    names = ("load", *COMMANDS)
+    names = ("load", "serve", *COMMANDS)
     if len(argv) != 2 or argv[1] not in names:
         raise ConfigError(f"found {' '.join(argv[1:])!r}, expected one of {', '.join(names)}; see --help")
+    if argv[1] == "serve":
+        _serve()
+        return
     settings = _settings(argv[1])
     if argv[1] == "load":  # before anything else is in memory
         loading.load(settings)

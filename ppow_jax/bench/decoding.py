@@ -35,17 +35,9 @@ _TORCH_LOOKUP = 10  # of transformers, its documentation's
 _PAUSE = 0.3  # seconds after which threads of another library have stopped spinning
 
 
-def chosen(experiment: Experiment, run: str) -> evaluate.Candidate:
-    """The drafter of a training run; empty: of the last one."""
-    found = {c.run: c for c in evaluate.find_candidates(experiment)}
-    if run and run not in found:
-        raise UserError(f"--run: found {run!r}, expected one of {', '.join(found)}")
-    return found[run] if run else list(found.values())[-1]
-
-
 def costs(experiment: Experiment, run: str) -> None:
     """Costs of the parts, and the shapes that they favour on held-out texts."""
-    candidate = chosen(experiment, run)
+    candidate = evaluate.find_candidate(experiment, run)
     found = cost.measure(experiment.target, experiment.target_params, candidate.drafter, candidate.weights)
     row = lambda name, seconds: [name, f"{seconds * 1e3:.2f}", f"{seconds / found.step:.3f}"]  # noqa: E731
     rows = [row("autoregressive round", found.step)]
@@ -87,7 +79,7 @@ Decoder = Callable[[Sequence[int]], DecodedPrompt]
 
 def race(experiment: Experiment, run: str, about: Race) -> None:
     """All decoders on the same prompts, in turn; prints the table."""
-    candidate, ids = chosen(experiment, run), _prompts(experiment, about)
+    candidate, ids = evaluate.find_candidate(experiment, run), _prompts(experiment, about)
     length = bucket(len(ids[0]))
     config = DecodeConfig(about.tokens, experiment.tokenizer.stop_ids)
     plain = Session(experiment.target, experiment.target_params, config)
@@ -151,7 +143,7 @@ def sessions(experiment: Experiment, run: str, names: Sequence[str], tokens: int
     """A session for each decoder named."""
     config = DecodeConfig(tokens, experiment.tokenizer.stop_ids)
     plain = Session(experiment.target, experiment.target_params, config)
-    found = _drafters(experiment, chosen(experiment, run), names)
+    found = _drafters(experiment, evaluate.find_candidate(experiment, run), names)
     return {name: dataclasses.replace(plain, drafting=d, weights=w) for name, (d, w) in found.items()}
 
 

@@ -1,6 +1,6 @@
 """Compiles every step of a run for a TPU slice, on a machine without one, from shapes alone.
 
-  python -m ppow_jax.compile --config=configs/llama31_8b.py --topology=v5p:2x2x4 [--config.KEY=VALUE ...]
+  python -m ppow_jax.compile --config=llama31_8b --topology=v5p:2x2x4 [--config.KEY=VALUE ...]
 
 Prints for every step what a chip holds, what chips send each other, and how long the compiler expects it to
 take. It wants `pip install 'ppow_jax[tpu]'`, and no weights. What the figures mean: docs/scaling.md.
@@ -19,7 +19,7 @@ from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.parallel import console, files, memory
 from ppow_jax.parallel.console import log
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A ready-made config by its name, or a file.")
 _TOPOLOGY = flags.DEFINE_string("topology", "", "The slice, as v5p:2x2x4, v5e:4x4, v6e:2x4, v4:2x2x2.")
 _ROWS = flags.DEFINE_integer("rows_per_chip", 0, "Rows of every batch over chips; 0: the config's batches.")
 _STEPS = flags.DEFINE_string(
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     """Compiles and reports."""
     console.setup()
     if len(argv) > 1 or _CONFIG.value is None or not _TOPOLOGY.value:
-        raise ConfigError("expected --config=configs/NAME.py and --topology=KIND:SHAPE; see --help")
+        raise ConfigError("expected --config=NAME or a file, and --topology=KIND:SHAPE; see --help")
     settings = from_config(_CONFIG.value)
     groups = steps.groups(settings)
     names = [name for name, _ in groups]

@@ -196,7 +196,7 @@ def _decode(plan: Plan) -> Steps:
     weights = weights_of(plan.drafter_params, plan.params, plan.vocab)
     prompts = (plan.rows((B, P), np.int32), plan.rows((B,), np.int32), plan.keys(B))
     config = DecodeConfig(e.max_new_tokens, _STOPS)
-    traced = loop._decode.trace(plan.target, plan.params, *prompts, config, drafting, weights, None)
+    traced = loop._decode.trace(plan.target, plan.params, *prompts, config, drafting, weights, None, False)
     held = {"target": plan.params, "drafter": plan.drafter_params, "batch": prompts}
     yield Step("decode: prompt and a round", traced, ("tokens", B * (P + drafting.tokens)), held)
 

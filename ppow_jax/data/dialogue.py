@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ppow_jax.errors import UserError
+from ppow_jax.targets.chat import Message
 
 _LISTS = ("turns", "messages", "conversations", "conversation", "prompt")  # may hold several messages
 FIELDS = (*_LISTS, "instruction", "question", "text", "document", "article", "en")
@@ -78,6 +79,22 @@ def read(row: Mapping[str, Any], place: str) -> Dialogue:
     else:
         raise UserError(f"{place}: found {_kind(value)} in {name!r}, expected a string")
     return _folded(system, spoken, joined=name != "turns")
+
+
+def spoken(messages: Any, place: str) -> list[Message]:
+    """A dialogue in progress: messages up to a question, in the forms that `messages` of a row may have.
+
+    Raises:
+      UserError: another form, tools, parts that are not text, or a last message that is not the user's.
+    """
+    try:
+        found = [{"role": role, "content": text} for role, text in _messages(messages, "messages", place)]
+    except LeftOut as e:
+        raise UserError(f"{place}: found messages {e}, expected text alone") from e
+    if not found or found[-1]["role"] != "user":
+        role = repr(found[-1]["role"]) if found else "none"
+        raise UserError(f"{place}: found {role} as the last message's role, expected 'user', who asks")
+    return found
 
 
 def _question(row: Mapping[str, Any], name: str, place: str) -> Iterator[tuple[str, str]]:

@@ -290,10 +290,10 @@ def _stretch(
         at = state.round - first
         # turned back within the loop, which is a matter of names: the product reads the matrix as it lies
         own = _turned(params) if by_column else params
-        state, new = next_round(target, own, state, config, drafting, weights)
+        state, done = next_round(target, own, state, config, drafting, weights)
         if dtype:
             put = lambda all_, new: all_.at[at].set(new[:, 0].astype(dtype))  # noqa: E731
-            features = jax.tree.map(put, features, new)
+            features = jax.tree.map(put, features, done.features)
         return state, features
 
     return jax.lax.while_loop(more, body, (state, blank))

@@ -184,7 +184,10 @@ class Together:
             children = jnp.pad(drawn.children, ((0, more), (0, 0)), constant_values=-1)
             drawn = drawn._replace(row=row, children=children)
         tokens = jnp.concatenate([one.tokens, two.tokens[:, 1:]], 1)
-        return Draft(tokens, jnp.concatenate([one.parents, parents], 1), drawn)
+        unknown = jnp.full(tokens.shape, jnp.nan)
+        log_q = [unknown[:, : d.tokens.shape[1]] if d.log_probs is None else d.log_probs for d in (one, two)]
+        log_q_BxJ = jnp.concatenate([log_q[0], log_q[1][:, 1:]], 1)
+        return Draft(tokens, jnp.concatenate([one.parents, parents], 1), drawn, log_q_BxJ)
 
     def grow(self, state: tuple, slots: int) -> tuple:
         """See `Drafting`."""

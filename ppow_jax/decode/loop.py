@@ -10,19 +10,18 @@ a round emits at most, T of the longest text to emit, V vocabulary.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import io_callback
 
-from ppow_jax.decode import sampling, verify
+from ppow_jax.decode import sampling, verify, watching
 from ppow_jax.decode.drafting import Drafting, VerifiedTokens
 from ppow_jax.decode.sampling import GREEDY, Sampling
 from ppow_jax.decode.verify import Draft, Walk
+from ppow_jax.decode.watching import Watch
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.cache import Cache
 from ppow_jax.models.layers import likeliest
@@ -60,6 +59,22 @@ class Decoded(NamedTuple, Generic[Array]):
     emitted: Array
     finished: Array
     emitted_by_round: Array
+
+
+class Pass(NamedTuple):
+    """A verification pass.
+
+    Attributes:
+      draft: what the target verified.
+      way: that the text took through it.
+      logits: float32 `[B, J, V]`, the target's after every node.
+      features: `[B, M, ...]`, of the tokens that the round settled.
+    """
+
+    draft: Draft
+    way: Walk
+    logits: jax.Array
+    features: Features
 
 
 class State(NamedTuple):
@@ -143,8 +158,8 @@ def next_round(
     config: DecodeConfig,
     drafting: Drafting | None = None,
     weights: Any = None,
-) -> tuple[State, Features]:
-    """Draft, verify, keep; with the features `[B, M, ...]` of the tokens that the round settled."""
+) -> tuple[State, Pass]:
+    """Draft, verify, keep; with the pass that this took."""
     offset_B = state.known - 1
     if drafting:
         keys_B = _keys_at(state.keys, state.known, 1)
@@ -185,7 +200,7 @@ def next_round(
         cache=kv_cache.write(state.cache, new, slot, going_on),
         drafts=drafts,
     )
-    return state, read
+    return state, Pass(draft, way, logits_BxJxV, read)
 
 
 def _chooser(
@@ -235,11 +250,6 @@ def grow(state: State, slots: int, drafting: Drafting | None = None) -> State:
     return state._replace(cache=kv_cache.grow(state.cache, slots), drafts=drafts)
 
 
-Watch = Callable[[np.ndarray, np.ndarray], None]
-_watchers: dict[int, Watch] = {}
-_numbers = itertools.count()
-
-
 def decode(
     target: Target,
     params: dict,
@@ -250,6 +260,7 @@ def decode(
     drafting: Drafting | None = None,
     weights: Any = None,
     watch: Watch | None = None,
+    scores: bool = False,
 ) -> Decoded[jax.Array]:
     """Decodes every prompt to its stop.
 
@@ -262,8 +273,9 @@ def decode(
       config: static settings.
       drafting: who drafts.
       weights: the drafter's.
-      watch: called after every round, prefill's first, while the loop runs: tokens int32 `[B, M]` and how
-        many of them each row kept, int32 `[B]`.
+      watch: called after every round while the loop runs, with arrays of the host. The first call is the
+        prompt's, which drafts nothing and emits one token. What it raises ends the loop.
+      scores: whether `watch` gets log-probabilities.
 
     Returns:
       `Decoded`. At temperature 0 the texts do not depend on the drafter, at others their distribution does
@@ -271,21 +283,14 @@ def decode(
     """
     inputs = (target, params, prompt_BxP, length_B, keys_B, config, drafting, weights)
     if watch is None:
-        return _decode(*inputs, None)
-    number = next(_numbers)
-    _watchers[number] = watch
-    try:
-        return jax.block_until_ready(_decode(*inputs, np.int32(number)))
-    finally:
+        return _decode(*inputs, None, False)
+    with watching.numbered(watch) as number:
+        decoded = jax.block_until_ready(_decode(*inputs, number, scores))
         jax.effects_barrier()
-        del _watchers[number]
+    return decoded
 
 
-def _tell(number: np.ndarray, tokens_BxM: np.ndarray, kept_B: np.ndarray) -> None:
-    _watchers[int(number)](np.asarray(tokens_BxM), np.asarray(kept_B))
-
-
-@functools.partial(jax.jit, static_argnames=("target", "config", "drafting"))
+@functools.partial(jax.jit, static_argnames=("target", "config", "drafting", "scores"))
 def _decode(
     target: Target,
     params: dict,
@@ -296,22 +301,27 @@ def _decode(
     drafting: Drafting | None,
     weights: Any,
     watcher: jax.Array | None,
+    scores: bool,
 ) -> Decoded[jax.Array]:
     L, depth = config.max_new_tokens, drafting.depth if drafting else 0
 
-    def watched(state: State, kept_B: jax.Array) -> State:
+    def tell(done: Pass, kept_B: jax.Array) -> None:
         if watcher is not None:
-            rows = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (depth + 1,)))
-            tokens_BxM = rows(state.tokens, state.emitted - kept_B)
-            io_callback(_tell, None, watcher, tokens_BxM, kept_B, ordered=True)
-        return state
+            scored = (done.logits, config.sampling) if scores else None
+            watching.tell(watcher, watching.watched(done.draft, done.way, kept_B, scored))
 
     def body(state: State) -> State:
-        after, _ = next_round(target, params, state, config, drafting, weights)
-        return watched(after, after.emitted - state.emitted)
+        after, done = next_round(target, params, state, config, drafting, weights)
+        tell(done, after.emitted - state.emitted)
+        return after
 
-    state, _ = prefill(target, params, prompt_BxP, length_B, keys_B, config, drafting, weights)
-    state = grow(watched(state, state.emitted), prompt_BxP.shape[1] + L + depth + 1, drafting)
+    state, features = prefill(target, params, prompt_BxP, length_B, keys_B, config, drafting, weights)
+    last_Bx1 = jnp.take_along_axis(prompt_BxP, length_B[:, None] - 1, 1)
+    nothing_Bx1, zero_B = jnp.zeros_like(last_Bx1), jnp.zeros_like(length_B)
+    way = Walk(nothing_Bx1, state.tokens[:, :1], zero_B)
+    logits = jnp.zeros((len(length_B), 1, 1))  # nothing is drafted that they could say something of
+    tell(Pass(Draft(last_Bx1, nothing_Bx1), way, logits, features), state.emitted)
+    state = grow(state, prompt_BxP.shape[1] + L + depth + 1, drafting)
     state = jax.lax.while_loop(lambda s: ~s.done.all(), body, state)
     tokens = jnp.where(jnp.arange(L) < state.emitted[:, None], state.tokens[:, :L], 0)
     end_B = jnp.take_along_axis(tokens, state.emitted[:, None] - 1, 1)[:, 0]

@@ -1,9 +1,10 @@
-"""The windows that a drafter drafts along texts that the target wrote greedily, token by token, to be read.
+"""Rounds of decoding as lists of tokens, to be read: of texts that are there already, or as they are decoded.
 
 Shape letters: B rows, T text positions, A anchors, K window, C taps width.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -11,23 +12,80 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax.decode.profile import Texts
+from ppow_jax.decode.watching import Watched
 from ppow_jax.drafters.eagle3 import Drafter, DrafterWeights
 from ppow_jax.drafters.windows import greedy, text_prefix, text_starts, window_pass
 from ppow_jax.parallel import processes
 
 
-class Round(NamedTuple):
-    """A verification pass of a chain.
+class Node(NamedTuple):
+    """A drafted token.
 
     Attributes:
-      drafted: token ids, as many as there is text to compare them with.
+      token: its id.
+      parent: the number of the node that it follows, from 0; -1: it follows the last token known before.
+      drafter, target: log-probability after that node; None: not asked for, or nobody gives one.
+    """
+
+    token: int
+    parent: int
+    drafter: float | None = None
+    target: float | None = None
+
+
+class Round(NamedTuple):
+    """A verification pass.
+
+    Attributes:
+      drafted: token ids of the branch that the text took and, behind what was accepted, of what the drafter
+        finds likeliest; of a chain all. At most as many as there is text to compare them with.
       accepted: how many of them were kept.
       own: the token that the target added; none where the text ended with an accepted one.
+      nodes: all that was drafted, parents before their children; none unless the round was watched.
     """
 
     drafted: list[int]
     accepted: int
     own: list[int]
+    nodes: tuple[Node, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of the text."""
+        return self.drafted[: self.accepted] + self.own
+
+
+def seen(watched: Watched, row: int) -> Round:
+    """What those who watch are told of a row, as a round."""
+    tokens, parents = watched.drafted[row].tolist(), watched.parents[row].tolist()
+    kept = watched.tokens[row, : watched.kept[row]].tolist()
+    accepted = min(int(watched.accepted[row]), len(kept))
+    branch = watched.nodes[row, 1 : accepted + 1].tolist()
+    own = kept[accepted:]
+    if own:
+        branch += _likeliest(tokens, parents, branch[-1] if branch else 0)
+    return Round([tokens[n] for n in branch], accepted, own, _nodes(watched, row))
+
+
+def _likeliest(tokens: list[int], parents: list[int], node: int) -> list[int]:
+    """The nodes below a node, always the first child: the likeliest in every kind of tree."""
+    found: list[int] = []
+    while True:
+        below = (n for n in range(1, len(tokens)) if parents[n] == node and tokens[n] >= 0)
+        node = next(below, 0)
+        if not node:
+            return found
+        found.append(node)
+
+
+def _nodes(watched: Watched, row: int) -> tuple[Node, ...]:
+    tokens, parents = watched.drafted[row].tolist(), watched.parents[row].tolist()
+    scores = []
+    for log_probs in (watched.drafter_log_probs, watched.target_log_probs):
+        found = [None] * len(tokens) if log_probs is None else log_probs[row].tolist()
+        scores.append([None if value is None or math.isnan(value) else value for value in found])
+    about = zip(tokens[1:], parents[1:], scores[0][1:], scores[1][1:], strict=True)
+    return tuple(Node(token, parent - 1, *of) for token, parent, *of in about)
 
 
 def rounds_of(

@@ -41,7 +41,12 @@ GREEDY = Sampling()
 
 
 def log_probs(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """float32 log-probabilities `[..., V]` at a temperature above 0, -inf where top-k or top-p exclude."""
+    """float32 log-probabilities `[..., V]`, -inf where top-k or top-p exclude.
+
+    At temperature 0, where nothing is drawn, those of the logits as they are.
+    """
+    if sampling.temperature == 0:
+        return jax.nn.log_softmax(logits)
     z = logits / sampling.temperature
     if sampling.top_k:
         z = _at_least(z, _threshold(z, jnp.ones_like(z), sampling.top_k))

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from ppow_jax.decode.drafting import Drafting
-from ppow_jax.decode.loop import DecodeConfig, Decoded, Watch, decode
+from ppow_jax.decode.loop import DecodeConfig, Decoded, decode
+from ppow_jax.decode.watching import Watch
 from ppow_jax.errors import UserError
 from ppow_jax.models.target import Target
 
@@ -47,13 +48,14 @@ class Session:
         prompts: Sequence[Sequence[int] | np.ndarray],
         keys_B: jax.Array | None = None,
         watch: Watch | None = None,
+        scores: bool = False,
     ) -> Decoded[jax.Array]:
         """Decodes prompts side by side.
 
         Args:
           prompts: token ids.
           keys_B: random keys, one a prompt; needed above temperature 0 only.
-          watch: as in `loop.decode`.
+          watch, scores: as in `loop.decode`.
 
         Raises:
           UserError: no prompt, an empty one, one that leaves no room in the target's context, or an id that
@@ -63,7 +65,7 @@ class Session:
         if keys_B is None:
             keys_B = jax.random.split(jax.random.key(0), len(prompts))
         inputs = (self.target, self.params, prompt_BxP, length_B, keys_B, self.config)
-        return decode(*inputs, self.drafting, self.weights, watch)
+        return decode(*inputs, self.drafting, self.weights, watch, scores)
 
     def pad(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """int32 `[B, P]`, P the bucket of the longest, and lengths `[B]`; errors as in `__call__`."""

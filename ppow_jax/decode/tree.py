@@ -65,6 +65,7 @@ def _fixed(
     if sampled:  # a second draw is worth something only beside the first
         ranks = (0, *(shape.children[parents[n]].index(n) for n in range(1, shape.tokens)))
     tokens, row = [start.token[:, 0]], [0] * shape.tokens
+    scores = [jnp.zeros(B)]
     log_qs: list[jax.Array] = []
     at, inner = windows.begin(drafter, weights, prefix, start), [0]  # the nodes that are continued
     for depth in range(1, shape.depth + 1):
@@ -78,19 +79,24 @@ def _fixed(
             at = windows.advance(drafter, weights, prefix, at, read)
         level = shape.level(depth)
         logits_BxWxN = _logits(drafter, weights, at)
+        log_q_BxWxN = log_probs(logits_BxWxN, sampling)
         if sampled:
-            log_q_BxWxN = log_probs(logits_BxWxN, sampling)
             for n in inner:
                 row[n] = sum(log_q.shape[1] for log_q in log_qs) + inner.index(n)
             log_qs.append(log_q_BxWxN)
             logits_BxWxN = log_q_BxWxN + _noise(keys_B, inner, logits_BxWxN)
         best_BxWxQ = _best(logits_BxWxN, 1 + max(ranks[n] for n in level))
-        tokens += [weights.vocab[best_BxWxQ[:, inner.index(parents[n]), ranks[n]]] for n in level]
+        for n in level:
+            above = inner.index(parents[n])
+            best_B = best_BxWxQ[:, above, ranks[n]]
+            tokens.append(weights.vocab[best_B])
+            scores.append(jnp.take_along_axis(log_q_BxWxN[:, above], best_B[:, None], 1)[:, 0])
     drawn = None
     if sampled:
         log_q_BxJxN = jnp.concatenate(log_qs, 1)
         drawn = Drawn(log_q_BxJxN, jnp.array(row), jnp.array(shape.children), weights.vocab)
-    return Draft(jnp.stack(tokens, 1), jnp.broadcast_to(jnp.array(parents), (B, shape.tokens)), drawn)
+    parents_BxJ = jnp.broadcast_to(jnp.array(parents), (B, shape.tokens))
+    return Draft(jnp.stack(tokens, 1), parents_BxJ, drawn, jnp.stack(scores, 1))
 
 
 def _noise(keys_B: jax.Array, nodes: list[int], like_BxWxN: jax.Array) -> jax.Array:
@@ -136,9 +142,7 @@ def candidates(
     levels, count = [], 0
     for level in range(depth):
         logits_BxWxN = _logits(drafter, weights, at)
-        greedy = sampling.temperature == 0
-        log_q = jax.nn.log_softmax(logits_BxWxN) if greedy else log_probs(logits_BxWxN, sampling)
-        best_BxWxQ, which_BxWxQ = jax.lax.top_k(log_q, k)
+        best_BxWxQ, which_BxWxQ = jax.lax.top_k(log_probs(logits_BxWxN, sampling), k)
         scores = (score_BxW[..., None] + best_BxWxQ).reshape(B, -1)
         tokens = weights.vocab[which_BxWxQ].reshape(B, -1)
         levels.append(Candidates(tokens, jnp.repeat(chosen, k, 1), scores))
@@ -167,4 +171,7 @@ def _dynamic(
     numbers = numbers.at[jnp.arange(len(tokens))[:, None], 1 + best_BxJ].set(own)
     take = lambda values, where: jnp.take_along_axis(values, where, 1)  # noqa: E731
     parents = jnp.pad(take(numbers, take(parents, best_BxJ)), ((0, 0), (1, 0)))
-    return Draft(jnp.concatenate([start.token, take(tokens, best_BxJ)], 1), parents)
+    scores_BxJ = jnp.pad(take(scores, best_BxJ), ((0, 0), (1, 0)))
+    above_BxJ = take(scores_BxJ, parents)
+    log_q_BxJ = jnp.where(jnp.isinf(scores_BxJ), scores_BxJ, scores_BxJ - above_BxJ)
+    return Draft(jnp.concatenate([start.token, take(tokens, best_BxJ)], 1), parents, None, log_q_BxJ)

@@ -44,11 +44,15 @@ class Draft(NamedTuple):
       tokens: int32 `[B, J]`.
       parents: int32 `[B, J]`, below the node's own number; 0 for node 0.
       drawn: None where the tree follows from the text alone.
+      log_probs: float32 `[B, J]`, the drafter's of each token after its parent (`sampling.log_probs`), 0 at
+        node 0; None where no distribution proposes. Only those who watch read it; in a program that does not,
+        the compiler leaves it out.
     """
 
     tokens: jax.Array
     parents: jax.Array
     drawn: Drawn | None = None
+    log_probs: jax.Array | None = None
 
 
 class Walk(NamedTuple):

@@ -1,7 +1,7 @@
 """The command line: the log as plain lines on stderr, help, and a user's mistakes as one line."""
 
 import errno
-import itertools
+import importlib.resources
 import logging
 import os
 import pathlib
@@ -44,11 +44,9 @@ def only_the_first_speaks() -> None:
 
 def parse_with_config(argv: list[str]) -> list[str]:
     """absl's flag parsing, with the many ways in which a config can be wrong as one line."""
-    path = _config_path(argv)
-    if path is not None and not os.path.isfile(path):
-        raise ConfigError(f"--config: no file {path!r}; configs/ holds the ready-made ones")
-    if path is not None and (folder := pathlib.Path(path).absolute().parent).name == "configs":
-        sys.path.insert(0, str(folder.parent))  # they import each other, wherever the command is started
+    argv, path = _with_config_file(argv)
+    if path is not None:
+        let_configs_import(path)
     try:
         return flags.FLAGS(argv)
     except flags.Error as e:
@@ -72,24 +70,58 @@ def parse_with_config(argv: list[str]) -> list[str]:
         raise ConfigError(f"--config={path}: cannot be loaded ({type(e).__name__}: {e})") from e
 
 
-def _config_path(argv: list[str]) -> str | None:
-    """The value of --config=PATH or --config PATH."""
-    for flag, following in itertools.zip_longest(argv, argv[1:]):
-        name, _, value = flag.partition("=")
-        if name in ("--config", "-config"):
-            return value or following
-    return None
+def _with_config_file(argv: list[str]) -> tuple[list[str], str | None]:
+    """The flags with a ready-made config's name as the path of its file, and the path, if any is given.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    for at, flag in enumerate(argv):
+        name, given, value = flag.partition("=")
+        if name not in ("--config", "-config"):
+            continue
+        path = config_file(value if given else "".join(argv[at + 1 : at + 2]), "--config")
+        return [*argv[:at], f"--config={path}", *argv[at + (1 if given else 2) :]], path
+    return argv, None
+
+
+def config_file(name: str, where: str) -> str:
+    """The path of a config: a file, or a ready-made config by its name.
+
+    Raises:
+      ConfigError: there is none; the message begins with `where`.
+    """
+    path = name if os.path.isfile(name) else _ready_made().get(name)
+    if path is None:
+        raise ConfigError(f"{where}: no file {name!r}, expected a path or one of {', '.join(_ready_made())}")
+    return path
+
+
+def let_configs_import(path: str) -> None:
+    """Lets the configs of a folder `configs` import each other, wherever the command is started."""
+    folder = pathlib.Path(path).absolute().parent
+    if folder.name == "configs":
+        package = types.ModuleType(folder.name)  # where the command is started may be a folder of that name
+        package.__path__ = [str(folder)]
+        sys.modules[folder.name] = package
+
+
+def _ready_made() -> dict[str, str]:
+    """Files of the configs that are installed with the package, by name."""
+    folder = importlib.resources.files("ppow_jax.configs")
+    files = sorted(pathlib.Path(str(entry)) for entry in folder.iterdir())
+    return {file.stem: str(file) for file in files if file.suffix == ".py" and file.stem != "__init__"}
 
 
 def command(
-    main: Callable[[list[str]], None],
+    main: Callable[[list[str]], int | None],
     module: types.ModuleType,
     parse: Callable[[list[str]], list[str]] | None = None,
 ) -> None:
     """Runs a command of flags; `--help` shows its module's text, a user's mistake is one line on stderr.
 
-    Exit status: 0, done; 2, the command or the config is wrong; 1, another mistake that can be mended; 75,
-    asked to end (SIGTERM), to be started again; 130, interrupted.
+    Exit status: what `main` returns, 0 if that is nothing; 2, the command or the config is wrong; 1, another
+    mistake that can be mended; 75, asked to end (SIGTERM), to be started again; 130, interrupted.
     """
     if any(a in ("--help", "-h", "--helpfull", "--helpshort") for a in sys.argv):
         print((module.__doc__ or "").strip() + "\n\n" + flags.FLAGS.module_help(module))

@@ -58,6 +58,12 @@ figure svg { max-width: 100%; height: auto; color: var(--ink); }
 _LEFT_OUT = ("tree 95% interval", "rounds", "decoded tau", "tokens/s", "autoregressive")  # report.md has them
 _TEXT = ("drafter", "benchmark", "run", "objective", "start", "stage", "parameters")  # columns of words
 FIGURES = ("differences", "training_curves", "acceptance_by_position")
+LEGEND = (  # of an answer, as HTML
+    'In every round the drafter proposes a window: <span class="kept">accepted tokens</span>, '
+    'up to <span class="refused">the first refused one</span>; <span class="dropped">what was drafted '
+    'behind that</span> is dropped, and <span class="own">the target\'s own token</span> stands instead. '
+    'A bar <span class="seam">3</span> begins a round and says how many drafted tokens were accepted.'
+)
 _CAPTIONS = {
     "differences": "",
     "training_curves": "Held-out texts (solid) and as many training texts (dotted). A run that starts from "
@@ -95,10 +101,15 @@ def page(report: Report, windows: Mapping[str, Any], figures: Mapping[str, str])
     parts += ["<h2>Runs</h2>", _table(tables.run_cells(report))]
     if report["stages"]:
         parts += ["<h2>Time and memory</h2>", _table(tables.stage_cells(report))]
+    return document(f"Acceptance report: {target}", parts)
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """A whole page of parts, which are HTML; the title is text."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Acceptance report: {escape(target)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
     )
@@ -148,26 +159,23 @@ def _class(*names: str, **if_true: bool) -> str:
 
 def _windows(windows: Mapping[str, Any]) -> list[str]:
     """Answers with the windows that were drafted on the way."""
-    parts = [
-        f"<p>Decoding with {escape(windows['drafter'])}, a chain at temperature 0. In every round the "
-        f"drafter "
-        'proposes a window: <span class="kept">accepted tokens</span>, '
-        'up to <span class="refused">the first refused one</span>; <span class="dropped">what was drafted '
-        'behind that</span> is dropped, and <span class="own">the target\'s own token</span> stands instead. '
-        'A bar <span class="seam">3</span> begins a round and says how many drafted tokens were accepted.</p>'
-    ]
+    parts = [f"<p>Decoding with {escape(windows['drafter'])}, a chain at temperature 0. {LEGEND}</p>"]
     for sample in windows["samples"]:
         question = " ".join(sample["question"].split())
         cut = question[:200] + " …" if len(question) > 200 else question
-        answer = "".join(_round(r) for r in sample["rounds"])
         more = " …" if sample["cut"] else ""
         passes, emitted = len(sample["rounds"]), sum(r["count"] + bool(r["own"]) for r in sample["rounds"])
         parts.append(
             f'<div class="sample"><div class="question">{escape(sample["benchmark"])} · '
             f"{escape(cut)} · {emitted} tokens in {passes} rounds</div>\n"
-            f'<div class="answer">{_visible(sample["first"])}{answer}{more}</div></div>'
+            f"{answer(sample['first'], sample['rounds'], more)}</div>"
         )
     return parts
+
+
+def answer(first: str, rounds: Iterable[Mapping[str, Any]], more: str = "") -> str:
+    """An answer as HTML: its first token's text, its rounds as `report.samples` has them, what ends it."""
+    return f'<div class="answer">{_visible(first)}{"".join(map(_round, rounds))}{more}</div>'
 
 
 def _round(of: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Windows of a drafter as text, to be read."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,9 @@ from ppow_jax.data.prompts import Prompt
 from ppow_jax.decode.rounds import Round, rounds_of
 from ppow_jax.experiment import Experiment
 from ppow_jax.report.measure import Benchmark, Candidate, Turn, padded_texts
+from ppow_jax.targets.tokenizer import Tokenizer
+
+_PART = "\ufffd"  # of a character, as decoders show it
 
 
 def samples(
@@ -45,17 +49,32 @@ def as_text(experiment: Experiment, turn: Turn, rounds: Sequence[Round]) -> dict
     Of each round: `drafted`, how many tokens; `count`, how many were accepted; and text: `accepted`,
     `refused` (the first token that was), `dropped` (what was drafted behind it) and `own`.
     """
-    text_of = experiment.tokenizer.added
     known = turn.response[:1].tolist()
     first, found = experiment.tokenizer.decode(known), []
-    for drafted, accepted, own in rounds:
-        kept, refused = drafted[:accepted], drafted[accepted:]
-        texts = {
-            "accepted": text_of(known, kept),
-            "refused": text_of(known + kept, refused[:1]),
-            "dropped": text_of(known + kept + refused[:1], refused[1:]),
-            "own": text_of(known + kept, own),
-        }
-        found.append({"drafted": len(drafted), "count": accepted} | texts)
-        known = known + kept + own
+    for of in rounds:
+        found.append(round_as_text(experiment.tokenizer, known, of))
+        known = known + of.tokens
     return {"first": first, "rounds": found, "cut": len(known) < len(turn.response)}
+
+
+def round_as_text(tokenizer: Tokenizer, known: list[int], of: Round, special: bool = True) -> dict[str, Any]:
+    """A round as text, behind the ids that are known; see `as_text`.
+
+    A character of several tokens stands whole where its last one is, so that the parts in a row are the text.
+
+    Args:
+      tokenizer: the target's.
+      known: ids of the text so far.
+      of: the round.
+      special: whether special tokens are part of the text.
+    """
+    text_of = functools.partial(tokenizer.added, special=special)
+    kept, refused = of.drafted[: of.accepted], of.drafted[of.accepted :]
+    return {
+        "drafted": len(of.drafted),
+        "count": of.accepted,
+        "accepted": text_of(known, kept).rstrip(_PART),
+        "refused": text_of(known + kept, refused[:1]),
+        "dropped": text_of(known + kept + refused[:1], refused[1:]),
+        "own": text_of(known + kept, of.own).rstrip(_PART),
+    }

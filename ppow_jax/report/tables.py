@@ -89,6 +89,7 @@ _LEFT_OUT = {
     "beyond_data_length": "prompts beyond data.length",
     "turns_not_asked": "later turns beyond the target's context",
     "imported_cut": "imported texts cut to the target's context",
+    "other_ids": "prompts whose text by a server is another one when it is encoded",
 }
 
 

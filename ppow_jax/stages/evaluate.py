@@ -6,9 +6,11 @@ of the same prompt in turn, so that a slow moment of the machine hits both. All 
 `evaluate.control`, prompt by prompt. What is known of a drafter is not measured again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import pathlib
 from typing import Any
 
 from ppow_jax.data import prompts, texts
@@ -211,35 +213,76 @@ def find_candidates(experiment: Experiment) -> list[Candidate]:
     Raises:
       UserError: there is none that is finished.
     """
-    settings = experiment.settings
-    names = [IMPORTED] if settings.drafter.path else []
-    names += [name for name in settings.chosen() if drafters.directory(experiment, name).exists()]
     found = []
-    for name in names:
+    for name in begun(experiment.settings, experiment.workdir):
         try:
-            trained = drafters.load(experiment, name)
+            found.append(_candidate(experiment, name))
         except UnfinishedError as e:
             log.warning("evaluate: %s is left out: %s", name, e)
-            continue
-        weights = weights_of(trained.params, experiment.target_params, trained.vocab)
-        sha = params_sha256(trained.params)
-        found.append(Candidate(name, trained.drafter, weights, trained.steps, trained.seconds, sha))
     if not found:
-        raise UserError(
-            f"{experiment.workdir}: no training run is finished yet; add 'train' to config.stages"
-        )
+        raise _nothing_trained(experiment)
     return found
+
+
+def find_candidate(experiment: Experiment, run: str = "", where: str = "--run") -> Candidate:
+    """The drafter of a training run, or `imported`, the one that was read from files.
+
+    Args:
+      experiment: whose workdir has it.
+      run: its name; empty: of the last one that is finished.
+      where: the flag or argument that has the name, for the error.
+
+    Raises:
+      ConfigError: there is no such run.
+      UserError: it is not finished, or none is.
+    """
+    if run:
+        check_run(experiment.settings, experiment.workdir, run, where)
+        return _candidate(experiment, run)
+    for name in reversed(begun(experiment.settings, experiment.workdir)):
+        with contextlib.suppress(UnfinishedError):
+            return _candidate(experiment, name)
+    raise _nothing_trained(experiment)
+
+
+def check_run(settings: Settings, workdir: pathlib.Path, run: str, where: str) -> None:
+    """Raises `ConfigError` if a workdir has no drafter of that name; the message begins with `where`."""
+    names = begun(settings, workdir)
+    if run not in names:
+        raise ConfigError(f"{where}: found {run!r}, expected one of {', '.join(names) or 'none yet'}")
+
+
+def begun(settings: Settings, workdir: pathlib.Path) -> list[str]:
+    """The drafter that is read from files, if any, and the training runs that have left something."""
+    names = [IMPORTED] if settings.drafter.path else []
+    return names + [name for name in settings.chosen() if drafters.directory(workdir, name).exists()]
+
+
+def _candidate(experiment: Experiment, name: str) -> Candidate:
+    trained = drafters.load(experiment, name)
+    weights = weights_of(trained.params, experiment.target_params, trained.vocab)
+    sha = params_sha256(trained.params)
+    return Candidate(name, trained.drafter, weights, trained.steps, trained.seconds, sha)
+
+
+def _nothing_trained(experiment: Experiment) -> UserError:
+    return UserError(f"{experiment.workdir}: no training run is finished yet; add 'train' to config.stages")
 
 
 def write_texts(experiment: Experiment, name: str, benchmark: list[prompts.Prompt]) -> Benchmark:
     """Lets the target answer a benchmark's prompts, turn by turn and greedily, unless it has before."""
+    settings, found = experiment.settings.evaluate, benchmark_of(experiment, name, benchmark)
+    about = (found.directory, settings.max_new_tokens, 0.0, settings.batch_size)
+    selection = respond.select(experiment, benchmark, settings.max_new_tokens)
+    left_out = respond.write(experiment, selection, *about, label=f"evaluate {name}", kept=found.features)
+    return dataclasses.replace(found, left_out=left_out)
+
+
+def benchmark_of(experiment: Experiment, name: str, benchmark: list[prompts.Prompt]) -> Benchmark:
+    """A benchmark, whether its answers lie in its directory or not."""
     settings, target = experiment.settings.evaluate, experiment.target.config
     asked = [(p.id, p.turns, *filter(None, [p.system])) for p in benchmark]
     identity = [settings.max_new_tokens, target.dtype, target.taps, asked]
     identity += filter(None, [experiment.settings.target.template_variables])
     mark = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    found = Benchmark(name, benchmark, experiment.workdir / "evaluate" / f"{name}-{mark}")
-    about = (found.directory, settings.max_new_tokens, 0.0, settings.batch_size)
-    selection = respond.select(experiment, benchmark, settings.max_new_tokens)
-    left_out = respond.write(experiment, selection, *about, label=f"evaluate {name}", kept=found.features)
-    return dataclasses.replace(found, left_out=left_out)
+    return Benchmark(name, benchmark, experiment.workdir / "evaluate" / f"{name}-{mark}")

@@ -26,6 +26,8 @@ def read(settings: Settings, unit: str, workdir: pathlib.Path) -> dict[str, str 
     if stage != "export":
         found["respond.prompts"] = _prompts(settings.respond.prompts, "respond.prompts")
         found["respond.responses"] = _file(settings.respond.responses)
+        if settings.respond.endpoint:  # it may move: what it serves is held against the target's texts
+            found["respond.endpoint"] = _digest("a server")
     if stage == "evaluate":
         found["evaluate.prompts"] = _prompts(settings.evaluate.prompts, "evaluate.prompts")
     if stage != "respond":

@@ -23,7 +23,7 @@ from ppow_jax.experiment import Experiment
 from ppow_jax.parallel import files, memory, partition, preemption, processes, progress
 from ppow_jax.parallel.console import log
 from ppow_jax.settings import Settings
-from ppow_jax.stages import features, room
+from ppow_jax.stages import endpoint, features, room
 
 _IMPORT_ROWS = 128  # a shard
 # Tokens of a text, the prompt's first turn and an answer, that the batch size is meant for.
@@ -73,6 +73,8 @@ def check(settings: Settings) -> None:
             "config.respond.keep_answers: found True, but no prompt of config.respond.prompts has an "
             "answer; set it to False, or name files with the assistant's messages"
         )
+    if settings.respond.endpoint:
+        endpoint.check(settings.respond)
 
 
 def check_target(experiment: Experiment) -> None:
@@ -145,17 +147,34 @@ def run(experiment: Experiment) -> None:
     for i, chunk in enumerate(chunks):
         if f"import-{i:05}" not in done:
             records.write_shard(directory, f"import-{i:05}", (r for c in chunk for r in c.records()))
-    left_out = write(
-        experiment,
-        selection,
-        directory,
-        settings.max_new_tokens,
-        settings.temperature,
-        _batch_size(experiment),
-        kept=features.directory(experiment) if data.cache_features else None,
-        feature_dtype=data.feature_dtype,
-    )
+    if settings.endpoint:
+        left_out = _ask_server(experiment, selection, directory)
+    else:
+        left_out = write(
+            experiment,
+            selection,
+            directory,
+            settings.max_new_tokens,
+            settings.temperature,
+            _batch_size(experiment),
+            kept=features.directory(experiment) if data.cache_features else None,
+            feature_dtype=data.feature_dtype,
+        )
     files.write_json(experiment.workdir / LEFT_OUT, left_out | {"imported_cut": shortened})
+
+
+def _ask_server(experiment: Experiment, selection: Selection, directory: pathlib.Path) -> dict[str, int]:
+    """As `write`, by the server of `respond.endpoint`; features are computed later, as of imported texts."""
+    if said := selection.said():
+        log.info("respond: prompts left out: %s", said)
+    most = experiment.settings.respond.max_new_tokens
+    batches = batches_of(selection.prompts, selection.lengths, endpoint.SHARD, most)
+    shards = {f"write-{i:05}": batch for i, batch in enumerate(batches)}
+
+    def own(prompts: list[Prompt], tokens: int) -> list[Conversation]:
+        return converse(experiment, prompts, len(prompts), tokens, 0.0, experiment.key("respond"))
+
+    return selection.left_out | endpoint.write(experiment, shards, directory, own)
 
 
 def _batch_size(experiment: Experiment) -> int:

@@ -47,7 +47,7 @@ def require_for_checkpoints(experiment: Experiment, runs: Iterable[str]) -> None
     """
     log_settings, needed, largest = experiment.settings.log, 0, 0
     for name in runs:
-        directory, steps = drafters.directory(experiment, name), experiment.settings.train[name].steps
+        directory, steps = drafters.directory(experiment.workdir, name), experiment.settings.train[name].steps
         size = int(_COMPRESSED * _LEARNER * _drafter_bytes(experiment, name))
         saves = -(-steps // log_settings.checkpoint_every_steps) if steps else log_settings.keep_checkpoints
         there = sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())

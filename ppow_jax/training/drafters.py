@@ -56,12 +56,12 @@ class Trained(NamedTuple):
 
 def checkpoints(experiment: Experiment, run: str) -> Checkpoints:
     """The checkpoints of a training run."""
-    return Checkpoints(directory(experiment, run), experiment.settings.log.keep_checkpoints)
+    return Checkpoints(directory(experiment.workdir, run), experiment.settings.log.keep_checkpoints)
 
 
-def directory(experiment: Experiment, run: str) -> pathlib.Path:
+def directory(workdir: pathlib.Path, run: str) -> pathlib.Path:
     """Where they lie."""
-    return experiment.workdir / "checkpoints" / run
+    return workdir / "checkpoints" / run
 
 
 def begin(experiment: Experiment, run: str, corpus: texts.Corpus) -> Trained:
@@ -146,11 +146,11 @@ def load(experiment: Experiment, run: str) -> Trained:
     try:
         if store.latest is None:
             raise UserError(f"{experiment.workdir}: no checkpoint of the run {run!r}; train it first")
-        about = checked(store.about(), directory(experiment, run))
+        about = checked(store.about(), directory(experiment.workdir, run))
         if about["target"] != experiment.fingerprint:
             raise UserError(
-                f"{directory(experiment, run)}: drafter of target {about['target'][:12]}, this target is "
-                f"{experiment.fingerprint[:12]}; use the target that it was trained for"
+                f"{directory(experiment.workdir, run)}: drafter of target {about['target'][:12]}, this "
+                f"target is {experiment.fingerprint[:12]}; use the target that it was trained for"
             )
         if store.latest < about["steps"]:
             raise UnfinishedError(
@@ -158,7 +158,7 @@ def load(experiment: Experiment, run: str) -> Trained:
                 "it to its end"
             )
         module = experiment.settings.drafter.module
-        drafter = drafter_of(config_from(about["drafter"], str(directory(experiment, run)), module))
+        drafter = drafter_of(config_from(about["drafter"], str(directory(experiment.workdir, run)), module))
         _, state, _ = store.restore_part(shapes(experiment, drafter))
     finally:
         store.close()
@@ -191,6 +191,15 @@ def shapes(experiment: Experiment, drafter: Drafter) -> dict[str, Any]:
 def _from_files(experiment: Experiment, path: str, key: str) -> Trained:
     """A drafter from EAGLE-3 files, computing in the dtype of the settings."""
     found = imported(path, experiment.target.config, experiment.fingerprint, key)
+    return complete(experiment, found, f"config.{key}: {path!r}")
+
+
+def complete(experiment: Experiment, found: reading.Imported, where: str) -> Trained:
+    """What was read from files, with a head of its own, on the mesh.
+
+    Raises:
+      UserError: a parameter is not finite; the message begins with `where`.
+    """
     config = dataclasses.replace(found.config, dtype=experiment.settings.drafter.dtype)
     params, target = found.params, experiment.target_params
     if found.head:
@@ -198,7 +207,7 @@ def _from_files(experiment: Experiment, path: str, key: str) -> Trained:
         matrix = target["embedding"]["embedding"] if tied else head_matrix(experiment.target.config, target)
         params = params | {"head": {"weight": jnp.array(matrix, jnp.float32)}}  # a copy, which is trained
     params = partition.shard(params, experiment.mesh)
-    require_finite(params, f"config.{key}: {path!r}")
+    require_finite(params, where)
     return Trained(Drafter(config), params, found.vocab)
 
 

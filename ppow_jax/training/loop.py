@@ -62,7 +62,7 @@ def _train(experiment: Experiment, run: str, corpus: texts.Corpus, store: Checkp
         made = recipe(experiment, settings, drafter, steps, gamma)
         done, seconds, state = 0, 0.0, place(experiment, made, start.params, start.vocab, sizes)
     else:
-        where = drafters.directory(experiment, run)
+        where = drafters.directory(experiment.workdir, run)
         about = drafters.checked(store.readable_about(), where)
         shape = config_from(about["drafter"], str(where), experiment.settings.drafter.module)
         drafter, steps = drafter_of(shape), about["steps"]

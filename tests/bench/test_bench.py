@@ -184,8 +184,7 @@ def bench(directory, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_it_needs_no_checkout(tmp_path):
-    """`configs/`, which is not installed with the package, is asked for by --config alone."""
-    done = bench(tmp_path, "load", "--target=markov:0")
+    done = bench(tmp_path, "load", "--config=tiny", "--target=markov:0")
     assert done.returncode == 0, done.stderr
     assert "markov:0" in done.stdout
 
@@ -194,11 +193,19 @@ def test_it_needs_no_checkout(tmp_path):
     ("arguments", "message"),
     [
         (("cost",), "cost: found no --workdir, expected one of a run with a trained drafter"),
-        (("parts", "--workdir=."), "config.json: not there, expected the workdir of a run"),
+        (
+            ("parts", "--workdir=."),
+            "--workdir: found no run in '.', expected a workdir (with the config.json of a run)",
+        ),
         (
             ("race",),
-            "found 'race', expected one of load, parts, train, respond, cost, decode, parting, "
+            "found 'race', expected one of load, serve, parts, train, respond, cost, decode, parting, "
             "llamacpp; see --help",
+        ),
+        (("serve",), "serve: found no --url, expected http://HOST:PORT of a server"),
+        (
+            ("serve", "--url=localhost:8080"),
+            "--url: found 'localhost:8080', expected http://HOST:PORT of a server",
         ),
     ],
 )

@@ -100,7 +100,7 @@ FLAGS = {
 
 def small_config(directory):
     """`configs/base.py` with these changes."""
-    chosen = importlib.import_module("configs.base").get_config()
+    chosen = importlib.import_module("ppow_jax.configs.base").get_config()
     for key, value in FLAGS.items():
         *path, name = key.split(".")
         section = chosen

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small
 
-from ppow_jax.decode import loop, shapes
+from ppow_jax.decode import loop, shapes, watching
 from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig
 from ppow_jax.decode.ngrams import Lookahead, Lookup
@@ -54,25 +54,29 @@ def test_buckets_are_few_and_close():
 def test_those_who_watch_see_the_tokens_in_order_as_they_come(chain, name):
     stop = small.walk(5, 9)[-1]
     decoder, seen = session(chain, name, stops=(stop,)), []
-    watch = lambda tokens, kept: seen.append([t[:k].tolist() for t, k in zip(tokens, kept, strict=True)])  # noqa: E731
+
+    def watch(w):
+        seen.append([tokens[:kept].tolist() for tokens, kept in zip(w.tokens, w.kept, strict=True)])
+
     out = decoder([[5], [5, 6]], watch=watch)
     for row in range(2):
         parts = [round_[row] for round_ in seen]
         assert list(itertools.chain(*parts)) == out.tokens[row, : out.emitted[row]].tolist()
         assert [len(p) for p in parts[1:] if p] == small.rounds_of(out, row)
-    assert len(seen[0][0]) == 1 and not loop._watchers
+    assert len(seen[0][0]) == 1 and not watching._watchers
     count = loop._decode._cache_size()
-    decoder([[7], [8]], watch=lambda tokens, kept: None)  # another watcher, the same program
+    decoder([[7], [8]], watch=lambda watched: None)  # another watcher, the same program
     assert loop._decode._cache_size() == count
 
 
-def test_a_watcher_that_fails_is_heard(chain):
-    def watch(tokens, kept):
-        raise RuntimeError("enough")
+@pytest.mark.parametrize("error", [KeyError("enough"), KeyboardInterrupt("enough")])
+def test_a_watcher_that_fails_is_heard(chain, error):
+    def watch(watched):
+        raise error
 
-    with pytest.raises(Exception, match="enough"):
+    with pytest.raises(type(error), match="enough"):
         session(chain, None)([[5]], watch=watch)
-    assert not loop._watchers
+    assert not watching._watchers
 
 
 @pytest.mark.parametrize("name", [None, *SHAPES])

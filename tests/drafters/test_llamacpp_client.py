@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from configs import quickstart
 from ppow_jax import config, experiment, run
-from ppow_jax.bench import decoding
 from ppow_jax.bench.llamacpp import compare, server
+from ppow_jax.configs import quickstart
 from ppow_jax.data import prompts
 from ppow_jax.data.conversations import Conversation
 from ppow_jax.drafters.files import llamacpp as files
+from ppow_jax.stages import evaluate
 from ppow_jax.targets import gguf_files, tokenizer_gguf
 
 pytestmark = [
@@ -40,7 +40,7 @@ def trained(tmp_path_factory):
     target = directory / "target.gguf"
     gguf_files.write_as(gguf_files.find(settings.target.path), target, "float32")
     with jax.set_mesh(made.mesh):
-        yield made, decoding.chosen(made, "supervise"), target
+        yield made, evaluate.find_candidate(made, "supervise"), target
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ class Finished(NamedTuple):
 
 def config(directory: pathlib.Path, **changes: Any) -> ConfigDict:
     """A small ConfigDict on prompt files in `directory`; `data__length=3` sets `data.length`."""
-    from configs import base
+    from ppow_jax.configs import base
 
     train, chat, maths = (directory / f"{name}.jsonl" for name in ("train", "chat", "maths"))
     if not train.exists():

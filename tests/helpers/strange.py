@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from ppow_jax.errors import UserError
 
-SECONDS = 2.0  # of computing, for one example
+SECONDS = 10  # of computing; a busy machine and the collector can make a moment of one
 _BLOCKED = 60  # seconds that an example may take on the busiest machine
 LONGEST = 700  # characters of an error
 FAST, SLOW = 100, 10_000  # examples of a kind

@@ -43,7 +43,7 @@ _TENSORS = {
     "mlp/down/weight": "blk.0.ffn_down.weight",
 }
 _D2T, _FREQUENCIES = "d2t", "rope_freqs.weight"
-_FINGERPRINT, _SCALING = "ppow_jax.target_fingerprint", "ppow_jax.rope_scaling"  # read by us alone
+FINGERPRINT, _SCALING = "ppow_jax.target_fingerprint", "ppow_jax.rope_scaling"  # read by us alone
 DTYPES = tuple(gguf_files.TYPES)
 
 
@@ -107,7 +107,7 @@ def write(
         _add(writer, f"{ARCHITECTURE}.{key}", value)
     for key, value in tokenizer.items():
         _add(writer, key, value)
-    writer.add_string(_FINGERPRINT, fingerprint)
+    writer.add_string(FINGERPRINT, fingerprint)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         ours = partition.path_name(path)
         values = np.asarray(leaf, np.float32)
@@ -172,7 +172,7 @@ def read(file: pathlib.Path, target: TargetConfig, fingerprint: str) -> Imported
     contents = gguf_files.read(file)
     m = Fields(contents.metadata, str(file), of="an EAGLE-3 drafter of llama.cpp")
     m.text("general.architecture", choices=(ARCHITECTURE,))
-    trained_for = m.text(_FINGERPRINT, fingerprint)
+    trained_for = m.text(FINGERPRINT, fingerprint)
     if trained_for != fingerprint:
         raise UserError(
             f"{file}: this drafter belongs to target {trained_for[:12]}, not to {fingerprint[:12]}; its "

@@ -1,0 +1,124 @@
+"""The conversation: questions in, answers on the screen, and afterwards in files."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+from rich.console import Console
+
+from ppow_jax import api, experiment
+from ppow_jax.chat import page, screen, trace
+from ppow_jax.chat.exchange import Exchange
+from ppow_jax.decode import shapes
+from ppow_jax.decode.rounds import Round
+from ppow_jax.errors import ConfigError
+from ppow_jax.experiment import Experiment
+from ppow_jax.parallel import files
+from ppow_jax.report.measure import Candidate
+from ppow_jax.report.samples import round_as_text
+from ppow_jax.settings import Settings
+from ppow_jax.stages import evaluate
+from ppow_jax.targets.chat import Message
+from ppow_jax.targets.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the flags of the command say; empty texts: not given."""
+
+    workdir: str
+    run: str = ""
+    shape: str = ""
+    tokens: int = 256
+    temperature: float = 0.0
+    prompt: str = ""
+    compare: bool = True
+    trace: str = ""
+    html: str = ""
+
+
+def talk(options: Options, console: Console | None = None) -> list[Exchange]:
+    """Answers what is asked, until nothing more is; then writes the files that are wanted.
+
+    Raises:
+      ConfigError: no workdir, no such run or shape, or a file that cannot be written.
+      UserError: whatever else can be mended.
+    """
+    console = console or Console(highlight=False)
+    settings = check(options)
+    target = api.load_target(options.workdir)
+    drafter = api.load_drafter(target, options.workdir, options.run)
+    shape = options.shape or settings.decode.shape
+    if shape == "auto":
+        with jax.set_mesh(target.mesh):
+            shape = shapes.name(evaluate.choose_shape(target, drafter)[0])
+    found: list[Exchange] = []
+    try:
+        for question in screen.questions(console, options.prompt):
+            found.append(_answered(console, options, target, drafter, shape, found, question))
+            screen.finish(console, found[-1])
+    finally:
+        if options.trace:
+            trace.write(files.path_of(options.trace), [exchange.answer for exchange in found])
+        if options.html:
+            with files.replacing(files.path_of(options.html)) as scratch:
+                scratch.write_text(page.page(settings.target.path, found))
+    return found
+
+
+def check(options: Options) -> Settings:
+    """The workdir's settings, when all that can be known before the target is loaded has been looked at.
+
+    Raises:
+      ConfigError: see `talk`.
+    """
+    workdir = files.path_of(options.workdir)
+    settings = experiment.read_settings(workdir)
+    if options.run:
+        evaluate.check_run(settings, workdir, options.run, "--run")
+    if options.shape not in ("", "auto"):
+        shapes.parse(options.shape, "--shape")
+    if options.trace:
+        trace.check(files.path_of(options.trace))
+    if options.html and not files.path_of(options.html).absolute().parent.is_dir():
+        folder = str(files.path_of(options.html).parent)
+        raise ConfigError(f"--html: found no directory {folder!r}; make it, or name another file")
+    return settings
+
+
+def _answered(
+    console: Console,
+    options: Options,
+    target: Experiment,
+    drafter: Candidate,
+    shape: str,
+    before: list[Exchange],
+    question: str,
+) -> Exchange:
+    """Answers a question with the drafter, on the screen, and then without it."""
+    messages: list[Message] = []
+    for exchange in before:
+        messages.append({"role": "user", "content": exchange.question})
+        messages.append({"role": "assistant", "content": exchange.answer.text})
+    messages.append({"role": "user", "content": question})
+    texts, watch = _shown(console, target.tokenizer)
+    ask = functools.partial(api.generate, target, messages, max_new_tokens=options.tokens)
+    ask = functools.partial(ask, temperature=options.temperature, seed=len(before))
+    answer = ask(drafter, shape=shape, scores=bool(options.trace), watch=watch)
+    plain = ask() if options.compare else None
+    drafts = f"drafts {shape} by {drafter.run}"
+    return Exchange(question, answer, texts, plain, drafts, options.temperature == 0)
+
+
+def _shown(console: Console, tokenizer: Tokenizer) -> tuple[list[dict], Callable[[Round], None]]:
+    """The texts of the rounds so far, and who shows each round as it comes."""
+    known: list[int] = []
+    texts: list[dict] = []
+
+    def watch(of: Round) -> None:
+        texts.append(round_as_text(tokenizer, known, of, special=False))
+        known.extend(of.tokens)
+        screen.show(console, texts[-1])
+
+    return texts, watch

@@ -1,0 +1,1 @@
+"""What lowers the acceptance of a drafter, looked for cause by cause."""

@@ -1,0 +1,160 @@
+"""The chat: what it shows, what it writes, and what it says of mistakes."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import small
+from rich.console import Console
+
+from ppow_jax.api import Answer, Round
+from ppow_jax.chat import page, screen, talk, trace
+from ppow_jax.chat.exchange import Exchange
+from ppow_jax.chat.talk import Options
+from ppow_jax.decode.rounds import Node
+from ppow_jax.errors import ConfigError
+
+TEXT = {"accepted": "ab", "refused": "x\n", "dropped": "y", "own": "c"}
+GIVEN = Answer("abc", [5, 6, 7], True, [Round([], 0, [5]), Round([6, 9], 1, [7], (Node(6, -1),))], 0.5, 2.0)
+
+
+def console(**how) -> Console:
+    return Console(file=io.StringIO(), highlight=False, width=80, **how)
+
+
+@pytest.fixture(scope="module")
+def asked(finished, tmp_path_factory):
+    """A prompt that was answered: the exchange, what was printed, and the directory with the files."""
+    directory, out = tmp_path_factory.mktemp("chat"), console()
+    options = Options(
+        str(finished.workdir), "supervise", "tree:6x3x2", 12, prompt="ab",
+        trace=str(directory / "t.jsonl"), html=str(directory / "t.html"),
+    )  # fmt: skip
+    (exchange,) = talk.talk(options, out)
+    return exchange, out.file.getvalue(), directory
+
+
+def test_without_a_terminal_the_text_stands_alone(asked):
+    exchange, printed, _ = asked
+    assert exchange.answer.ids == small.walk(2, 12)
+    assert printed.startswith(exchange.answer.text + "\n") and "\x1b" not in printed
+    assert "drafts tree:6x3x2 by supervise" in printed
+    assert "the same text" in printed
+    passes = exchange.answer.rounds[1:]
+    assert f"tau {11 / len(passes):.2f} (11 tokens in {len(passes)} passes)" in printed
+    assert "accepted by round: " + " ".join(str(r.accepted) for r in passes) in printed
+
+
+def test_a_trace_has_a_row_for_each_round(asked):
+    exchange, _, directory = asked
+    rows = [json.loads(line) for line in (directory / "t.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == list(range(len(exchange.answer.rounds)))
+    assert [token for row in rows for token in row["emitted"]] == exchange.answer.ids
+    probs, last = small.markov_chain().probs, rows[0]["emitted"][0]
+    for row, of in zip(rows[1:], exchange.answer.rounds[1:], strict=True):
+        assert (row["accepted"], len(row["drafted"])) == (of.accepted, 5)
+        about = zip(row["drafted"], row["parents"], row["drafter_log_probs"], row["target_log_probs"])  # noqa: B905
+        for token, parent, drafter, target in about:
+            above = last if parent < 0 else row["drafted"][parent]
+            if probs[above, token]:
+                assert target == pytest.approx(np.log(probs[above, token]), abs=1e-3)
+            assert drafter <= 0
+        last = row["emitted"][-1]
+
+
+def test_parquet_has_the_same_rows(asked, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    exchange, _, directory = asked
+    file = tmp_path / "t.parquet"
+    trace.check(file)
+    trace.write(file, [exchange.answer])
+    lines = [json.loads(line) for line in (directory / "t.jsonl").read_text().splitlines()]
+    for found, known in zip(parquet.read_table(file).to_pylist(), lines, strict=True):
+        for key in ("drafter_log_probs", "target_log_probs"):
+            assert found.pop(key) == pytest.approx(known.pop(key), rel=1e-6)
+        assert found == known
+
+
+def test_parquet_without_pyarrow_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ConfigError, match="written by pyarrow, which is missing; `pip install pyarrow`"):
+        trace.check(tmp_path / "t.parquet")
+    trace.check(tmp_path / "t.jsonl")
+
+
+def test_the_page_escapes_all_text():
+    evil = "<script>alert('&')</script>"
+    text = dict.fromkeys(("accepted", "refused", "dropped", "own"), evil) | {"count": 1, "drafted": 3}
+    made = page.page(evil, [Exchange(evil, GIVEN, [text, text], GIVEN, evil, True)])
+    assert "<script" not in made
+    assert made.count("&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;") == 2 + 1 + 5 + 1
+    assert "1.0 tokens/s, plain decoding 1.0 (1.00x, the same text)" in made
+
+
+def test_the_page_shows_the_rounds(asked):
+    exchange, _, directory = asked
+    made = (directory / "t.html").read_text()
+    assert made.count('<span class="seam">') == len(exchange.answer.rounds)  # one is the legend's
+    assert exchange.figures()[1] in made and "http" not in made
+
+
+def test_a_terminal_shows_what_was_accepted_refused_and_the_targets_own():
+    out = console(force_terminal=True, color_system="standard", legacy_windows=False)
+    screen.show(out, TEXT)
+    assert out.file.getvalue() == "\x1b[32mab\x1b[0m\x1b[2;9;31mx⏎y\x1b[0m\x1b[4mc\x1b[0m"
+    plain = console()
+    screen.show(plain, TEXT | {"own": "c\n"})
+    screen.show(plain, TEXT)
+    assert plain.file.getvalue() == "abc\nabc"
+
+
+def test_a_text_cannot_steer_the_terminal():
+    out = console()
+    screen.show(out, TEXT | {"accepted": "\x1b[2Ja\r\x07\tb", "own": "é\n"})
+    assert out.file.getvalue().replace(" ", "") == "\ufffd[2Ja\ufffd\ufffd\tbé\n".replace("\t", "")
+
+
+def test_a_second_question_comes_with_what_was_said(finished, monkeypatch):
+    said, lines = [], iter(["ab", "c", ""])
+    generate = talk.api.generate
+
+    def listening(target, messages, *rest, **how):
+        said.append(([m["content"] for m in messages], how.get("shape")))
+        return generate(target, messages, *rest, **how)
+
+    monkeypatch.setattr(talk.api, "generate", listening)
+    monkeypatch.setattr("builtins.input", lambda *_: next(lines))
+    options = Options(str(finished.workdir), tokens=4, compare=False)
+    found = talk.talk(options, console())
+    first = found[0].answer.text
+    assert said == [(["ab"], "chain:2"), (["ab", first, "c"], "chain:2")]
+    assert found[1].plain is None and "plain" not in found[1].figures()[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"workdir": "."}, "--workdir: found no run in '.', expected a workdir"),
+        ({"run": "ppow"}, "--run: found 'ppow', expected one of supervise, cst"),
+        ({"shape": "bush"}, "--shape: found 'bush', expected chain:K"),
+        ({"trace": "t.csv"}, "--trace: found 't.csv', expected a name that ends in .parquet or .jsonl"),
+        ({"trace": "none/t.jsonl"}, "--trace: found no directory 'none'"),
+        ({"html": "none/t.html"}, "--html: found no directory 'none'"),
+    ],
+)
+def test_mistakes_are_named_before_the_target_is_loaded(finished, changes, says):
+    with pytest.raises(ConfigError, match=says):
+        talk.check(Options(**{"workdir": str(finished.workdir)} | changes))
+
+
+def test_a_mistake_is_one_line_and_status_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "ppow_jax.chat", f"--workdir={tmp_path}", "--prompt=x"],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("ppow_jax: --workdir: found no run in ") and done.stderr.count("\n") == 1
