@@ -2,13 +2,13 @@
 
 import importlib.util
 
+import brief
 import faults
 import jax
 import numpy as np
 import pytest
 
 from ppow_jax import config, run
-from ppow_jax.configs import quickstart
 from ppow_jax.doctor.findings import FINE, NOT_CHECKED
 from ppow_jax.drafters.files import dialects, llamacpp
 from ppow_jax.targets import tokenizer_gguf
@@ -24,12 +24,9 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A drafter that is right now and then, after a minute of training, and its files."""
-    c = quickstart.get_config()
-    c.respond.prompts = "maths=builtin:maths/train[:32]"
-    c.respond.max_new_tokens, c.respond.batch_size, c.data.length, c.data.holdout = 48, 32, 128, 4
-    c.train.supervise.steps, c.train.supervise.optimizer.warmup_steps = 60, 10
-    c.log.curve_points, c.evaluate.window, c.export.drafter = 1, 4, "supervise"
-    c.stages, c.runs = ("respond", "train", "export"), ("supervise",)
+    c = brief.get_config()
+    c.evaluate.window, c.export.drafter = 4, "supervise"
+    c.stages = ("respond", "train", "export")
     place = tmp_path_factory.mktemp("smollm2") / "workdir"
     run.run(config.from_config(c), place)
     return place

@@ -3,13 +3,13 @@
 import dataclasses
 import importlib.util
 
+import brief
 import jax
 import numpy as np
 import pytest
 
 from ppow_jax import config, experiment, run
 from ppow_jax.bench.llamacpp import compare, server
-from ppow_jax.configs import quickstart
 from ppow_jax.data import prompts
 from ppow_jax.data.conversations import Conversation
 from ppow_jax.drafters.files import llamacpp as files
@@ -27,14 +27,8 @@ DEPTH, TOKENS, CONTEXT = 3, 40, 256
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A drafter that is right now and then, after a minute of training."""
-    c = quickstart.get_config()
-    c.respond.prompts = "maths=builtin:maths/train[:32]"
-    c.respond.max_new_tokens, c.respond.batch_size, c.data.length, c.data.holdout = 48, 32, 128, 4
-    c.train.supervise.steps, c.train.supervise.optimizer.warmup_steps = 60, 10
-    c.log.curve_points = 1
-    c.stages, c.runs = ("respond", "train"), ("supervise",)
     directory = tmp_path_factory.mktemp("llamacpp")
-    settings = config.from_config(c)
+    settings = config.from_config(brief.get_config())
     run.run(settings, directory / "workdir")
     made = experiment.build(settings, directory / "workdir")
     target = directory / "target.gguf"

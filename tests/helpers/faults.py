@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from drafter_files import LLAMA3, change, config_of, tensors_of
 
-from ppow_jax import config, experiment
+from ppow_jax import experiment
 from ppow_jax.data import records
 from ppow_jax.doctor import checks
 from ppow_jax.doctor.findings import WRONG, Finding
@@ -52,12 +52,9 @@ def copy(workdir: pathlib.Path, place: pathlib.Path) -> pathlib.Path:
     return place / "workdir"
 
 
-def load(workdir: pathlib.Path, target: str = "") -> experiment.Experiment:
-    """The experiment of a workdir, with whatever target."""
-    settings = config.from_config(json.loads((workdir / "config.json").read_text()))
-    path = target or settings.target.path
-    settings = dataclasses.replace(settings, target=dataclasses.replace(settings.target, path=path))
-    return experiment.load_target(settings, workdir)
+def load(workdir: pathlib.Path) -> experiment.Experiment:
+    """The experiment of a workdir."""
+    return experiment.load_target(experiment.read_settings(workdir), workdir)
 
 
 def examine(workdir: pathlib.Path, target: str = "", drafter: str = "", run: str = "") -> dict[str, Finding]:
