@@ -5,16 +5,14 @@ their own window. Prefill is W = 1 with an empty prefix, a decoding step is W = 
 many drafted windows is the general case. Shape letters as in `layers`.
 """
 
-import functools
 import itertools
-import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ppow_jax.models import blocks, flash
+from ppow_jax.models import blocks, flash, softmax
 from ppow_jax.models.cache import KeyValues
 from ppow_jax.models.layers import Linear, RMSNorm
 from ppow_jax.models.rotary import Rotary, rotate
@@ -143,50 +141,8 @@ def _attend(
     B, W, K, H, E = queries_BxWxKxHxE.shape
     F = next(kv.keys.shape[1] for kv in (prefix, own) if kv is not None)
     q = (queries_BxWxKxHxE * scale).reshape(B, W, K, F, H // F, E).transpose(0, 3, 1, 4, 2, 5)
-    parts = []  # (scores, values' product): the two softmaxes are merged without concatenating them
-    if prefix is not None:
-        assert visible is not None
-        s = _prefix_scores(q, prefix.keys)
-        mask = visible[:, None, :, None, None] if visible.ndim == 3 else visible[:, None, :, None]
-        s = jnp.where(mask, s, -jnp.inf)
-        parts.append((s, functools.partial(_weighed, "bgwrks,bgse->bgwrke", prefix.values)))
-    if own is not None:
-        assert own_mask is not None
-        s = jnp.einsum("bgwrke,bgwej->bgwrkj", q, own.keys, preferred_element_type=jnp.float32)
-        s = jnp.where(own_mask if own_mask.ndim == 2 else own_mask[:, None, :, None], s, -jnp.inf)
-        parts.append((s, functools.partial(_weighed, "bgwrkj,bgwje->bgwrke", own.values)))
-    largest = functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for s, _ in parts))
-    weights = [jnp.exp(s - jax.lax.stop_gradient(largest)) for s, _ in parts]
-    outs, totals = zip(*(weigh(w) for w, (_, weigh) in zip(weights, parts, strict=True)), strict=True)
-    # divided by the sum last: on an accelerator a pass less over the weights
-    out = (functools.reduce(jnp.add, outs) / functools.reduce(jnp.add, totals)).astype(q.dtype)
+    out = softmax.attend(q, prefix, visible, own, own_mask)
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, W, K, H * E)
-
-
-def _weighed(equation: str, values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The product of float32 attention weights `[B, F, W, R, K, S]` with values `[..., S, E]`, and their sum.
-
-    On a TPU a large product takes as long as its weights' exponentials, and a sum by itself computes those
-    again: there it comes from a column of ones behind the values (docs/scaling.md).
-    """
-    narrow, (S, E) = weights.astype(values.dtype), values.shape[-2:]
-    small = min(S, math.prod(weights.shape[2:5])) < E
-    if partition.platform() != "tpu" or small:
-        return jnp.einsum(equation, narrow, values), weights.sum(-1, keepdims=True)
-    wide = jnp.pad(values, ((0, 0),) * (values.ndim - 1) + ((0, 1),), constant_values=1)
-    both = jnp.einsum(equation, narrow, wide, preferred_element_type=jnp.float32)
-    return both[..., :E], both[..., E:]
-
-
-def _prefix_scores(q_BxFxWxRxKxE: jax.Array, keys: jax.Array) -> jax.Array:
-    """float32 scores `[B, F, W, R, K, S]` of a prefix's keys, in blocks or not."""
-    if keys.ndim == 4:
-        return jnp.einsum("bgwrke,bges->bgwrks", q_BxFxWxRxKxE, keys, preferred_element_type=jnp.float32)
-    B, F, blocks, E, _ = keys.shape
-    # the queries, on the left, are repeated for every block: any other product copies the keys first
-    q = jnp.repeat(q_BxFxWxRxKxE.reshape(B, F, 1, -1, E), blocks, 2)
-    s = jnp.matmul(q, keys, preferred_element_type=jnp.float32)
-    return s.swapaxes(2, 3).reshape(*q_BxFxWxRxKxE.shape[:-1], -1)
 
 
 class Attention(nn.Module):

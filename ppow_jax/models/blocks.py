@@ -8,12 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ppow_jax.parallel import partition
 
 # Of an intermediate array that a device holds at once: 128 MB of float32 on a CPU, 512 on accelerators,
 # which like larger products.
 VALUES = {"cpu": 2**25, "default": 2**27}
+_KEPT = "kept"
+_KEEP = jax.checkpoint_policies.save_only_these_names(_KEPT)
 
 
 def count(values: int, length: int) -> int:
@@ -25,7 +28,7 @@ def mapped(of: Callable[..., Any], blocks: int, *trees: Any) -> Any:
     """`of(*trees)` by blocks along axis 1 of all leaves `[B, L, ...]`, of arguments and results alike.
 
     Every position must be computed by itself. The backward pass computes each block again, so that it holds
-    no more either. One block: plain `of`.
+    no more either, but for what `keep` has named. One block: plain `of`.
     """
     if blocks == 1:
         return of(*trees)
@@ -44,4 +47,10 @@ def mapped(of: Callable[..., Any], blocks: int, *trees: Any) -> Any:
     def join(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], blocks * size, *x.shape[3:])[:, :length]
 
-    return jax.tree.map(join, jax.lax.map(jax.checkpoint(lambda block: of(*block)), jax.tree.map(cut, trees)))
+    again = jax.checkpoint(lambda block: of(*block), policy=_KEEP)
+    return jax.tree.map(join, jax.lax.map(again, jax.tree.map(cut, trees)))
+
+
+def keep(x: jax.Array) -> jax.Array:
+    """`x`, which the backward pass of a block that it is computed in does not compute again."""
+    return checkpoint_name(x, _KEPT)
