@@ -6,13 +6,12 @@ many drafted windows is the general case. Shape letters as in `layers`.
 """
 
 import itertools
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ppow_jax.models import blocks, flash, softmax
+from ppow_jax.models import flash, softmax
 from ppow_jax.models.cache import KeyValues
 from ppow_jax.models.layers import Linear, RMSNorm
 from ppow_jax.models.rotary import Rotary, rotate
@@ -48,7 +47,7 @@ def attend(
     Returns:
       `[B, W, K, H * E]`.
     """
-    B, W, K, H, _ = queries_BxWxKxHxE.shape
+    _, W, K, _, _ = queries_BxWxKxHxE.shape
     if own is not None and own_mask is None:
         if prefix is None and flash.applies(queries_BxWxKxHxE, own):
             return flash.causal(queries_BxWxKxHxE, own, scale)
@@ -56,13 +55,7 @@ def attend(
             return _attend_in_parts(queries_BxWxKxHxE, prefix, visible, own, scale)
         J = own.values.shape[-2]
         own_mask = jnp.tri(K, J, J - K, dtype=bool)
-    slots = sum(kv.values.shape[-2] for kv in (prefix, own) if kv is not None)
-    values = partition.share(B, H) * W * K * slots
-    if W > 1 and (parts := blocks.count(values, W)) > 1:
-        return _attend_by_windows(parts, queries_BxWxKxHxE, prefix, visible, own, own_mask, scale)
-    if W == 1 and (parts := blocks.count(values, K)) > 1:
-        return _attend_by_tokens(parts, queries_BxWxKxHxE, prefix, visible, own, own_mask, scale)
-    return _attend(queries_BxWxKxHxE, prefix, visible, own, own_mask, scale)
+    return softmax.attend(queries_BxWxKxHxE, prefix, visible, own, own_mask, scale)
 
 
 def _attend_in_parts(
@@ -84,65 +77,6 @@ def _attend_in_parts(
         mask = jnp.tri(end - start, reach, reach - (end - start), dtype=bool)
         found.append(attend(queries_Bx1xKxHxE[:, :, start:end], prefix, here, read, mask, scale))
     return jnp.concatenate(found, 2)
-
-
-def _attend_by_windows(
-    parts: int,
-    queries_BxWxKxHxE: jax.Array,
-    prefix: KeyValues | None,
-    visible: jax.Array | None,
-    own: KeyValues | None,
-    own_mask: jax.Array | None,
-    scale: float,
-) -> jax.Array:
-    """`attend`, some windows at a time."""
-    each = own_mask if own_mask is not None and own_mask.ndim == 4 else None
-    turn = lambda kv: kv and KeyValues(*(x.swapaxes(1, 2) for x in kv))  # noqa: E731
-
-    def some(q: jax.Array, visible: Any, own: Any, each: Any) -> jax.Array:
-        mask = own_mask if each is None else each
-        return _attend(q, prefix, visible, turn(own), mask, scale)
-
-    return blocks.mapped(some, parts, queries_BxWxKxHxE, visible, turn(own), each)
-
-
-def _attend_by_tokens(
-    parts: int,
-    queries_Bx1xKxHxE: jax.Array,
-    prefix: KeyValues | None,
-    visible: jax.Array | None,
-    own: KeyValues | None,
-    own_mask: jax.Array | None,
-    scale: float,
-) -> jax.Array:
-    """`attend` of one window, some tokens at a time."""
-    shared = visible if visible is not None and visible.ndim == 3 else None
-    each = visible[:, 0] if visible is not None and shared is None else None
-    mask = own_mask
-    if own_mask is not None:
-        mask = own_mask[:, 0] if own_mask.ndim == 4 else own_mask[None]
-
-    def some(q: jax.Array, each: Any, mask: Any) -> jax.Array:
-        visible = shared if each is None else each[:, None]
-        return _attend(q[:, None], prefix, visible, own, None if mask is None else mask[:, None], scale)[:, 0]
-
-    return blocks.mapped(some, parts, queries_Bx1xKxHxE[:, 0], each, mask)[:, None]
-
-
-def _attend(
-    queries_BxWxKxHxE: jax.Array,
-    prefix: KeyValues | None,
-    visible: jax.Array | None,
-    own: KeyValues | None,
-    own_mask: jax.Array | None,
-    scale: float,
-) -> jax.Array:
-    """`attend`, all at once."""
-    B, W, K, H, E = queries_BxWxKxHxE.shape
-    F = next(kv.keys.shape[1] for kv in (prefix, own) if kv is not None)
-    q = (queries_BxWxKxHxE * scale).reshape(B, W, K, F, H // F, E).transpose(0, 3, 1, 4, 2, 5)
-    out = softmax.attend(q, prefix, visible, own, own_mask)
-    return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, W, K, H * E)
 
 
 class Attention(nn.Module):

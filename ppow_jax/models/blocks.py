@@ -8,15 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from ppow_jax.parallel import partition
 
 # Of an intermediate array that a device holds at once: 128 MB of float32 on a CPU, 512 on accelerators,
 # which like larger products.
 VALUES = {"cpu": 2**25, "default": 2**27}
-_KEPT = "kept"
-_KEEP = jax.checkpoint_policies.save_only_these_names(_KEPT)
 
 
 def count(values: int, length: int) -> int:
@@ -24,11 +21,18 @@ def count(values: int, length: int) -> int:
     return min(length, -(-values // partition.suited(VALUES)))
 
 
-def mapped(of: Callable[..., Any], blocks: int, *trees: Any) -> Any:
+def mapped(of: Callable[..., Any], blocks: int, *trees: Any, fill: str = "edge") -> Any:
     """`of(*trees)` by blocks along axis 1 of all leaves `[B, L, ...]`, of arguments and results alike.
 
     Every position must be computed by itself. The backward pass computes each block again, so that it holds
-    no more either, but for what `keep` has named. One block: plain `of`.
+    no more either. One block: plain `of`. A leaf of the results may have length 1: what a block has once.
+
+    Args:
+      of: what is computed.
+      blocks: how many.
+      trees: its arguments.
+      fill: what stands behind the last position where blocks are not even: the last position itself ("edge"),
+        as of made-up values a gradient may be NaN, or zeros ("constant").
     """
     if blocks == 1:
         return of(*trees)
@@ -39,18 +43,11 @@ def mapped(of: Callable[..., Any], blocks: int, *trees: Any) -> Any:
     blocks = -(-length // size)
 
     def cut(x: jax.Array) -> jax.Array:
-        # the last position is repeated, not 0: of made-up values a gradient may be NaN
         around = [(0, size * blocks - length if axis == 1 else 0) for axis in range(x.ndim)]
-        padded = jnp.pad(x, around, mode="edge") if length < size * blocks else x
+        padded = jnp.pad(x, around, mode=fill) if length < size * blocks else x
         return jnp.moveaxis(padded.reshape(x.shape[0], blocks, size, *x.shape[2:]), 1, 0)
 
     def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], blocks * size, *x.shape[3:])[:, :length]
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
 
-    again = jax.checkpoint(lambda block: of(*block), policy=_KEEP)
-    return jax.tree.map(join, jax.lax.map(again, jax.tree.map(cut, trees)))
-
-
-def keep(x: jax.Array) -> jax.Array:
-    """`x`, which the backward pass of a block that it is computed in does not compute again."""
-    return checkpoint_name(x, _KEPT)
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(lambda block: of(*block)), jax.tree.map(cut, trees)))

@@ -1,16 +1,16 @@
-"""Softmax attention of queries over parts of the keys, all at once, and its derivative.
+"""Softmax attention of queries over parts of the keys, and its derivative, both in blocks.
 
 A part is the prefix that all windows of a row share, or what each window has of its own. All parts are
-normalised together. The derivative keeps no scores: a backward pass computes them again and, as it knows the
-sum of each query's exponentials, reads every score once (FlashAttention, arXiv 2205.14135, without its
-kernel). What it keeps, `blocks` keeps too.
+normalised together. The derivative keeps no scores: a backward pass computes them again. It knows the sum of
+each query's exponentials, and so needs each score once (FlashAttention, arXiv 2205.14135, without a kernel).
 
 Shape letters as in `layers`; F groups of heads that share keys and values, R heads of a group.
 """
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,51 +23,163 @@ from ppow_jax.parallel import partition
 _PREFIX, _OWN = ("bges", "bgse", "bgwrks"), ("bgwej", "bgwje", "bgwrkj")
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def attend(
-    q_BxFxWxRxKxE: jax.Array,
+    queries_BxWxKxHxE: jax.Array,
     prefix: KeyValues | None,
     visible: jax.Array | None,
     own: KeyValues | None,
     own_mask: jax.Array | None,
+    scale: float,
 ) -> jax.Array:
-    """Attention of queries that are scaled and grouped: `[B, F, W, R, K, E]`. See `attention.attend`."""
-    return _forward(q_BxFxWxRxKxE, prefix, visible, own, own_mask)[0]
+    """Attention `[B, W, K, H * E]`, see `attention.attend`; there is always a mask where there are keys."""
+    return _forward(queries_BxWxKxHxE, prefix, visible, own, own_mask, scale)[0]
 
 
-def _forward(q: jax.Array, *parts: Any) -> tuple[jax.Array, tuple]:
-    """What `attend` gives, and what the backward pass is given."""
-    scored = [(kv, letters, _scores(q, kv, letters, mask)) for kv, letters, mask in _seen(*parts)]
-    largest = functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for _, _, s in scored))
-    largest = jax.lax.stop_gradient(largest)
-    found = [_weighed(letters, kv.values, jnp.exp(s - largest)) for kv, letters, s in scored]
-    outs, totals = zip(*found, strict=True)
-    total = functools.reduce(jnp.add, totals)
-    # divided by the sum last: on an accelerator a pass less over the weights
-    out = blocks.keep((functools.reduce(jnp.add, outs) / total).astype(q.dtype))
-    return out, (q, *parts, out, blocks.keep(largest + jnp.log(total)))
+def _forward(
+    queries: jax.Array, prefix: Any, visible: Any, own: Any, own_mask: Any, scale: float
+) -> tuple[jax.Array, tuple]:
+    """What `attend` gives, and what its backward pass is given."""
+
+    def some(queries: jax.Array, visible: Any, own: Any, own_mask: Any) -> _Found:
+        return _Found(_attended(_grouped(queries, own or prefix, scale), prefix, visible, own, own_mask))
+
+    (out, log_total), _, _ = _in_blocks(some, prefix, queries, visible, own, own_mask)
+    return out, (queries, prefix, visible, own, own_mask, out, log_total)
 
 
-def _backward(kept: tuple, dout: jax.Array) -> tuple:
-    q, prefix, visible, own, own_mask, out, log_total = kept
-    inner = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
-    dq, gradients = jnp.zeros(q.shape, jnp.float32), {}
-    for kv, letters, mask in _seen(prefix, visible, own, own_mask):
-        keys, values, scores = letters
-        assert kv.keys.ndim == len(keys), "keys in blocks have no gradient"
-        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        # in the values' dtype: a TPU is as fast as it reads and writes these
-        weights = jnp.exp(_scores(q, kv, letters, mask) - log_total).astype(kv.values.dtype)
-        dweights = product(f"bgwrke,{values}->{scores}", dout, kv.values)
-        dscores = (weights.astype(jnp.float32) * (dweights - inner)).astype(kv.keys.dtype)
-        dq += product(f"{scores},{keys}->bgwrke", dscores, kv.keys)
-        dkeys = product(f"{scores},bgwrke->{keys}", dscores, q)
-        dvalues = product(f"{scores},bgwrke->{values}", weights, dout)
-        gradients[letters] = KeyValues(dkeys.astype(kv.keys.dtype), dvalues.astype(kv.values.dtype))
-    return dq.astype(q.dtype), gradients.get(_PREFIX), None, gradients.get(_OWN), None
+def _backward(scale: float, kept: tuple, dout: jax.Array) -> tuple:
+    queries, prefix, visible, own, own_mask, out, log_total = kept
+    inner = (dout.astype(jnp.float32) * out).reshape(queries.shape).sum(-1)
+
+    def some(
+        queries: Any, visible: Any, own: Any, own_mask: Any, dout: Any, inner: Any, total: Any
+    ) -> _Found:
+        dout = _grouped(dout.reshape(queries.shape), own or prefix)
+        inner, total = (_grouped(x[..., None], own or prefix) for x in (inner, total))
+        q = _grouped(queries, own or prefix, scale)
+        dq, gradients = jnp.zeros(q.shape, jnp.float32), {}
+        for kv, letters, mask in _seen(prefix, visible, own, own_mask):
+            of_q, gradients[letters] = _gradient(q, kv, letters, mask, dout, inner, total)
+            dq += of_q
+        dqueries = (_ungrouped(dq) * scale).reshape(queries.shape).astype(queries.dtype)
+        return _Found(dqueries, gradients.get(_OWN), gradients.get(_PREFIX))
+
+    more = (dout, inner, log_total)
+    found = _in_blocks(some, prefix, queries, visible, own, own_mask, *more, fill="constant")
+    cast = functools.partial(jax.tree.map, lambda x, like: x.astype(like.dtype))
+    return found.each, cast(found.shared, prefix), None, cast(found.own, own), None
 
 
 attend.defvjp(_forward, _backward)
+
+
+class _Found(NamedTuple):
+    """What is computed of some queries.
+
+    Attributes:
+      each: arrays `[B, W, K, ...]`.
+      own: of the keys and values of their windows.
+      shared: of those of the prefix, to be added up.
+    """
+
+    each: Any
+    own: Any = None
+    shared: Any = None
+
+
+def _in_blocks(
+    some: Callable[..., _Found],
+    prefix: Any,
+    queries_BxWxKxHxE: jax.Array,
+    visible: Any,
+    own: Any,
+    own_mask: Any,
+    *more: jax.Array,
+    fill: str = "edge",
+) -> _Found:
+    """`some(queries, visible, own, own_mask, *more)` of so many windows at a time, or tokens of the only one,
+    that their scores fit into `blocks.VALUES`; `more` are arrays `[B, W, K, ...]`."""
+    B, W, K, H, _ = queries_BxWxKxHxE.shape
+    slots = sum(kv.values.shape[-2] for kv in (prefix, own) if kv is not None)
+    parts = blocks.count(partition.share(B, H) * W * K * slots, W if W > 1 else K)
+    if parts == 1:
+        return some(queries_BxWxKxHxE, visible, own, own_mask, *more)
+    once = functools.partial(jax.tree.map, lambda x: x[:, None])
+    total = functools.partial(jax.tree.map, lambda x: x.sum(1))
+
+    if W > 1:
+        turn = functools.partial(jax.tree.map, lambda x: x.swapaxes(1, 2))
+        masks = own_mask if own_mask is not None and own_mask.ndim == 4 else None
+
+        def windows(queries: Any, visible: Any, own: Any, masks: Any, *more: Any) -> _Found:
+            found = some(queries, visible, turn(own), own_mask if masks is None else masks, *more)
+            return _Found(found.each, turn(found.own), once(found.shared))
+
+        found = blocks.mapped(windows, parts, queries_BxWxKxHxE, visible, turn(own), masks, *more, fill=fill)
+        return _Found(found.each, turn(found.own), total(found.shared))
+
+    row = functools.partial(jax.tree.map, lambda x: x[:, 0])
+    shared = visible if visible is not None and visible.ndim == 3 else None
+    each = row(visible) if shared is None else None
+    masks = own_mask[None] if own_mask is not None and own_mask.ndim == 2 else row(own_mask)
+
+    def tokens(queries: Any, each: Any, masks: Any, *more: Any) -> _Found:
+        here = shared if each is None else each[:, None]
+        found = some(queries[:, None], here, own, None if masks is None else masks[:, None], *once(more))
+        return _Found(row(found.each), once(found.own), once(found.shared))
+
+    found = blocks.mapped(tokens, parts, row(queries_BxWxKxHxE), each, masks, *row(more), fill=fill)
+    return _Found(once(found.each), total(found.own), total(found.shared))
+
+
+def _grouped(x_BxWxKxHxE: jax.Array, kv: KeyValues, scale: float = 1.0) -> jax.Array:
+    """`[B, F, W, R, K, E]`: heads by the keys that they read."""
+    B, W, K, H, E = x_BxWxKxHxE.shape
+    F = kv.keys.shape[1]
+    return (x_BxWxKxHxE * scale).reshape(B, W, K, F, H // F, E).transpose(0, 3, 1, 4, 2, 5)
+
+
+def _ungrouped(x_BxFxWxRxKxE: jax.Array) -> jax.Array:
+    """`[B, W, K, H * E]`."""
+    B, _, W, _, K, _ = x_BxFxWxRxKxE.shape
+    return x_BxFxWxRxKxE.transpose(0, 2, 4, 1, 3, 5).reshape(B, W, K, -1)
+
+
+def _attended(
+    q: jax.Array, prefix: Any, visible: Any, own: Any, own_mask: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The output `[B, W, K, H * E]`, and the logarithm of each query's exponentials' sum `[B, W, K, H]`."""
+    parts = [(kv, of, _scores(q, kv, of, mask)) for kv, of, mask in _seen(prefix, visible, own, own_mask)]
+    largest = functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for _, _, s in parts))
+    found = [_weighed(of, kv.values, jnp.exp(s - largest)) for kv, of, s in parts]
+    outs, totals = zip(*found, strict=True)
+    total = functools.reduce(jnp.add, totals)
+    # divided by the sum last: on an accelerator a pass less over the weights
+    out = (functools.reduce(jnp.add, outs) / total).astype(q.dtype)
+    return _ungrouped(out), _ungrouped(largest + jnp.log(total))
+
+
+def _gradient(
+    q: jax.Array,
+    kv: KeyValues,
+    letters: tuple[str, str, str],
+    mask: jax.Array,
+    dout: jax.Array,
+    inner: jax.Array,
+    log_total: jax.Array,
+) -> tuple[jax.Array, KeyValues]:
+    """A part's gradients: of the queries, and of its keys and values, in float32."""
+    keys, values, scores = letters
+    assert kv.keys.ndim == len(keys), "keys in blocks have no gradient"
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    # in the values' dtype: on a TPU this takes as long as these are written and read
+    weights = jnp.exp(_scores(q, kv, letters, mask) - log_total).astype(kv.values.dtype)
+    dweights = product(f"bgwrke,{values}->{scores}", dout, kv.values)
+    dscores = (weights.astype(jnp.float32) * (dweights - inner)).astype(kv.keys.dtype)
+    dkeys = product(f"{scores},bgwrke->{keys}", dscores, q)
+    dvalues = product(f"{scores},bgwrke->{values}", weights, dout)
+    return product(f"{scores},{keys}->bgwrke", dscores, kv.keys), KeyValues(dkeys, dvalues)
 
 
 def _seen(prefix: Any, visible: Any, own: Any, own_mask: Any) -> list[tuple[KeyValues, Any, jax.Array]]:
