@@ -208,7 +208,7 @@ def write_as(source: pathlib.Path, file: pathlib.Path, dtype: str) -> None:
       UserError: as `read`.
     """
     contents = read(source)
-    reader = _Reader(source)
+    reader = _Reader(_parts(source)[0])
     architecture = contents.metadata["general.architecture"]
     writer = gguf.GGUFWriter(file, architecture)
     for key, field in reader.fields.items():

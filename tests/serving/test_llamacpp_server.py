@@ -1,7 +1,6 @@
 """llama.cpp's own HTTP server, with SmolLM2: measured, and as the writer of training texts."""
 
 import dataclasses
-import importlib
 import importlib.util
 
 import jax
@@ -27,21 +26,8 @@ DEPTH, TOKENS, PROMPTS = 3, 16, 6
 
 
 def served(target, drafter=None):
-    """A server of a GGUF file; it ends with the object that is returned beside its URL."""
-    library = importlib.import_module("xllamacpp")
-    about = library.CommonParams()
-    about.model.path, about.n_ctx, about.n_parallel = str(target), 1024, 2
-    about.n_gpu_layers, about.warmup, about.verbosity, about.port = 0, False, -1, 0
-    processors, draft = [about.cpuparams, about.cpuparams_batch], about.speculative.draft
-    if drafter:
-        kinds = library.common_speculative_type
-        about.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_EAGLE3]
-        draft.mparams.path, draft.n_max, draft.n_min, draft.p_min = str(drafter), DEPTH, 0, 0.0
-        processors += [draft.cpuparams, draft.cpuparams_batch]
-    for processor in processors:
-        processor.n_threads = 1
-    program = library.Server(about)
-    return program.listening_address, program
+    """A server of a GGUF file; it ends with the object."""
+    return in_process.Server(target, 1024, 1, drafter, DEPTH if drafter else 0, texts=2)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +39,8 @@ def target(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(target):
-    url, program = served(target)
-    yield url
-    del program
+    program = served(target)
+    yield program.address
 
 
 def settings(url, **changes):
@@ -95,14 +80,13 @@ def test_it_writes_the_texts_that_our_decoder_writes(trained, tmp_path):
 def test_acceptance_is_measured_beside_a_plain_server(trained, target, plain, tmp_path, capsys):
     file = tmp_path / "drafter.gguf"
     in_process.write_drafter(trained, evaluate.find_candidate(trained, "supervise"), file, "float32")
-    url, program = served(target, file)
-    serve.serve(url, plain, "maths=builtin:maths/eval[:3]", 3, TOKENS, 120.0)
+    program = served(target, file)
+    serve.serve(program.address, plain, "maths=builtin:maths/eval[:3]", 3, TOKENS, 120.0)
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if line.startswith("│ all"))
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells[1] == "3" and cells[6] == "3/3"
     assert 1 < float(cells[7]) < 1 + DEPTH and 0 < float(cells[8]) < 1
-    del program
 
 
 def test_a_plain_server_reports_nothing(plain, capsys):

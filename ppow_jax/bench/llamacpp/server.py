@@ -43,7 +43,10 @@ class Answer(NamedTuple):
 
 
 class Server:
-    """llama.cpp with a target; greedy, one text at a time.
+    """llama.cpp with a target; greedy.
+
+    Attributes:
+      address: where it also answers over HTTP, as long as this object lives.
 
     Args:
       target: GGUF file.
@@ -51,6 +54,7 @@ class Server:
       threads: of computation.
       drafter: GGUF file.
       depth: tokens drafted a round, 0 for none. Without a drafter they are looked up in the text so far.
+      texts: that it writes at a time; they share the context.
 
     Raises:
       UserError: `xllamacpp` is not installed, or it cannot load a file.
@@ -63,12 +67,13 @@ class Server:
         threads: int,
         drafter: pathlib.Path | None = None,
         depth: int = 0,
+        texts: int = 1,
     ) -> None:
         if importlib.util.find_spec("xllamacpp") is None:
             raise UserError("llama.cpp is not installed: `pip install 'ppow_jax[llamacpp]'` brings it")
         library = importlib.import_module("xllamacpp")
         about = library.CommonParams()
-        about.model.path, about.n_ctx, about.n_parallel = str(target), context, 1
+        about.model.path, about.n_ctx, about.n_parallel = str(target), context, texts
         about.n_gpu_layers, about.warmup, about.verbosity, about.port = 0, False, -1, 0
         processors = [about.cpuparams, about.cpuparams_batch]
         kinds, draft = library.common_speculative_type, about.speculative.draft
@@ -86,6 +91,7 @@ class Server:
             self._server = library.Server(about)
         except Exception as e:  # its bindings raise whatever the library says
             raise UserError(f"llama.cpp cannot load {target} with {drafter} ({e})") from e
+        self.address: str = self._server.listening_address
 
     def __call__(self, ids: Sequence[int], tokens: int, to_the_end: bool = False) -> Answer:
         """Answers a prompt with at most so many tokens; `to_the_end`: beyond those that end a text."""
