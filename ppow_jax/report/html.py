@@ -32,6 +32,7 @@ tr.mean td { font-weight: 650; border-bottom: 2px solid var(--line); }
 figure { margin: .8rem 0; } figcaption { color: var(--faint); font-size: .85rem; }
 figure svg { max-width: 100%; height: auto; color: var(--ink); }
 .sample { margin: .9rem 0; break-inside: avoid; }
+.asked { font-weight: 600; margin: 1.6rem 0 .4rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .question { color: var(--faint); font-size: .85rem; }
 .answer { white-space: pre-wrap; overflow-wrap: anywhere;
   font: .85rem/1.9 ui-monospace, monospace; border-left: 3px solid var(--line); padding-left: .8rem; }
