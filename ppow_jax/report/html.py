@@ -18,6 +18,7 @@ _CSS = """
 body { margin: 0 auto; padding: 1.5rem 1.2rem 3rem; max-width: 66rem; background: var(--page);
   color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0 0 .5rem; }
+h1, p, ul { overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 1.8rem 0 .5rem; padding-bottom: .2rem; border-bottom: 1px solid var(--line); }
 p, ul { margin: .4rem 0; max-width: 52rem; }
 ul { padding-left: 1.2rem; }

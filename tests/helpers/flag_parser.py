@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from absl import flags
 
-from ppow_jax import config
+from ppow_jax import config, run  # noqa: F401  (`run` imports most of what the commands do, once for all)
 from ppow_jax.errors import ConfigError
 from ppow_jax.parallel import console
 
