@@ -91,12 +91,14 @@ def command_lines(configs: pathlib.Path) -> Iterator[tuple[str, list[list[str]]]
                 for words in filter(pages.own, pages.commands(block.text)):
                     yield str(block), [filled(words[2:], file)]
         for where, span in pages.spans(page):
-            words = sum(pages.commands(todays(span)), []) if re.search(r"ppow_jax|^--config", span) else []
+            if not re.search(r"python -m ppow_jax|^--config", span):
+                continue
+            (words,) = pages.commands(todays(span))
             if pages.own(words):
                 yield where, [filled(words[2:], file)]
-            elif words and words[0].startswith("--config="):
+            elif words[0].startswith("--config="):
                 yield where, [filled(["ppow_jax.main", *words], file)]
-            elif words and words[0].startswith("--config.") and "=" in words[0]:
+            elif words[0].startswith("--config.") and "=" in words[0]:
                 bases = ([str(file)] if made else []) + ["quickstart", "smollm2_135m"]
                 yield where, [filled(["ppow_jax.main", f"--config={b}", *words], file) for b in bases]
 
@@ -149,7 +151,8 @@ def unknown(span: str) -> list[str]:
 
 
 def test_every_key_and_flag_that_the_text_names_is_one():
-    assert unknown("config.train.mine.stepz=3 --wokdir --nocompare") == ["config.train.mine.stepz", "--wokdir"]
+    assert unknown("config.train.mine.stepz=3 --nocompare") == ["config.train.mine.stepz"]
+    assert unknown("x --wokdir=DIR") == ["--wokdir"]
     assert unknown("data.lenght=3") == ["config.data.lenght"] and not unknown("train.ppow.steps")
     found = [(where, name) for page in pages.PAGES for where, s in pages.spans(page) for name in unknown(s)]
     assert not found

@@ -1,4 +1,4 @@
-"""The chat's page and the report, opened in headless Chromium: what a reader sees, whatever a model writes."""
+"""The chat's page and the report in headless Chromium: what a reader sees, whatever a model writes."""
 
 import html.parser
 import itertools
@@ -23,9 +23,10 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH"),
 ]
-LOOKS = {"light": (1100, 1), "dark": (1100, 0), "narrow": (500, 1)}  # width, and Chromium's number of a scheme
+LOOKS = {"light": (1100, 1), "dark": (1100, 0), "narrow": (500, 1)}  # width, Chromium's number of a scheme
 SCRIPT = "<script>console.error('ran');document.title='ran'</script>"
-EVIL = f"{SCRIPT}<img src=x onerror=\"console.error('ran')\"></span></div>\U0001f469\u200d\U0001f52c שלום مرحبا &amp;"
+EVIL = f"{SCRIPT}<img src=x onerror=\"console.error('ran')\"></span></div>"
+EVIL += "\U0001f469\u200d\U0001f52c שלום مرحبا &amp;"
 PARTS = {"kept": "accepted", "refused": "refused", "dropped": "dropped", "own": "own"}
 TEXT = {part: f"{part} {EVIL} " for part in PARTS.values()} | {"count": 1, "drafted": 3}
 PROBE = """<script>
@@ -70,8 +71,12 @@ def opened(text: str, directory: pathlib.Path, look: str) -> tuple[Reader, list[
     directory.mkdir(exist_ok=True)
     file, picture = directory / "page.html", directory / f"{look}.png"
     file.write_text(text.replace("</body>", PROBE), encoding="utf-8")
-    how = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={directory}/of"]
-    how += [f"--window-size={width},1200", f"--blink-settings=preferredColorScheme={scheme}"]
+    how = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    how += [
+        f"--user-data-dir={directory}/profile",
+        f"--window-size={width},1200",
+        f"--blink-settings=preferredColorScheme={scheme}",
+    ]
     env = os.environ | {"HOME": str(directory)}
     command = [BROWSER, *how, "--dump-dom", f"--screenshot={picture}", file.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)

@@ -128,7 +128,7 @@ def test_a_picture_shows_the_conversation(asked):
     kept = [(text, style) for text, style in found[1:] if "line-through" not in style]
     assert "".join(text for text, _ in kept).startswith(exchange.answer.text)
     own = [text for text, style in kept if "underline" in style]
-    assert "".join(own) and any("fill: #98a84b" in style for _, style in kept)  # green
+    assert "".join(own) and any("fill: #7fdc9d" in style for _, style in kept)  # green
     assert exchange.figures()[1] in "".join(text for text, _ in found)
 
 

@@ -2,7 +2,7 @@
 
   python flag_parser.py < JSON > JSON
 
-Read is a list of word lists behind `python -m`; written is, for each, what is wrong with it, or an empty text.
+Read is a list of the words behind `python -m` of each; written is what is wrong with each, or an empty text.
 Processes are forked, since flags of two commands may have one name, and an override of a config stays.
 """
 
@@ -72,5 +72,6 @@ if __name__ == "__main__":
     for name, group in itertools.groupby(order, key=lambda i: asked[i][0]):
         where = list(group)
         lines = [asked[i][1:] for i in where]
-        found |= dict(zip(where, forked(lambda name=name, lines=lines: of_one_command(name, lines)), strict=True))
+        answers = forked(lambda name=name, lines=lines: of_one_command(name, lines))
+        found |= dict(zip(where, answers, strict=True))
     json.dump([found[i] for i in range(len(asked))], sys.stdout)

@@ -45,7 +45,8 @@ def blocks(page: str, text: str | None = None) -> list[Block]:
     for fence in _FENCE.finditer(text):
         above = _COMMENTS.search(text, 0, fence.start())
         comments = tuple(c.strip() for c in re.findall(r"<!--(.*?)-->", above[0], re.DOTALL))
-        found.append(Block(page, text.count("\n", 0, fence.start()) + 1, fence[3].strip(), fence[4], comments))
+        line = text.count("\n", 0, fence.start()) + 1
+        found.append(Block(page, line, fence[3].strip(), fence[4], comments))
     return found
 
 
