@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import small
 from rich.console import Console
 
 from ppow_jax.api import Answer, Round
-from ppow_jax.chat import page, screen, talk, trace
+from ppow_jax.chat import page, picture, screen, talk, trace
 from ppow_jax.chat.exchange import Exchange
 from ppow_jax.chat.talk import Options
 from ppow_jax.decode.rounds import Node
@@ -33,6 +35,7 @@ def asked(finished, tmp_path_factory):
     options = Options(
         str(finished.workdir), "supervise", "tree:6x3x2", 12, prompt="ab",
         trace=str(directory / "t.jsonl"), html=str(directory / "t.html"),
+        svg=str(directory / "t.svg"),
     )  # fmt: skip
     (exchange,) = talk.talk(options, out)
     return exchange, out.file.getvalue(), directory
@@ -102,6 +105,43 @@ def test_the_page_shows_the_rounds(asked):
     assert exchange.figures()[1] in made and "http" not in made
 
 
+def drawn(svg: str) -> list[tuple[str, str]]:
+    """The texts of a picture, each with its style."""
+    root = ElementTree.fromstring(svg)
+    name = "{http://www.w3.org/2000/svg}"
+    (style,) = root.iter(f"{name}style")
+    rules = dict(re.findall(r"^ *\.(\S+-r\d+) \{ (.*) \}$", style.text, re.MULTILINE))
+    return [
+        (e.text.replace("\xa0", " ").strip("\n"), rules[e.get("class")])
+        for e in root.iter(f"{name}text")
+        if e.get("class") in rules
+    ]
+
+
+def test_a_picture_shows_the_conversation(asked):
+    exchange, _, directory = asked
+    found = drawn((directory / "t.svg").read_text())
+    assert found[0][0].strip() == "> ab"
+    passes = exchange.answer.rounds[1:]
+    refused = [text for text, style in found if "line-through" in style]
+    assert bool(refused) == any(r.accepted < len(r.drafted) for r in passes)
+    kept = [(text, style) for text, style in found[1:] if "line-through" not in style]
+    assert "".join(text for text, _ in kept).startswith(exchange.answer.text)
+    own = [text for text, style in kept if "underline" in style]
+    assert "".join(own) and any("fill: #7fdc9d" in style for _, style in kept)  # green
+    assert exchange.figures()[1] in "".join(text for text, _ in found)
+
+
+def test_a_picture_holds_any_text_and_asks_for_nothing_from_elsewhere():
+    evil = "</text><script>alert('&')</script>\x1b[2J\u202e\ufffe"
+    text = dict.fromkeys(("accepted", "refused", "dropped", "own"), evil + " word" * 40)
+    made = picture.picture([Exchange(evil, GIVEN, [text], None, "chain:2", True)] * 2)
+    assert "<script" not in made and not re.search(r"url\((?!#)|@import|href", made)
+    words = "".join(text for text, _ in drawn(made))
+    assert words.count("</text><script>alert('&')</script>\ufffd[2J\ufffd\ufffd") == 2 * 5
+    assert words.count("word") == 2 * 4 * 40  # long lines are broken, not cut
+
+
 def test_a_terminal_shows_what_was_accepted_refused_and_the_targets_own():
     out = console(force_terminal=True, color_system="standard", legacy_windows=False)
     screen.show(out, TEXT)
@@ -144,6 +184,7 @@ def test_a_second_question_comes_with_what_was_said(finished, monkeypatch):
         ({"trace": "t.csv"}, "--trace: found 't.csv', expected a name that ends in .parquet or .jsonl"),
         ({"trace": "none/t.jsonl"}, "--trace: found no directory 'none'"),
         ({"html": "none/t.html"}, "--html: found no directory 'none'"),
+        ({"svg": "none/t.svg"}, "--svg: found no directory 'none'"),
     ],
 )
 def test_mistakes_are_named_before_the_target_is_loaded(finished, changes, says):

@@ -1,7 +1,8 @@
 """A chat with a target and a trained drafter, in the terminal.
 
   python -m ppow_jax.chat --workdir=DIR [--run=NAME] [--shape=chain:3|tree:16x4x4|...] [--temperature=0]
-  python -m ppow_jax.chat --workdir=DIR --prompt=TEXT [--trace=FILE.parquet|FILE.jsonl] [--html=FILE]
+  python -m ppow_jax.chat --workdir=DIR --prompt=TEXT [--trace=FILE.parquet|FILE.jsonl]
+                          [--html=FILE] [--svg=FILE]
 
 The text appears as it comes. Drafted tokens that the target accepts are green; those that it refuses stand
 beside them, dim, red and struck through; its own tokens are underlined. Below each answer are its figures.
@@ -33,6 +34,7 @@ _TRACE = flags.DEFINE_string(
     "trace", "", "File for all rounds, with log-probabilities: .parquet (wants pyarrow) or .jsonl."
 )
 _HTML = flags.DEFINE_string("html", "", "File for a page with the conversation.")
+_SVG = flags.DEFINE_string("svg", "", "File for a picture of the terminal with the conversation.")
 
 
 def main(argv: list[str]) -> None:
@@ -40,8 +42,9 @@ def main(argv: list[str]) -> None:
     console.setup()
     if len(argv) > 1 or not _WORKDIR.value:
         raise ConfigError("expected --workdir=DIR of a run and flags only; see --help")
-    how = (_TOKENS.value, _TEMPERATURE.value, _PROMPT.value, _COMPARE.value, _TRACE.value, _HTML.value)
-    talk(Options(_WORKDIR.value, _RUN.value, _SHAPE.value, *how))
+    how = (_TOKENS.value, _TEMPERATURE.value, _PROMPT.value, _COMPARE.value)
+    written = (_TRACE.value, _HTML.value, _SVG.value)
+    talk(Options(_WORKDIR.value, _RUN.value, _SHAPE.value, *how, *written))
 
 
 if __name__ == "__main__":

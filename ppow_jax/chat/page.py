@@ -14,7 +14,7 @@ def page(target: str, exchanges: Iterable[Exchange]) -> str:
         first, *rounds = exchange.texts
         figures = "".join(f"<li>{escape(figure)}</li>" for figure in exchange.figures())
         parts.append(
-            f'<div class="sample"><div class="question">{escape(exchange.question)}</div>\n'
+            f'<div class="sample"><div class="asked">{escape(exchange.question)}</div>\n'
             f'{html.answer(first["own"], rounds)}\n<ul class="faint">{figures}</ul></div>'
         )
     return html.document(target, parts)

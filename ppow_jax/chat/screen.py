@@ -27,17 +27,30 @@ def questions(console: Console, prompt: str) -> Iterator[str]:
 
 
 def show(console: Console, text: Mapping[str, Any]) -> None:
-    """Prints a round (`report.samples.round_as_text`) behind what is there; where nothing can have a colour,
-    without what was refused."""
-    refused = text["refused"] + text["dropped"] if console.is_terminal else ""
-    parts = ((text["accepted"], ACCEPTED), (refused.replace("\n", "⏎"), REFUSED), (text["own"], OWN))
-    line = Text.assemble(*((_harmless(part), style) for part, style in parts), end="")
-    console.print(line, end="", soft_wrap=True)
+    """Prints a round behind what is there; where nothing can have a colour, without what was refused."""
+    console.print(line(text, refused=console.is_terminal), end="", soft_wrap=True)
 
 
 def finish(console: Console, exchange: Exchange) -> None:
     """Prints the figures below an answer."""
-    console.print(Text(f"\n\n{' · '.join(exchange.figures())}\n", style="dim"), soft_wrap=True)
+    console.print(Text("\n\n") + figures(exchange), soft_wrap=True)
+
+
+def question(exchange: Exchange) -> Text:
+    """A question as it was typed."""
+    return Text(f"> {_harmless(exchange.question)}")
+
+
+def line(text: Mapping[str, Any], refused: bool = True) -> Text:
+    """A round (`report.samples.round_as_text`) in its colours, with or without what was refused."""
+    gone = (text["refused"] + text["dropped"]).replace("\n", "⏎") if refused else ""
+    parts = ((text["accepted"], ACCEPTED), (gone, REFUSED), (text["own"], OWN))
+    return Text.assemble(*((_harmless(part), style) for part, style in parts), end="")
+
+
+def figures(exchange: Exchange) -> Text:
+    """An answer's figures."""
+    return Text(" · ".join(exchange.figures()) + "\n", style="dim")
 
 
 def _harmless(text: str) -> str:

@@ -8,7 +8,7 @@ import jax
 from rich.console import Console
 
 from ppow_jax import api, experiment
-from ppow_jax.chat import page, screen, trace
+from ppow_jax.chat import page, picture, screen, trace
 from ppow_jax.chat.exchange import Exchange
 from ppow_jax.decode import shapes
 from ppow_jax.decode.rounds import Round
@@ -36,6 +36,7 @@ class Options:
     compare: bool = True
     trace: str = ""
     html: str = ""
+    svg: str = ""
 
 
 def talk(options: Options, console: Console | None = None) -> list[Exchange]:
@@ -63,7 +64,10 @@ def talk(options: Options, console: Console | None = None) -> list[Exchange]:
             trace.write(files.path_of(options.trace), [exchange.answer for exchange in found])
         if options.html:
             with files.replacing(files.path_of(options.html)) as scratch:
-                scratch.write_text(page.page(settings.target.path, found))
+                scratch.write_text(page.page(settings.target.path, found), encoding="utf-8")
+        if options.svg:
+            with files.replacing(files.path_of(options.svg)) as scratch:
+                scratch.write_text(picture.picture(found), encoding="utf-8")
     return found
 
 
@@ -81,9 +85,10 @@ def check(options: Options) -> Settings:
         shapes.parse(options.shape, "--shape")
     if options.trace:
         trace.check(files.path_of(options.trace))
-    if options.html and not files.path_of(options.html).absolute().parent.is_dir():
-        folder = str(files.path_of(options.html).parent)
-        raise ConfigError(f"--html: found no directory {folder!r}; make it, or name another file")
+    for flag, file in (("--html", options.html), ("--svg", options.svg)):
+        if file and not files.path_of(file).absolute().parent.is_dir():
+            folder = str(files.path_of(file).parent)
+            raise ConfigError(f"{flag}: found no directory {folder!r}; make it, or name another file")
     return settings
 
 

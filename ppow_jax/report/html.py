@@ -18,6 +18,7 @@ _CSS = """
 body { margin: 0 auto; padding: 1.5rem 1.2rem 3rem; max-width: 66rem; background: var(--page);
   color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0 0 .5rem; }
+h1, p, ul { overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 1.8rem 0 .5rem; padding-bottom: .2rem; border-bottom: 1px solid var(--line); }
 p, ul { margin: .4rem 0; max-width: 52rem; }
 ul { padding-left: 1.2rem; }
@@ -32,6 +33,7 @@ tr.mean td { font-weight: 650; border-bottom: 2px solid var(--line); }
 figure { margin: .8rem 0; } figcaption { color: var(--faint); font-size: .85rem; }
 figure svg { max-width: 100%; height: auto; color: var(--ink); }
 .sample { margin: .9rem 0; break-inside: avoid; }
+.asked { font-weight: 600; margin: 1.6rem 0 .4rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .question { color: var(--faint); font-size: .85rem; }
 .answer { white-space: pre-wrap; overflow-wrap: anywhere;
   font: .85rem/1.9 ui-monospace, monospace; border-left: 3px solid var(--line); padding-left: .8rem; }

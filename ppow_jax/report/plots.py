@@ -95,35 +95,45 @@ def svg(figure: Figure, name: str) -> str:
 
 
 def acceptance_length(report: Report) -> Figure:
-    """Bars of tau by benchmark and drafter, with 95% intervals."""
+    """Bars of tau by benchmark and drafter, with 95% intervals; with a control, below them what each drafter
+    differs by from it, with paired intervals."""
     drafters, colour = report["drafters"], colours(report["drafters"])
-    names = list(next(iter(drafters.values()))["benchmarks"])
+    names = [*next(iter(drafters.values()))["benchmarks"], "mean"]
+    compared = any("difference" in drafter["mean"] for drafter in drafters.values())
     bars = len(names) * len(drafters)
-    figure = Figure(figsize=(min(12, 1.5 + 0.5 * bars + 0.4 * len(names)), 3.6), layout="constrained")
-    axes = figure.subplots()
+    size = (min(12, 1.5 + 0.5 * bars + 0.4 * len(names)), 5.2 if compared else 3.6)
+    figure = Figure(figsize=size, layout="constrained")
+    ratios = [2, 1] if compared else [1]
+    axes, *below = figure.subplots(len(ratios), squeeze=False, sharex=True, height_ratios=ratios).flat
     width = 0.8 / len(drafters)
     for i, (name, drafter) in enumerate(drafters.items()):
-        taus = np.array([drafter["benchmarks"][b]["tau"] for b in names])
-        ends = np.array([drafter["benchmarks"][b]["tau_ci95"] for b in names]).T
+        results = [drafter["mean"] if b == "mean" else drafter["benchmarks"][b] for b in names]
         at = np.arange(len(names)) + (i - (len(drafters) - 1) / 2) * width
-        drawn = axes.bar(
-            at,
-            taus,
-            width * 0.92,
-            yerr=np.maximum([taus - ends[0], ends[1] - taus], 0),
-            capsize=3,
-            ecolor=_INK,
-            label=name,
-            color=colour[name],
-        )
+        taus, errors = _centred(results, "tau", "tau_ci95")
+        look: dict[str, Any] = dict(yerr=errors, capsize=3, color=colour[name])
+        drawn = axes.bar(at, taus, width * 0.92, ecolor=_INK, label=name, **look)
         if len(drafters) <= 4:
             axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=8)
-    axes.set_xticks(range(len(names)), names)
-    axes.grid(axis="x", visible=False)
-    axes.set_ylabel(f"acceptance length, window {report['window']}")
-    axes.axhline(1, color=_INK, linewidth=0.8)
+        if "difference" in drafter["mean"]:
+            values, look["yerr"] = _centred([r["difference"] for r in results], "tau", "ci95")
+            below[0].errorbar(at, values, fmt="o", markersize=5, linewidth=2, **look)
+    for panel in (axes, *below):
+        panel.set_xticks(range(len(names)), names)
+        panel.grid(axis="x", visible=False)
+    axes.set_ylim(bottom=1)  # that of decoding without a drafter
+    axes.set_ylabel(f"acceptance length (tau), window {report['window']}")
+    for panel in below:
+        panel.axhline(0, color=_INK, linewidth=0.8)
+        panel.set_ylabel(f"minus that of {report['control']}")
     figure.legend(ncols=4, loc="outside upper center")
     return figure
+
+
+def _centred(results: Rows, value: str, interval: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values, and how far their intervals reach to either side."""
+    values = np.array([result[value] for result in results])
+    ends = np.array([result[interval] for result in results]).T
+    return values, np.maximum([values - ends[0], ends[1] - values], 0)
 
 
 def acceptance_by_position(report: Report) -> Figure:

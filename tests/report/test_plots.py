@@ -1,5 +1,6 @@
 """What the plots show, read back from the figures."""
 
+import numpy as np
 import pytest
 import reports
 
@@ -22,9 +23,22 @@ def test_bars_and_shares():
         plots.acceptance_length(reports.report()),
         plots.acceptance_by_position(reports.report()),
     )
-    assert [bar.get_height() for bar in lengths.axes[0].patches] == [2.25, 3.25, 2.25, 3.25]
+    (bars,) = lengths.axes
+    assert [bar.get_height() for bar in bars.patches] == [2.25, 3.25, 2.75] * 2
+    assert bars.get_ylim()[0] == 1
     assert positions.axes[1].get_title() == "maths"
     assert points(positions.axes[0]) == [[[1, 0.75], [2, 0.5]]] * 2
+
+
+def test_below_the_bars_each_drafter_is_compared_with_the_control():
+    bars, below = plots.acceptance_length(reports.report("supervise")).axes
+    assert len(bars.patches) == 6
+    (points, _, (intervals,)) = below.containers[0]  # of ppow alone: the control has no difference
+    assert len(below.containers) == 1 and below.get_ylabel() == "minus that of supervise"
+    assert points.get_ydata().tolist() == [0.125, -0.0625, 0.125]
+    assert points.get_xdata().tolist() == [b.get_x() + b.get_width() / 2 for b in bars.patches[3:]]
+    ends = [segment[:, 1] for segment in intervals.get_segments()]
+    assert np.allclose(ends, [[0.025, 0.25], [-0.25, 0.125], [0.025, 0.25]])
 
 
 def test_differences_are_drawn_with_their_intervals():
