@@ -41,7 +41,7 @@ def plot(workdir: pathlib.Path | None, report: Report, rows: Sequence[Mapping[st
     try:
         from ppow_jax.report import plots
     except ImportError:
-        log.info("no plots: matplotlib is missing (`pip install matplotlib`)")
+        log.info("no plots: matplotlib is missing (`pip install ppow_jax[plots]`)")
         return {}
     figures = plots.figures(report, rows)
     if workdir is not None:
