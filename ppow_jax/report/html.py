@@ -131,7 +131,8 @@ def fragment(parts: Iterable[str]) -> str:
 
     They are light on any page: what a notebook's colours are, its browser does not tell.
     """
-    look = f".ppow_jax {{ color-scheme: light; {_LIGHT} {_PAPER} padding: .6rem .8rem; {_CSS} }}"
+    theirs = "table { color: inherit; } tr { background: none !important; }"  # what notebooks give tables
+    look = f".ppow_jax {{ color-scheme: light; {_LIGHT} {_PAPER} padding: .6rem .8rem; {_CSS} {theirs} }}"
     return f'<div class="ppow_jax"><style>{look}</style>\n' + "\n".join(parts) + "\n</div>\n"
 
 
