@@ -118,8 +118,10 @@ def second(tmp_path_factory):
 @pytest.mark.parametrize("notebook", ["first", "second"])
 def test_nothing_is_printed_as_an_error(notebook, request):
     _, outputs = request.getfixturevalue(notebook)
-    noise = [o.text for o in outputs if o.output_type == "stream" and o.name == "stderr"]
-    assert noise == []
+    errors = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stderr")
+    # XLA's own word, not the notebook's, where a busy machine compiles for two minutes
+    alarm = r"(E\d+ .*slow_operation_alarm.*|\*+|.*Very slow compile\?.*)\n?"
+    assert re.sub(rf"(?m)^{alarm}", "", errors).strip() == ""
 
 
 @pytest.mark.slow
