@@ -8,9 +8,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppow_jax.api import Answer, Round, generate, load_drafter, load_target, read_report, train
+    from ppow_jax.api import (
+        Answer,
+        Report,
+        Round,
+        generate,
+        load_config,
+        load_drafter,
+        load_target,
+        read_report,
+        show_log,
+        train,
+        training_run,
+    )
 
-__all__ = ["Answer", "Round", "generate", "load_drafter", "load_target", "read_report", "train"]
+__all__ = [
+    "Answer", "Report", "Round", "generate", "load_config", "load_drafter", "load_target", "read_report",
+    "show_log", "train", "training_run",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

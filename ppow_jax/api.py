@@ -1,11 +1,12 @@
 """What a script or a notebook needs: load a target and a drafter, decode, train, read a report.
 
-`import ppow_jax` offers these names. docs/decoding.md shows them at work.
+`import ppow_jax` offers these names. docs/decoding.md and the notebooks in colabs/ show them at work.
 """
 
 import dataclasses
 import pathlib
 import runpy
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 
 from ppow_jax import experiment, run
 from ppow_jax.config import from_config, to_dict
+from ppow_jax.config import training_run as training_run
 from ppow_jax.data import dialogue
 from ppow_jax.decode import shapes
 from ppow_jax.decode.drafting import Eagle
@@ -27,6 +29,7 @@ from ppow_jax.decode.watching import Watched
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.parallel import console, files
+from ppow_jax.report import html, render, samples
 from ppow_jax.report.measure import Candidate
 from ppow_jax.settings import IMPORTED, Settings
 from ppow_jax.stages import evaluate
@@ -37,7 +40,7 @@ Messages = Sequence[Mapping[str, Any]]  # objects of `role` (system, user or ass
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the target wrote.
+    """What the target wrote. A notebook shows it with the drafted tokens coloured.
 
     Attributes:
       text: without special tokens.
@@ -45,6 +48,8 @@ class Answer:
       finished: whether a stop token ended it, and not `max_new_tokens` or the target's context.
       rounds: how it was written; their `tokens` in a row are `ids`. The first one is the reading of the
         prompt, which drafts nothing and writes one token; every other one is a verification pass.
+      texts: the same rounds as text: of each `accepted`, `refused` (the first token that was), `dropped`
+        (what was drafted behind it) and `own`; and how many tokens were `drafted` and accepted (`count`).
       prompt_seconds: from the call to the first token. The first prompt of each length compiles, too.
       seconds: from the first token to the last.
     """
@@ -53,6 +58,7 @@ class Answer:
     ids: list[int]
     finished: bool
     rounds: list[Round]
+    texts: list[dict[str, Any]]
     prompt_seconds: float
     seconds: float
 
@@ -66,6 +72,39 @@ class Answer:
     def tokens_per_s(self) -> float:
         """Tokens a second after the first one; NaN if that was the last."""
         return (len(self.ids) - 1) / self.seconds if len(self.ids) > 1 else float("nan")
+
+    def figures(self) -> list[str]:
+        """Speed, tau and the accepted tokens of each round, as text; without drafts the speed alone."""
+        passes = self.rounds[1:]
+        if not passes:
+            return ["a single token, which the pass over the prompt wrote"]
+        speed = f"{self.tokens_per_s:.1f} tokens/s"
+        if not any(r.drafted for r in passes):
+            return [speed]
+        tau = f"tau {self.tau:.2f} ({len(self.ids) - 1} tokens in {len(passes)} passes)"
+        return [speed, tau, f"accepted by round: {' '.join(str(r.accepted) for r in passes)}"]
+
+    def _repr_html_(self) -> str:
+        first, *rounds = self.texts
+        if not any(of["drafted"] for of in rounds):
+            return html.fragment([html.answer(self.text, []), html.figures(self.figures())])
+        shown = html.answer(first["own"], rounds)
+        return html.fragment([f"<p>{html.LEGEND}</p>", shown, html.figures(self.figures())])
+
+
+class Report(dict[str, Any]):
+    """report.json, whose form docs/reports.md describes. A notebook shows its table and its plots.
+
+    Attributes:
+      workdir: where it was written.
+    """
+
+    def __init__(self, values: Mapping[str, Any], workdir: pathlib.Path) -> None:
+        super().__init__(values)
+        self.workdir = workdir
+
+    def _repr_html_(self) -> str:
+        return render.fragment(self.workdir, self)
 
 
 def load_target(path: str | pathlib.Path, **changes: Any) -> Experiment:
@@ -176,7 +215,25 @@ def generate(
         out = session([prompt], jax.random.split(jax.random.key(seed), 1), look, scores)
     ids, finished = [i for r in rounds for i in r.tokens], bool(np.asarray(out.finished)[0])
     text = target.tokenizer.added(prompt, ids[:-1] if finished else ids, special=False)
-    return Answer(text, ids, finished, rounds, times[1] - times[0], times[-1] - times[1])
+    texts = samples.rounds_as_text(target.tokenizer, [], rounds, special=False)
+    return Answer(text, ids, finished, rounds, texts, times[1] - times[0], times[-1] - times[1])
+
+
+def load_config(name: str | pathlib.Path) -> ConfigDict:
+    """A config, to be changed and given to `train`.
+
+    Args:
+      name: of a ready-made config (`quickstart`), or a file with `get_config()`.
+
+    Raises:
+      ConfigError: there is none, or it cannot be loaded.
+    """
+    path = console.config_file(str(name), "config")
+    console.let_configs_import(path)
+    try:
+        return runpy.run_path(path)["get_config"]()
+    except Exception as e:  # a config file is code: it can fail in any way
+        raise ConfigError(f"config: {path} cannot be loaded ({type(e).__name__}: {e})") from e
 
 
 def train(
@@ -186,10 +243,10 @@ def train(
 ) -> None:
     """Runs the stages of a config that are not finished in a workdir, as `python -m ppow_jax.main` does.
 
-    The log is Python's: `logging.getLogger("ppow_jax").setLevel(logging.INFO)` shows it.
+    `show_log` shows how far it is.
 
     Args:
-      config: the name of a ready-made config (`quickstart`), a file with `get_config()`, or a ConfigDict.
+      config: a ConfigDict, or what `load_config` takes.
       workdir: where everything is written; resumed if it exists.
       changes: values by key, such as `{"train.supervise.steps": 800}`.
 
@@ -197,22 +254,31 @@ def train(
       ConfigError: a key that there is not, a wrong type, or an impossible combination.
       UserError: anything else that can be mended.
     """
-    values = _plain(config if isinstance(config, ConfigDict) else _read(str(config)))
+    values = _plain(config if isinstance(config, ConfigDict) else load_config(config))
     for key, value in (changes or {}).items():
         _put(values, key, value)
     run.run(from_config(values), pathlib.Path(workdir))
 
 
-def read_report(workdir: str | pathlib.Path) -> dict[str, Any]:
-    """The report that `evaluate` wrote: report.json, whose form docs/reports.md describes.
+def show_log() -> None:
+    """Shows on standard output what is being done, how far it is, and how long it still takes.
+
+    The log is Python's, of the name `ppow_jax`; a program with a log of its own has no need of this.
+    """
+    console.setup(sys.stdout)
+
+
+def read_report(workdir: str | pathlib.Path) -> Report:
+    """The report that the stage `evaluate` wrote.
 
     Raises:
       UserError: there is none yet, or it is damaged.
     """
-    found = files.read_json(files.path_of(str(workdir)) / "report.json")
+    place = files.path_of(str(workdir))
+    found = files.read_json(place / "report.json")
     if found is None:
         raise UserError(f"{workdir}: found no report.json, expected one; the stage evaluate writes it")
-    return found
+    return Report(found, place)
 
 
 def _is_workdir(place: pathlib.Path) -> bool:
@@ -258,13 +324,3 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
             "'config.'"
         )
     section[last] = value
-
-
-def _read(name: str) -> ConfigDict:
-    """The ConfigDict that a ready-made config or a file makes."""
-    path = console.config_file(name, "config")
-    console.let_configs_import(path)
-    try:
-        return runpy.run_path(path)["get_config"]()
-    except Exception as e:  # a config file is code: it can fail in any way
-        raise ConfigError(f"config: {path} cannot be loaded ({type(e).__name__}: {e})") from e

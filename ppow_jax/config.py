@@ -22,16 +22,19 @@ def defaults() -> ConfigDict:
     return _config_dict(to_dict(Settings()))
 
 
-def training_run(objective: str, **changes: Any) -> ConfigDict:
+def training_run(objective: str | type, **changes: Any) -> ConfigDict:
     """The section of a training run with its defaults and the given changes.
 
     Args:
-      objective: a name of `OBJECTIVES`, or `module:Class`.
+      objective: a name of `OBJECTIVES`, `module:Class`, or the class itself: one of a module or of a
+        notebook's cell, which is known by its name.
       changes: values of keys; of a section in it (`optimizer`), a dict of those that change.
 
     Raises:
       ConfigError: an objective that there is not.
     """
+    if isinstance(objective, type):
+        objective = f"{objective.__module__}:{objective.__qualname__}"
     run = _config_dict(_flat(TrainSettings(objective=objective, method=objective_class(objective)())))
     try:
         run.update(_config_dict(changes))

@@ -1,5 +1,7 @@
 """`import ppow_jax`: the names that a script uses, on a run that has ended."""
 
+import json
+import re
 import subprocess
 import sys
 
@@ -11,10 +13,14 @@ import small
 
 import ppow_jax
 from ppow_jax import api
+from ppow_jax.config import from_config
 from ppow_jax.decode import rounds as of_texts
 from ppow_jax.decode.profile import Texts
 from ppow_jax.drafters.eagle3 import weights_of
 from ppow_jax.errors import ConfigError, UserError
+from ppow_jax.objectives.supervised import Supervised
+from ppow_jax.parallel import console
+from ppow_jax.report import html
 from ppow_jax.report.measure import Candidate
 from ppow_jax.report.samples import round_as_text
 from ppow_jax.training import drafters
@@ -56,12 +62,38 @@ def test_an_answer_is_the_targets_own_with_and_without_a_drafter(target, drafter
         assert [i for r in answer.rounds for i in r.tokens] == text
         assert answer.tau == pytest.approx((TOKENS - 1) / (len(answer.rounds) - 1))
         assert answer.tokens_per_s == pytest.approx((TOKENS - 1) / answer.seconds)
-        known, shown = [], ""
-        for r in answer.rounds:
-            as_text = round_as_text(target.tokenizer, known, r, special=False)
-            shown, known = shown + as_text["accepted"] + as_text["own"], known + r.tokens
-        assert shown == answer.text
+        assert "".join(of["accepted"] + of["own"] for of in answer.texts) == answer.text
+        assert [(of["drafted"], of["count"]) for of in answer.texts] == [
+            (len(r.drafted), r.accepted) for r in answer.rounds
+        ]
     assert ppow_jax.generate(target, "ab", max_new_tokens=1).rounds[1:] == []
+
+
+def test_a_notebook_shows_an_answer_with_its_rounds(target, drafter):
+    answer = ppow_jax.generate(target, "ab", drafter, shape="chain:3", max_new_tokens=TOKENS)
+    page = answer._repr_html_()
+    assert page.startswith('<div class="ppow_jax">') and "<body" not in page and ":root" not in page
+    shown = page.replace(html.LEGEND, "")
+    assert shown != page
+    assert re.findall(r'<span class="seam">(\d)', shown) == [str(r.accepted) for r in answer.rounds[1:]]
+    assert (
+        answer.figures()[1]
+        == f"tau {answer.tau:.2f} ({TOKENS - 1} tokens in {len(answer.rounds) - 1} passes)"
+    )
+    for line in answer.figures():
+        assert f"<li>{line}</li>" in page
+    plain = ppow_jax.generate(target, "ab", max_new_tokens=TOKENS)
+    assert f'<div class="answer">{plain.text}</div>' in plain._repr_html_()
+    assert "seam" not in plain._repr_html_().partition("</style>")[2]
+    assert len(plain.figures()) == 1
+
+
+def test_what_an_answer_says_is_escaped_in_a_notebook():
+    text = dict.fromkeys(("accepted", "refused", "dropped", "own"), "<b>") | {"drafted": 2, "count": 1}
+    rounds = [ppow_jax.Round([], 0, [1]), ppow_jax.Round([2, 3], 1, [4])]
+    for texts in ([text, text], [text | {"drafted": 0}] * 2):
+        page = ppow_jax.Answer("<b>", [1, 2, 4], False, rounds, texts, 1.0, 1.0)._repr_html_()
+        assert "<b>" not in page and "&lt;b&gt;" in page
 
 
 def test_rounds_are_those_of_the_simulation(target, drafter):
@@ -147,9 +179,43 @@ def test_what_is_not_there_is_named(finished, target, drafter, tmp_path):
         ppow_jax.read_report(tmp_path)
 
 
-def test_the_report_is_a_dict(finished):
+def test_the_report_is_a_dict_that_a_notebook_shows(finished):
     report = ppow_jax.read_report(finished.workdir)
     assert list(report["drafters"]) == list(runs.RUNS)
+    assert report == json.loads((finished.workdir / "report.json").read_text())
+    page = report._repr_html_()
+    assert page.startswith('<div class="ppow_jax">') and "<table>" in page
+    for run in runs.RUNS:
+        assert f">{run}</td>" in page
+    assert page.count("<svg") == 3  # differences, acceptance by position, and during training
+
+
+def test_a_config_is_loaded_changed_and_given_a_class(tmp_path):
+    config = ppow_jax.load_config("tiny")
+    config.train.mine = ppow_jax.training_run(Supervised, start="supervise", steps=3, window=2)
+    found = from_config(config).train["mine"]
+    assert found.objective == "ppow_jax.objectives.supervised:Supervised"
+    assert (found.start, found.steps, found.method.window) == ("supervise", 3, 2)
+
+    class Hidden(Supervised):
+        pass
+
+    with pytest.raises(ConfigError, match=r"found 'test_api:.*Hidden', expected supervised"):
+        ppow_jax.training_run(Hidden)
+    with pytest.raises(ConfigError, match=r"config: .*own.py cannot be loaded \(KeyError"):
+        (tmp_path / "own.py").write_text("raise KeyError('x')\n")
+        ppow_jax.load_config(tmp_path / "own.py")
+
+
+def test_the_log_is_shown_on_standard_output(capsys, monkeypatch):
+    for name in ("handlers", "level", "propagate"):
+        monkeypatch.setattr(console.log, name, getattr(console.log, name))
+    monkeypatch.setattr(console.log, "handlers", [])
+    ppow_jax.show_log()
+    ppow_jax.show_log()
+    console.log.info("twice asked, once said")
+    said = capsys.readouterr()
+    assert said.out.count("twice asked, once said") == 1 and said.err == ""
 
 
 def test_training_takes_a_name_a_file_or_a_configdict(tmp_path, monkeypatch):

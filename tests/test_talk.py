@@ -1,5 +1,6 @@
 """The chat: what it shows, what it writes, and what it says of mistakes."""
 
+import dataclasses
 import io
 import json
 import os
@@ -21,7 +22,8 @@ from ppow_jax.decode.rounds import Node
 from ppow_jax.errors import ConfigError
 
 TEXT = {"accepted": "ab", "refused": "x\n", "dropped": "y", "own": "c"}
-GIVEN = Answer("abc", [5, 6, 7], True, [Round([], 0, [5]), Round([6, 9], 1, [7], (Node(6, -1),))], 0.5, 2.0)
+ROUNDS = [Round([], 0, [5]), Round([6, 9], 1, [7], (Node(6, -1),))]
+GIVEN = Answer("abc", [5, 6, 7], True, ROUNDS, [TEXT, TEXT], 0.5, 2.0)
 
 
 def console(**how) -> Console:
@@ -92,7 +94,8 @@ def test_parquet_without_pyarrow_is_refused(tmp_path, monkeypatch):
 def test_the_page_escapes_all_text():
     evil = "<script>alert('&')</script>"
     text = dict.fromkeys(("accepted", "refused", "dropped", "own"), evil) | {"count": 1, "drafted": 3}
-    made = page.page(evil, [Exchange(evil, GIVEN, [text, text], GIVEN, evil, True)])
+    given = dataclasses.replace(GIVEN, texts=[text, text])
+    made = page.page(evil, [Exchange(evil, given, GIVEN, evil, True)])
     assert "<script" not in made
     assert made.count("&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;") == 2 + 1 + 5 + 1
     assert "1.0 tokens/s, plain decoding 1.0 (1.00x, the same text)" in made

@@ -11,10 +11,9 @@ def page(target: str, exchanges: Iterable[Exchange]) -> str:
     """The page; `target` names who answers."""
     parts = [f"<h1>{escape(target)}</h1>", f"<p>{html.LEGEND}</p>"]
     for exchange in exchanges:
-        first, *rounds = exchange.texts
-        figures = "".join(f"<li>{escape(figure)}</li>" for figure in exchange.figures())
+        first, *rounds = exchange.answer.texts
         parts.append(
             f'<div class="sample"><div class="asked">{escape(exchange.question)}</div>\n'
-            f'{html.answer(first["own"], rounds)}\n<ul class="faint">{figures}</ul></div>'
+            f"{html.answer(first['own'], rounds)}\n{html.figures(exchange.figures())}</div>"
         )
     return html.document(target, parts)

@@ -24,6 +24,6 @@ def picture(exchanges: Iterable[Exchange]) -> str:
     console = Console(file=io.StringIO(), record=True, highlight=False, **how)  # type: ignore[arg-type]
     for exchange in exchanges:
         console.print(screen.question(exchange))
-        console.print(Text.assemble(*(screen.line(text) for text in exchange.texts), "\n"))
+        console.print(Text.assemble(*(screen.line(text) for text in exchange.answer.texts), "\n"))
         console.print(screen.figures(exchange))
     return console.export_svg(title="ppow_jax.chat", theme=_THEME, code_format=_FORMAT)

@@ -107,23 +107,20 @@ def _answered(
         messages.append({"role": "user", "content": exchange.question})
         messages.append({"role": "assistant", "content": exchange.answer.text})
     messages.append({"role": "user", "content": question})
-    texts, watch = _shown(console, target.tokenizer)
     ask = functools.partial(api.generate, target, messages, max_new_tokens=options.tokens)
     ask = functools.partial(ask, temperature=options.temperature, seed=len(before))
-    answer = ask(drafter, shape=shape, scores=bool(options.trace), watch=watch)
+    answer = ask(drafter, shape=shape, scores=bool(options.trace), watch=_shown(console, target.tokenizer))
     plain = ask() if options.compare else None
     drafts = f"drafts {shape} by {drafter.run}"
-    return Exchange(question, answer, texts, plain, drafts, options.temperature == 0)
+    return Exchange(question, answer, plain, drafts, options.temperature == 0)
 
 
-def _shown(console: Console, tokenizer: Tokenizer) -> tuple[list[dict], Callable[[Round], None]]:
-    """The texts of the rounds so far, and who shows each round as it comes."""
+def _shown(console: Console, tokenizer: Tokenizer) -> Callable[[Round], None]:
+    """Shows each round as it comes."""
     known: list[int] = []
-    texts: list[dict] = []
 
     def watch(of: Round) -> None:
-        texts.append(round_as_text(tokenizer, known, of, special=False))
+        screen.show(console, round_as_text(tokenizer, known, of, special=False))
         known.extend(of.tokens)
-        screen.show(console, texts[-1])
 
-    return texts, watch
+    return watch

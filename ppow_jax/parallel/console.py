@@ -9,6 +9,7 @@ import re
 import sys
 import types
 from collections.abc import Callable
+from typing import TextIO
 
 import jax
 from absl import app, flags
@@ -26,9 +27,10 @@ _NO_ACCESS = (
 )
 
 
-def setup() -> None:
-    """Shows the package's own messages, and only warnings of the libraries below it."""
-    handler = logging.StreamHandler()
+def setup(stream: TextIO | None = None) -> None:
+    """Shows the package's own messages on a stream (None: stderr), and only warnings of the libraries below
+    it."""
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)

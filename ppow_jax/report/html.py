@@ -1,4 +1,5 @@
-"""report.html: a page that stands alone, with all text escaped, no script, and nothing from elsewhere."""
+"""Reports and answers as HTML, with all text escaped, no script, and nothing from elsewhere: pages that stand
+alone (report.html), and fragments that a notebook shows below a cell."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -7,16 +8,18 @@ from typing import Any
 from ppow_jax.report import tables
 from ppow_jax.report.tables import Report, Row
 
+_LIGHT = """--ink: #1c1e21; --page: #ffffff; --faint: #6a7078; --line: #d4d8dd;
+  --good: #0a6b2d; --good-page: #d9f2e0; --bad: #a3261b; --bad-page: #fbe3e0; --own: #1f5fbf;"""
+_DARK = """--ink: #e4e6e9; --page: #15181c; --faint: #9aa2ac; --line: #363c44;
+  --good: #7fdc9d; --good-page: #14391f; --bad: #ff9a8f; --bad-page: #43201c; --own: #8fbcff;"""
+_PAPER = "background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;"
+_PAGE_CSS = f"""
+:root {{ color-scheme: light dark; {_LIGHT} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}
+* {{ box-sizing: border-box; }}
+body {{ margin: 0 auto; padding: 1.5rem 1.2rem 3rem; max-width: 66rem; {_PAPER} }}
+"""
 _CSS = """
-:root { color-scheme: light dark; --ink: #1c1e21; --page: #ffffff; --faint: #6a7078; --line: #d4d8dd;
-  --good: #0a6b2d; --good-page: #d9f2e0; --bad: #a3261b; --bad-page: #fbe3e0; --own: #1f5fbf; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e6e9; --page: #15181c; --faint: #9aa2ac; --line: #363c44;
-    --good: #7fdc9d; --good-page: #14391f; --bad: #ff9a8f; --bad-page: #43201c; --own: #8fbcff; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1.2rem 3rem; max-width: 66rem; background: var(--page);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0 0 .5rem; }
 h1, p, ul { overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 1.8rem 0 .5rem; padding-bottom: .2rem; border-bottom: 1px solid var(--line); }
@@ -43,6 +46,8 @@ figure svg { max-width: 100%; height: auto; color: var(--ink); }
 .own { color: var(--own); text-decoration: underline; text-underline-offset: 3px; }
 .seam { color: var(--faint); font-size: .7em; padding: 0 .15em; border-left: 2px solid var(--faint);
   margin-left: .2em; user-select: none; vertical-align: .25em; line-height: 1; }
+"""
+_PRINT_CSS = """
 @media print {
   h2 { margin: .9rem 0 .3rem; break-after: avoid; }
   p, ul { margin: .2rem 0; max-width: none; } figure {
@@ -84,7 +89,17 @@ def page(report: Report, windows: Mapping[str, Any], figures: Mapping[str, str])
       figures: those of `FIGURES` as SVG elements; what is missing is left out.
     """
     target = report["target"]["path"]
-    parts = [f"<h1>Acceptance report: {escape(target)}</h1>", *_paragraphs(tables.introduction(report))]
+    parts = [f"<h1>Acceptance report: {escape(target)}</h1>", *overview(report, figures)]
+    parts += ["<h2>Windows</h2>", *_windows(windows)]
+    parts += ["<h2>Runs</h2>", _table(tables.run_cells(report))]
+    if report["stages"]:
+        parts += ["<h2>Time and memory</h2>", _table(tables.stage_cells(report))]
+    return document(f"Acceptance report: {target}", parts)
+
+
+def overview(report: Report, figures: Mapping[str, str]) -> list[str]:
+    """What was measured, as parts of a page; arguments as of `page`."""
+    parts = _paragraphs(tables.introduction(report))
     if verdicts := tables.verdicts(report):
         parts.append("<ul>" + "".join(f"<li>{escape(line)}</li>" for line in verdicts) + "</ul>")
     rows = [{c: v for c, v in row.items() if c not in _LEFT_OUT} for row in tables.cells(report)]
@@ -99,11 +114,7 @@ def page(report: Report, windows: Mapping[str, Any], figures: Mapping[str, str])
     ):
         if name in figures:
             parts += [f"<h2>{title}</h2>", *_figure(figures, name)]
-    parts += ["<h2>Windows</h2>", *_windows(windows)]
-    parts += ["<h2>Runs</h2>", _table(tables.run_cells(report))]
-    if report["stages"]:
-        parts += ["<h2>Time and memory</h2>", _table(tables.stage_cells(report))]
-    return document(f"Acceptance report: {target}", parts)
+    return parts
 
 
 def document(title: str, parts: Iterable[str]) -> str:
@@ -111,10 +122,20 @@ def document(title: str, parts: Iterable[str]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{_PAGE_CSS}{_CSS}{_PRINT_CSS}</style>\n</head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
     )
+
+
+def fragment(parts: Iterable[str]) -> str:
+    """The same parts to stand within somebody else's page, whose look they neither take nor change.
+
+    They are light on any page: what a notebook's colours are, its browser does not tell.
+    """
+    theirs = "table { color: inherit; } tr { background: none !important; }"  # what notebooks give tables
+    look = f".ppow_jax {{ color-scheme: light; {_LIGHT} {_PAPER} padding: .6rem .8rem; {_CSS} {theirs} }}"
+    return f'<div class="ppow_jax"><style>{look}</style>\n' + "\n".join(parts) + "\n</div>\n"
 
 
 def _paragraphs(lines: Iterable[str]) -> list[str]:
@@ -178,6 +199,11 @@ def _windows(windows: Mapping[str, Any]) -> list[str]:
 def answer(first: str, rounds: Iterable[Mapping[str, Any]], more: str = "") -> str:
     """An answer as HTML: its first token's text, its rounds as `report.samples` has them, what ends it."""
     return f'<div class="answer">{_visible(first)}{"".join(map(_round, rounds))}{more}</div>'
+
+
+def figures(lines: Iterable[str]) -> str:
+    """The figures below an answer."""
+    return '<ul class="faint">' + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def _round(of: Mapping[str, Any]) -> str:

@@ -35,19 +35,26 @@ def write(workdir: pathlib.Path, report: Report, windows: Mapping[str, Any]) -> 
     log.info("evaluate: %s", workdir / "report.html")
 
 
-def plot(workdir: pathlib.Path, report: Report, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Writes plots/*.png and gives those of the page as SVG, by name; without matplotlib a hint, and none."""
+def plot(workdir: pathlib.Path | None, report: Report, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Gives the plots of the page as SVG, by name, and writes all of them as plots/*.png, unless the workdir
+    is None; without matplotlib a hint, and none."""
     try:
         from ppow_jax.report import plots
     except ImportError:
         log.info("no plots: matplotlib is missing (`pip install ppow_jax[plots]`)")
         return {}
-    directory = workdir / "plots"
-    directory.mkdir(exist_ok=True)
     figures = plots.figures(report, rows)
-    for name, figure in figures.items():
-        plots.write_png(figure, directory / f"{name}.png")
+    if workdir is not None:
+        directory = workdir / "plots"
+        directory.mkdir(exist_ok=True)
+        for name, figure in figures.items():
+            plots.write_png(figure, directory / f"{name}.png")
     return {name: plots.svg(figures[name], name) for name in html.FIGURES if name in figures}
+
+
+def fragment(workdir: pathlib.Path, report: Report) -> str:
+    """What was measured, with its plots, for a notebook; `workdir` has the metrics of training."""
+    return html.fragment(html.overview(report, plot(None, report, metrics.read(workdir))))
 
 
 def one_line(result: Mapping[str, Any]) -> str:

@@ -50,11 +50,20 @@ def as_text(experiment: Experiment, turn: Turn, rounds: Sequence[Round]) -> dict
     `refused` (the first token that was), `dropped` (what was drafted behind it) and `own`.
     """
     known = turn.response[:1].tolist()
-    first, found = experiment.tokenizer.decode(known), []
+    first, found = experiment.tokenizer.decode(known), rounds_as_text(experiment.tokenizer, known, rounds)
+    emitted = len(known) + sum(len(of.tokens) for of in rounds)
+    return {"first": first, "rounds": found, "cut": emitted < len(turn.response)}
+
+
+def rounds_as_text(
+    tokenizer: Tokenizer, known: list[int], rounds: Sequence[Round], special: bool = True
+) -> list[dict[str, Any]]:
+    """Rounds as text, each behind those before it; arguments as of `round_as_text`."""
+    found = []
     for of in rounds:
-        found.append(round_as_text(experiment.tokenizer, known, of))
+        found.append(round_as_text(tokenizer, known, of, special))
         known = known + of.tokens
-    return {"first": first, "rounds": found, "cut": len(known) < len(turn.response)}
+    return found
 
 
 def round_as_text(tokenizer: Tokenizer, known: list[int], of: Round, special: bool = True) -> dict[str, Any]:
