@@ -86,8 +86,9 @@ def opened(text: str, directory: pathlib.Path, look: str) -> tuple[Reader, list[
 
 
 def chat_page() -> str:
-    answer = Answer("ab", [5, 6, 7], True, [Round([], 0, [5]), Round([6, 9], 1, [7])], 0.5, 2.0)
-    return chat.page(EVIL, [Exchange(EVIL, answer, [TEXT, TEXT, TEXT], None, "chain:2", True)])
+    rounds = [Round([], 0, [5]), Round([6, 9], 1, [7])]
+    answer = Answer("ab", [5, 6, 7], True, rounds, [TEXT, TEXT, TEXT], 0.5, 2.0)
+    return chat.page(EVIL, [Exchange(EVIL, answer, None, "chain:2", True)])
 
 
 def report_page() -> str:

@@ -138,7 +138,8 @@ def test_a_picture_shows_the_conversation(asked):
 def test_a_picture_holds_any_text_and_asks_for_nothing_from_elsewhere():
     evil = "</text><script>alert('&')</script>\x1b[2J\u202e\ufffe"
     text = dict.fromkeys(("accepted", "refused", "dropped", "own"), evil + " word" * 40)
-    made = picture.picture([Exchange(evil, GIVEN, [text], None, "chain:2", True)] * 2)
+    given = dataclasses.replace(GIVEN, texts=[text])
+    made = picture.picture([Exchange(evil, given, None, "chain:2", True)] * 2)
     assert "<script" not in made and not re.search(r"url\((?!#)|@import|href", made)
     words = "".join(text for text, _ in drawn(made))
     assert words.count("</text><script>alert('&')</script>\ufffd[2J\ufffd\ufffd") == 2 * 5
