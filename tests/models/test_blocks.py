@@ -65,7 +65,7 @@ KINDS = {  # windows, tokens of each, slots before, masks
 }
 
 
-def attended(kind, causal=False):
+def attended(kind, causal=False, attend=attention.attend):
     """Attention with its gradient, and arguments of both."""
     W, K, S, masks = KINDS[kind]
     q, keep = draw(B, W, K, G * R, E), draw(B, W, K, G * R * E)
@@ -78,7 +78,7 @@ def attended(kind, causal=False):
         mask = jnp.asarray(RNG.random((B, W, K, K)) < 0.5) | jnp.eye(K, dtype=bool)
 
     def attended(q, prefix, own):
-        out = attention.attend(q, prefix, visible, own, None if causal else mask, 0.5)
+        out = attend(q, prefix, visible, own, None if causal else mask, 0.5)
         return jnp.sum(out * keep), out
 
     return jax.value_and_grad(attended, (0, 1, 2), has_aux=True), (q, prefix, own)
@@ -88,6 +88,40 @@ def attended(kind, causal=False):
 def test_attention_and_its_gradient(kind):
     of, arguments = attended(kind)
     close(*both(of, *arguments))
+
+
+def formula(q, prefix, visible, own, mask, scale):
+    """Attention as it is written, for jax to derive."""
+    (W, K), wide = q.shape[1:3], functools.partial(jnp.repeat, repeats=R, axis=1)
+    scores, values = [], []
+    if prefix:
+        s = jnp.einsum("bwkhe,bhes->bhwks", q, wide(prefix.keys)) * scale
+        scores.append(jnp.where(visible.reshape(B, 1, W, -1, s.shape[-1]), s, -jnp.inf))
+        values.append(jnp.broadcast_to(wide(prefix.values)[:, :, None], (B, G * R, W, s.shape[-1], E)))
+    if own:
+        s = jnp.einsum("bwkhe,bhwej->bhwkj", q, wide(own.keys)) * scale
+        scores.append(jnp.where(jnp.broadcast_to(mask, (B, W, K, K))[:, None], s, -jnp.inf))
+        values.append(wide(own.values))
+    weights = jax.nn.softmax(jnp.concatenate(scores, -1))
+    out = jnp.einsum("bhwks,bhwse->bwkhe", weights, jnp.concatenate(values, -2))
+    return out.reshape(B, W, K, -1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_and_its_gradient_are_those_of_the_formula(kind):
+    state = RNG.bit_generator.state
+    of, arguments = attended(kind)
+    RNG.bit_generator.state = state
+    by_formula, _ = attended(kind, attend=formula)
+    wanted = by_formula(*arguments)
+    close(of(*arguments), wanted)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arguments)
+    (_, out), gradients = of(*narrow)
+    for x, like in zip(
+        jax.tree.leaves((out, gradients)), jax.tree.leaves((wanted[0][1], wanted[1])), strict=True
+    ):
+        assert x.dtype == jnp.bfloat16
+        np.testing.assert_allclose(x.astype(jnp.float32), like, atol=0.03 * float(jnp.abs(like).max()))
 
 
 @pytest.mark.parametrize("kind", ["a text", "a text after a prefix"])
