@@ -124,7 +124,7 @@ def acceptance_length(report: Report) -> Figure:
     axes.set_ylabel(f"acceptance length (tau), window {report['window']}")
     for panel in below:
         panel.axhline(0, color=_INK, linewidth=0.8)
-        panel.set_ylabel(f"minus that of {report['control']}")
+        panel.set_ylabel(f"difference to {report['control']}")
     figure.legend(ncols=4, loc="outside upper center")
     return figure
 

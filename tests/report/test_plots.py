@@ -34,7 +34,7 @@ def test_below_the_bars_each_drafter_is_compared_with_the_control():
     bars, below = plots.acceptance_length(reports.report("supervise")).axes
     assert len(bars.patches) == 6
     (points, _, (intervals,)) = below.containers[0]  # of ppow alone: the control has no difference
-    assert len(below.containers) == 1 and below.get_ylabel() == "minus that of supervise"
+    assert len(below.containers) == 1 and below.get_ylabel() == "difference to supervise"
     assert points.get_ydata().tolist() == [0.125, -0.0625, 0.125]
     assert points.get_xdata().tolist() == [b.get_x() + b.get_width() / 2 for b in bars.patches[3:]]
     ends = [segment[:, 1] for segment in intervals.get_segments()]
