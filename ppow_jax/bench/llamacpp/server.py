@@ -17,7 +17,7 @@ from ppow_jax.targets import gguf_files, tokenizer_gguf
 
 STORED = "stored"  # in place of a dtype: the target's file as it is
 _ROOM = 64  # slots of its context beyond prompt and answer
-_KEY = 4  # tokens that are looked up where no drafter is
+_KEY = 4  # tokens that are looked up where no drafter is, at most
 
 
 class Answer(NamedTuple):
@@ -83,7 +83,8 @@ class Server:
             processors += [draft.cpuparams, draft.cpuparams_batch]
         elif depth:
             about.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
-            about.speculative.ngram_simple.size_n, about.speculative.ngram_simple.size_m = _KEY, depth
+            lookup = about.speculative.ngram_simple
+            lookup.size_n, lookup.size_m = min(_KEY, depth), depth  # it drafts nothing shorter than its key
             draft.n_max, draft.n_min = depth, 0
         for processor in processors:
             processor.n_threads = threads
