@@ -144,7 +144,7 @@ def unknown(span: str) -> list[str]:
     files = r"config\.(json|train\.\w+(\.X)?)|.*\.(py|md|json|jsonl|html)"  # X: any key
     keys = [(name, re.sub(r"^config\.train\.\w+\.", "config.train.NAME.", name)) for name in names]
     wrong = [name for name, key in keys if key not in PREFIXES and not re.fullmatch(files, name)]
-    if not span.startswith(("pip ", "ruff ")):
+    if not span.startswith(("jupyter ", "pip ", "ruff ")):
         flags = {flag for flag in re.findall(r"(?:^|\s)--([A-Za-z][\w-]*)", span)} - FOREIGN - {"config"}
         wrong += [f"--{flag}" for flag in flags if not {flag, flag.removeprefix("no")} & FLAGS]
     return wrong
