@@ -51,7 +51,7 @@ class Answer:
       texts: the same rounds as text: of each `accepted`, `refused` (the first token that was), `dropped`
         (what was drafted behind it) and `own`; and how many tokens were `drafted` and accepted (`count`).
       prompt_seconds: from the call to the first token. The first prompt of each length compiles, too.
-      seconds: from the first token to the last.
+      seconds: of all rounds after the first one, without what those who watch them take.
     """
 
     text: str
@@ -203,20 +203,23 @@ def generate(
         eagle = Eagle(drafter.drafter, shapes.parse(shape or target.settings.decode.shape, "shape"))
         session = dataclasses.replace(session, drafting=eagle, weights=drafter.weights)
     rounds: list[Round] = []
-    times = [time.perf_counter()]
+    seconds: list[float] = []
+    began = time.perf_counter()
 
     def look(watched: Watched) -> None:
-        times.append(time.perf_counter())
+        nonlocal began
+        seconds.append(time.perf_counter() - began)
         rounds.append(seen(watched, 0))
         if watch:
             watch(rounds[-1])
+        began = time.perf_counter()  # the next round is not computed before this one has been shown
 
     with jax.set_mesh(target.mesh):
         out = session([prompt], jax.random.split(jax.random.key(seed), 1), look, scores)
     ids, finished = [i for r in rounds for i in r.tokens], bool(np.asarray(out.finished)[0])
     text = target.tokenizer.added(prompt, ids[:-1] if finished else ids, special=False)
     texts = samples.rounds_as_text(target.tokenizer, [], rounds, special=False)
-    return Answer(text, ids, finished, rounds, texts, times[1] - times[0], times[-1] - times[1])
+    return Answer(text, ids, finished, rounds, texts, seconds[0], sum(seconds[1:]))
 
 
 def load_config(name: str | pathlib.Path) -> ConfigDict:

@@ -1,6 +1,7 @@
 """Fixtures that the tests share; see `small` for what they hold."""
 
 import fcntl
+import gc
 import importlib.util
 import logging
 import os
@@ -36,6 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
         cores = sorted(os.sched_getaffinity(0))
         own = cores[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
         os.sched_setaffinity(0, own or cores)
+    # Tracing makes so many objects that looking for garbage took a sixth of the fast tests' time.
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 50)
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # nobody reads where operations came from
     if config.option.markexpr == "not slow":
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick.FLAGS}"
         memory.drop_programs = memory.give_back  # many tests run the same small stages
@@ -63,10 +68,12 @@ def smollm2() -> small.Loaded:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_of_a_module_are_dropped_after_it():
-    """A process may map so much memory and no more; the programs of all modules together ended it."""
+def programs_are_dropped_before_they_are_too_many():
+    """A process may map so many pieces of memory and no more; the programs of all modules ended it."""
     yield
-    jax.clear_caches()
+    maps = pathlib.Path("/proc/self/maps")
+    if not maps.exists() or len(maps.read_bytes().splitlines()) > 20_000:  # Linux allows 65,530
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +106,14 @@ def finished(session_directory) -> runs.Finished:
             runs.run(workdir)
             done.touch()
     return runs.Finished(workdir, runs.make_settings(workdir.parent))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def finished_before_it_is_waited_for(request, compiled_once) -> None:
+    """One of several workers makes it at once, so that the others need not wait for it later."""
+    wanted = any("finished" in item.fixturenames for item in request.session.items)
+    if wanted and os.environ.get("PYTEST_XDIST_WORKER") == "gw0":
+        request.getfixturevalue("finished")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +68,22 @@ def test_an_answer_is_the_targets_own_with_and_without_a_drafter(target, drafter
             (len(r.drafted), r.accepted) for r in answer.rounds
         ]
     assert ppow_jax.generate(target, "ab", max_new_tokens=1).rounds[1:] == []
+
+
+def test_who_watches_slowly_does_not_slow_the_figures(target, drafter, monkeypatch):
+    now = [0.0]
+
+    def clock() -> float:  # reading it takes a second
+        now[0] += 1
+        return now[0]
+
+    def slow(_: ppow_jax.Round) -> None:
+        now[0] += 100
+
+    monkeypatch.setattr(api, "time", types.SimpleNamespace(perf_counter=clock))
+    answer = ppow_jax.generate(target, "ab", drafter, max_new_tokens=TOKENS, watch=slow)
+    assert answer.prompt_seconds == 1
+    assert answer.seconds == len(answer.rounds) - 1
 
 
 def test_a_notebook_shows_an_answer_with_its_rounds(target, drafter):

@@ -166,9 +166,9 @@ def test_a_second_question_comes_with_what_was_said(finished, monkeypatch):
     said, lines = [], iter(["ab", "c", ""])
     generate = talk.api.generate
 
-    def listening(target, messages, *rest, **how):
+    def listening(target, messages, **how):
         said.append(([m["content"] for m in messages], how.get("shape")))
-        return generate(target, messages, *rest, **how)
+        return generate(target, messages, **how)
 
     monkeypatch.setattr(talk.api, "generate", listening)
     monkeypatch.setattr("builtins.input", lambda *_: next(lines))
@@ -177,6 +177,24 @@ def test_a_second_question_comes_with_what_was_said(finished, monkeypatch):
     first = found[0].answer.text
     assert said == [(["ab"], "chain:2"), (["ab", first, "c"], "chain:2")]
     assert found[1].plain is None and "plain" not in found[1].figures()[0]
+
+
+def test_what_is_compared_has_run_before(finished, monkeypatch):
+    calls = []
+    generate = talk.api.generate
+
+    def listening(target, messages, **how):
+        calls.append((messages if isinstance(messages, str) else "asked", "drafter" in how, "watch" in how))
+        return generate(target, messages, **how)
+
+    monkeypatch.setattr(talk.api, "generate", listening)
+    talk.talk(Options(str(finished.workdir), tokens=4, prompt="ab"), console())
+    assert calls == [
+        ("ab", True, False),
+        ("ab", False, False),
+        ("asked", True, True),
+        ("asked", False, False),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,7 @@ from ppow_jax.chat.exchange import Exchange
 from ppow_jax.decode import shapes
 from ppow_jax.decode.rounds import Round
 from ppow_jax.errors import ConfigError
-from ppow_jax.experiment import Experiment
 from ppow_jax.parallel import files
-from ppow_jax.report.measure import Candidate
 from ppow_jax.report.samples import round_as_text
 from ppow_jax.settings import Settings
 from ppow_jax.stages import evaluate
@@ -54,10 +52,22 @@ def talk(options: Options, console: Console | None = None) -> list[Exchange]:
     if shape == "auto":
         with jax.set_mesh(target.mesh):
             shape = shapes.name(evaluate.choose_shape(target, drafter)[0])
+    ask = functools.partial(api.generate, target, max_new_tokens=options.tokens)
+    ask = functools.partial(ask, temperature=options.temperature)
+    draft = functools.partial(ask, drafter=drafter, shape=shape, scores=bool(options.trace))
+    if options.compare:  # what runs for the first time is compiled, and slower: no figures for the screen
+        with console.status("compiling"):
+            for decode in (draft, ask):
+                decode(options.prompt or "Hello")
     found: list[Exchange] = []
     try:
         for question in screen.questions(console, options.prompt):
-            found.append(_answered(console, options, target, drafter, shape, found, question))
+            messages = _messages(found, question)
+            watch = _shown(console, target.tokenizer)
+            answer = draft(messages, seed=len(found), watch=watch)
+            plain = ask(messages, seed=len(found)) if options.compare else None
+            drafts = f"drafts {shape} by {drafter.run}"
+            found.append(Exchange(question, answer, plain, drafts, options.temperature == 0))
             screen.finish(console, found[-1])
     finally:
         if options.trace:
@@ -92,27 +102,13 @@ def check(options: Options) -> Settings:
     return settings
 
 
-def _answered(
-    console: Console,
-    options: Options,
-    target: Experiment,
-    drafter: Candidate,
-    shape: str,
-    before: list[Exchange],
-    question: str,
-) -> Exchange:
-    """Answers a question with the drafter, on the screen, and then without it."""
+def _messages(before: list[Exchange], question: str) -> list[Message]:
+    """The conversation so far, and a question."""
     messages: list[Message] = []
     for exchange in before:
         messages.append({"role": "user", "content": exchange.question})
         messages.append({"role": "assistant", "content": exchange.answer.text})
-    messages.append({"role": "user", "content": question})
-    ask = functools.partial(api.generate, target, messages, max_new_tokens=options.tokens)
-    ask = functools.partial(ask, temperature=options.temperature, seed=len(before))
-    answer = ask(drafter, shape=shape, scores=bool(options.trace), watch=_shown(console, target.tokenizer))
-    plain = ask() if options.compare else None
-    drafts = f"drafts {shape} by {drafter.run}"
-    return Exchange(question, answer, plain, drafts, options.temperature == 0)
+    return [*messages, {"role": "user", "content": question}]
 
 
 def _shown(console: Console, tokenizer: Tokenizer) -> Callable[[Round], None]:

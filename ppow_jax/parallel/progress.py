@@ -1,7 +1,8 @@
 """Whatever takes long says so in the log: what it is, how far, how fast, and how long it will still take.
 
 A loop counts with `Loop`; anything else is named with `during`. While `followed`, JAX's compilations are
-named by themselves, and a log that has been silent for five seconds gets a line about what is being done.
+named by themselves, and a log that has been silent for five seconds gets a line about what is being done;
+for thirty, if its last line told the time left.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import jax.monitoring
 from ppow_jax.parallel.console import log
 
 _QUIET, _QUIET_AT_MOST = 5.0, 60.0  # seconds without a line; the silence doubles while one thing goes on
+_QUIET_AFTER_TIME_LEFT = 30.0  # who has read that is in no hurry for another line
 _LOOK = 0.5  # seconds between looks at it
 _PLAIN_WIDTH = 120  # of a line of training where the log is no terminal
 _CLOCK = len("00:00:00 ")  # what stands before each line
@@ -73,7 +75,8 @@ def _compilation(event: str, fun_name: str | int = "a program", **_: str | int) 
 def _hears(record: logging.LogRecord) -> bool:
     """A filter of the log that lets all through, and knows when it was."""
     global _line, _wait
-    _line, _wait = time.monotonic(), _QUIET
+    told = record.getMessage().endswith(" left")
+    _line, _wait = time.monotonic(), _QUIET_AFTER_TIME_LEFT if told else _QUIET
     return True
 
 

@@ -51,6 +51,18 @@ def test_lines_of_its_own_keep_the_log_from_saying_more(clock, lines):
     assert lines == ["a batch"] * 7
 
 
+def test_a_line_with_the_time_left_is_enough_for_half_a_minute(clock, lines):
+    with progress.during("train"):
+        progress.log.info("step 20/500 | 4m left")
+        for _ in range(29):
+            clock[0] += 1
+            progress._tell()
+        assert lines == ["step 20/500 | 4m left"]
+        clock[0] += 1
+        progress._tell()
+    assert lines[1:] == ["train: 30s so far"]
+
+
 def test_short_pieces_do_not_hide_what_lasts(clock, lines):
     """As dozens of programs that each compile for three seconds."""
     with progress.during("evaluate"):
