@@ -212,7 +212,7 @@ def generate(
         rounds.append(seen(watched, 0))
         if watch:
             watch(rounds[-1])
-        began = time.perf_counter()  # the next round is not computed before this one has been shown
+        began = time.perf_counter()  # on a CPU the next round waits for this
 
     with jax.set_mesh(target.mesh):
         out = session([prompt], jax.random.split(jax.random.key(seed), 1), look, scores)

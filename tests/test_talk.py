@@ -180,11 +180,13 @@ def test_a_second_question_comes_with_what_was_said(finished, monkeypatch):
 
 
 def test_what_is_compared_has_run_before(finished, monkeypatch):
-    calls = []
+    calls, programs = [], []
     generate = talk.api.generate
 
     def listening(target, messages, **how):
+        same = {key: value for key, value in how.items() if key not in ("watch", "seed", "drafter")}
         calls.append((messages if isinstance(messages, str) else "asked", "drafter" in how, "watch" in how))
+        programs.append(same)
         return generate(target, messages, **how)
 
     monkeypatch.setattr(talk.api, "generate", listening)

@@ -56,7 +56,7 @@ def talk(options: Options, console: Console | None = None) -> list[Exchange]:
     ask = functools.partial(ask, temperature=options.temperature)
     draft = functools.partial(ask, drafter=drafter, shape=shape, scores=bool(options.trace))
     if options.compare:  # what runs for the first time is compiled, and slower: no figures for the screen
-        with console.status("compiling"):
+        with console.status("running both ways of decoding once"):
             for decode in (draft, ask):
                 decode(options.prompt or "Hello")
     found: list[Exchange] = []

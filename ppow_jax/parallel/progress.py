@@ -75,7 +75,8 @@ def _compilation(event: str, fun_name: str | int = "a program", **_: str | int) 
 def _hears(record: logging.LogRecord) -> bool:
     """A filter of the log that lets all through, and knows when it was."""
     global _line, _wait
-    told = record.getMessage().endswith(" left")
+    said = record.getMessage()
+    told = said.endswith(" left") and not said.endswith(" 0s left")
     _line, _wait = time.monotonic(), _QUIET_AFTER_TIME_LEFT if told else _QUIET
     return True
 

@@ -41,12 +41,13 @@ class Writer:
         self._path = workdir / "metrics.jsonl"
         settings = settings or LogSettings()
         self._run, self._steps, self._every = run, steps, settings.every_steps
-        self._first, self._began, self._before = first_step, time.monotonic(), seconds
+        self._began, self._before = time.monotonic(), seconds
         self._pending: tuple[int, float, Any] | None = None
         _drop_after(self._path, run, first_step)
         self._file = self._path.open("a") if processes.first() else None
         self._boards = boards.opened(settings, workdir, run) if self._file else []
         self._shown = self._began  # when the log had its last line
+        self._compiled: tuple[int, float] | None = None  # the step that compiled, and when it ended
 
     def __enter__(self) -> "Writer":
         return self
@@ -85,10 +86,11 @@ class Writer:
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
         for board in self._boards:
             board.add(step, numbers)
+        self._compiled = self._compiled or (step, seconds)
         now = time.monotonic()
         if step % self._every == 0 or step == self._steps or now - self._shown >= _SECONDS:
             self._shown = now
-            log.info("%s", self._line(step, seconds, numbers))
+            log.info("%s", self._line(step, seconds, numbers, *self._compiled))
         for key, name in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
             if not np.isfinite(values.get(key, 0.0)):
                 raise UserError(
@@ -97,11 +99,16 @@ class Writer:
                     "clip_norm"
                 )
 
-    def _line(self, step: int, seconds: float, values: Mapping[str, float]) -> str:
-        """What matters most, as much of it as fits."""
-        done, spent = max(1, step - self._first), seconds - self._before
+    def _line(
+        self, step: int, seconds: float, values: Mapping[str, float], compiled: int, since: float
+    ) -> str:
+        """What matters most, as much of it as fits; the speed is that after the step with the compilation."""
         begin = f"{self._run} {step}/{self._steps}"
-        end = f"| {rate(done, spent, 'steps')} | {duration(spent / done * (self._steps - step))} left"
+        if step > compiled:
+            done, spent = step - compiled, seconds - since
+            end = f"| {rate(done, spent, 'steps')} | {duration(spent / done * (self._steps - step))} left"
+        else:
+            end = f"| the first step, with what it compiled, {duration(seconds - self._before)}"
         names = [next((n for n in of.split("/") if n in values), "") for of in ("loss", *_SHOWN)]
         shown = [f"{name} {values[name]:.4g}" for name in names if name]
         while shown and len(" ".join((begin, *shown, end))) > width():

@@ -54,6 +54,7 @@ def test_a_drafter_that_is_always_right_drafts_long_chains_where_they_are_cheap(
     assert found[0].tau == found[0].speedup == pytest.approx(11)  # 22 tokens after the first in two rounds
 
 
+@pytest.mark.slow
 def test_dear_passes_or_dear_drafts_shorten_them(chain, texts_of):
     assert best(chain, texts_of, (), costs(0.0, 2.0))[0].shape == shapes.chain(1)
     assert best(chain, texts_of, (), costs(3.0, 0.0))[0].shape == shapes.chain(1)

@@ -60,7 +60,7 @@ def test_drafted_text_is_the_targets_own_and_simulation_counts_the_same_rounds(t
             assert longest > min(window, 2)
 
 
-@pytest.mark.parametrize("shape", ["chain:3", "tree:8x3x3"])
+@pytest.mark.parametrize("shape", [pytest.param("chain:3", marks=pytest.mark.slow), "tree:8x3x3"])
 def test_a_drafter_of_two_layers_drafts_as_in_the_simulation(tiny, texts, pupil, shape):
     """Its second layer attends to what the first made of the text, read piece by piece or at once."""
     config = dataclasses.replace(tiny.drafter.config, layers=2)

@@ -79,7 +79,8 @@ def test_what_was_read_later_is_looked_up_and_what_was_refused_is_not():
     assert drafter.draft(None, state, GREEDY, None).tokens.tolist() == [[1, 2, 5]]
 
 
-ALONE_AND_BESIDE = [(name, False) for name in DRAFTERS] + [("lookup", True), ("lookahead", True)]
+ALONE_AND_BESIDE = [*((name, False) for name in DRAFTERS), ("lookahead", True)]
+ALONE_AND_BESIDE += [pytest.param("lookup", True, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("name", "beside"), ALONE_AND_BESIDE)

@@ -130,7 +130,7 @@ def test_a_token_that_the_drafter_does_not_have_is_the_targets_own(chain):
     [
         ("tree", Sampling()),
         ("lookup", Sampling()),
-        ("lookahead", Sampling()),
+        pytest.param("lookahead", Sampling(), marks=pytest.mark.slow),
         pytest.param("chain", Sampling(1.0), marks=pytest.mark.slow),
         pytest.param("tree", Sampling(1.0), marks=pytest.mark.slow),
     ],

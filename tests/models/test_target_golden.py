@@ -142,6 +142,7 @@ def test_taps_equal_the_reference(loaded, whole):
     assert (error <= TAP_TOLERANCE * want_Nx3).all()
 
 
+@pytest.mark.slow
 def test_greedy_decoding_equals_the_reference(loaded):
     count = len(CASES[0]["continuation"])
     lengths = np.array([len(p) for p in PROMPTS], np.int32)

@@ -156,6 +156,7 @@ def test_padding_has_no_say(chain, batch):
     assert norm(jax.tree.map(jnp.subtract, found[0][1], found[1][1])) == 0
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_add_up(chain, batch):
     drafter, weights = chain.drafter(smoothed(chain), LETTERS)
     batch = {k: np.concatenate([v, v[1:2]]) for k, v in batch.items()}

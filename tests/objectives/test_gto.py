@@ -304,6 +304,7 @@ def test_keys_that_do_not_go_together():
         dataclasses.replace(OBJECTIVE, tree="tree:40x2x28").check(27)
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_add_up_and_the_start_stays(chain, drafters, batch):
     drafter, weights, start, _ = drafters
     batch = {k: np.concatenate([v, v[1:2]]) for k, v in batch.items()}

@@ -93,6 +93,7 @@ def test_padding_has_no_say(chain, batch):
     assert norm(jax.tree.map(jnp.subtract, found[0][1], found[1][1])) == 0
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_add_up(chain, batch):
     drafter, weights = chain.drafter(np.full((small.markov.SIZE, len(LETTERS)), 1 / 27), LETTERS)
     batch = {k: np.concatenate([v, v[1:2]]) for k, v in batch.items()}

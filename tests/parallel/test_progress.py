@@ -63,6 +63,15 @@ def test_a_line_with_the_time_left_is_enough_for_half_a_minute(clock, lines):
     assert lines[1:] == ["train: 30s so far"]
 
 
+def test_what_follows_the_end_of_a_loop_is_told_after_five_seconds(clock, lines):
+    progress.log.info("step 500/500 | 0s left")
+    with progress.during("evaluate"):
+        for _ in range(5):
+            clock[0] += 1
+            progress._tell()
+    assert lines[1:] == ["evaluate: 5s so far"]
+
+
 def test_short_pieces_do_not_hide_what_lasts(clock, lines):
     """As dozens of programs that each compile for three seconds."""
     with progress.during("evaluate"):

@@ -294,6 +294,7 @@ def test_texts_depend_on_the_system_message_and_old_ones_are_found_again(tmp_pat
     assert briefed.directory != plain.directory
 
 
+@pytest.mark.slow
 def test_drafters_of_other_shapes_are_measured_side_by_side(measured):
     experiment, candidates, benchmark = measured
     settings = dataclasses.replace(experiment.settings.drafter, mlp_hidden=24, induction=False)

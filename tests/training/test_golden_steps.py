@@ -37,6 +37,7 @@ KINDS = {  # name -> objective, name of the run (and so its random numbers), par
     "ppow-t1": (ppow(temperature=1.0, proximity_weight=0.0), "ppow", 1),
     "ppow-2-parts": (ppow(proximity_weight=0.0), "ppow", 2),
 }
+FAST = ("supervise-1", "ppow-proximity", "ppow-t1")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,10 @@ def supervised(walk):
     return walk("supervise-1")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
+)
 def test_twenty_steps_end_where_they_did(walk, supervised, kind):
     if kind == "supervise-1":
         params, losses = supervised

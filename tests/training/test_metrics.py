@@ -99,7 +99,7 @@ def shown(monkeypatch, workdir, every: int, seconds: float, values: dict, width:
 
 
 def test_the_log_gets_a_line_now_and_then(tmp_path, monkeypatch):
-    """2 of 5 steps took 4 s, so 3 more take 6 s; the last step is always shown."""
+    """Step 4, after the one that compiled, took 2 s, so 3 more take 6 s; the last is always shown."""
     assert shown(monkeypatch, tmp_path, 4, 2.0, {}) == [
         "cst 4/7 loss 0.5 | 2 s each | 6s left",
         "cst 7/7 loss 0.875 | 2 s each | 0s left",
@@ -109,6 +109,24 @@ def test_the_log_gets_a_line_now_and_then(tmp_path, monkeypatch):
 def test_slow_steps_get_a_line_each_ten_seconds(tmp_path, monkeypatch):
     lines = shown(monkeypatch, tmp_path, 100, 4.0, {})
     assert [line.split()[1] for line in lines] == ["4/7", "7/7"]  # step 4 is written after 12 s
+
+
+def test_the_speed_is_that_after_compilation(tmp_path, monkeypatch):
+    clock, lines = [0.0], []
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(metrics.log, "info", lambda form, *values: lines.append(form % values))
+    with Writer(tmp_path, "cst", 5, seconds=7.0, settings=LogSettings(every_steps=1)) as writer:
+        for step, seconds in enumerate((100.0, 2.0, 2.0), 1):
+            clock[0] += seconds
+            writer.write(step, {"loss": 1.0})
+    assert [line.split(" | ", 1)[1] for line in lines] == [
+        "the first step, with what it compiled, 1m40s", "2 s each | 6s left", "2 s each | 4s left",
+    ]  # fmt: skip
+    lines.clear()
+    with Writer(tmp_path, "cst", 4, first_step=3, seconds=7.0) as writer:
+        clock[0] += 3
+        writer.write(4, {"loss": 1.0})
+    assert lines == ["cst 4/4 loss 1 | the first step, with what it compiled, 3s"]
 
 
 def test_a_line_shows_what_matters_most_and_as_much_of_it_as_fits(tmp_path, monkeypatch):
