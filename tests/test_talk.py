@@ -197,6 +197,7 @@ def test_what_is_compared_has_run_before(finished, monkeypatch):
         ("asked", True, True),
         ("asked", False, False),
     ]
+    assert programs[:2] == programs[2:]
 
 
 @pytest.mark.parametrize(
