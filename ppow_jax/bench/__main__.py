@@ -64,8 +64,8 @@ _PROMPTS = flags.DEFINE_string(
     "maths=builtin:maths/eval,code=builtin:code/eval,chat=builtin:chat/eval",
     "As config.evaluate.prompts.",
 )
-_COUNT = flags.DEFINE_integer("count", 4, "Prompts of each source that are decoded.")
-_TOKENS = flags.DEFINE_integer("tokens", 128, "Tokens that are written at most.")
+_COUNT = flags.DEFINE_integer("count", 4, "Prompts of each source that are decoded.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("tokens", 128, "Tokens that are written at most.", lower_bound=2)
 _DECODERS = flags.DEFINE_string(
     "decoders",
     "chain:3 tree:16x4x4 tree:60x8x10 auto lookup:3 lookahead chain:3+lookup:3",
@@ -98,9 +98,9 @@ _PLAIN_URL = flags.DEFINE_string("plain_url", "", "For `serve`: the same server 
 _TIMEOUT = flags.DEFINE_float(
     "timeout", 300.0, "Seconds that a server of `serve` may be silent.", lower_bound=0.1
 )
-_ROWS = flags.DEFINE_integer("rows", 8, "Prompts that `parting` decodes side by side.")
-_BATCH = flags.DEFINE_integer("batch", 0, "Prompts of `respond`; 0: the config's default.")
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Batches that `respond` times, a row each.")
+_ROWS = flags.DEFINE_integer("rows", 8, "Prompts that `parting` decodes side by side.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 0, "Prompts of `respond`; 0: the config's default.", lower_bound=0)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Batches that `respond` times, a row each.", lower_bound=1)
 
 
 def _parts(made: Experiment, machine: Machine) -> None:
