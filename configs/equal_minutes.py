@@ -1,0 +1,33 @@
+"""What to do with the next minutes of training: more supervision, or the expected reward. Three seeds of each.
+
+  python -m ppow_jax.main --config=configs/equal_minutes.py --workdir=DIR \
+    --config.respond.responses=RESPONSES.jsonl --config.respond.prompts= \
+    --config.evaluate.prompts=gsm8k=GSM8K.jsonl[:160],humaneval=HUMANEVAL.jsonl,mt_bench=MT_BENCH.jsonl
+
+Without the flags it trains and measures on the builtin prompts. docs/results.md has the table that it ended
+with. The report compares all runs with `cst`, prompt by prompt, and the seeds of a kind with each other.
+"""
+
+from ppow_jax.config import training_run as run
+from ppow_jax.configs import base, smollm2_135m
+
+SEEDS = {"": 0, "_2": 1, "_3": 2}
+
+
+def get_config():
+    c = smollm2_135m.get_config()
+    del c.train.cst, c.train.ppow
+    c.train.supervise.steps = 2500
+    common = dict(start="supervise", order="continue", anchors=24)
+    # Steps that take the same minutes on two cores, and the learning rate that suits each best: docs/log.md.
+    for name, seed in SEEDS.items():
+        c.train["cst" + name] = run(
+            "supervised", seed=seed, steps=1200, window=4, optimizer=base.optimizer(3e-4, 20), **common
+        )
+        c.train["expected" + name] = run(
+            "expected", seed=seed, steps=840, window=6, rank=1, optimizer=base.optimizer(6e-4, 20), **common
+        )
+    c.evaluate.control = "cst"
+    c.evaluate.decode_prompts = 2
+    c.log.curve_points = 4
+    return c
