@@ -17,15 +17,15 @@ SEEDS = {"": 0, "_2": 1, "_3": 2}
 def get_config():
     c = smollm2_135m.get_config()
     del c.train.cst, c.train.ppow
-    c.train.supervise.steps = 2500
+    c.train.supervise.steps = 1500
     common = dict(start="supervise", order="continue", anchors=24)
     # Steps that take the same minutes on two cores, and the learning rate that suits each best: docs/log.md.
     for name, seed in SEEDS.items():
         c.train["cst" + name] = run(
-            "supervised", seed=seed, steps=1200, window=4, optimizer=base.optimizer(3e-4, 20), **common
+            "supervised", seed=seed, steps=800, window=4, optimizer=base.optimizer(3e-4, 20), **common
         )
         c.train["expected" + name] = run(
-            "expected", seed=seed, steps=840, window=6, rank=1, optimizer=base.optimizer(6e-4, 20), **common
+            "expected", seed=seed, steps=560, window=6, rank=1, optimizer=base.optimizer(6e-4, 20), **common
         )
     c.evaluate.control = "cst"
     c.evaluate.decode_prompts = 2
