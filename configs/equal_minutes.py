@@ -1,4 +1,4 @@
-"""What to do with the next minutes of training: more supervision, or the expected reward. Three seeds of each.
+"""What to do with the next minutes of training: supervision, or the expected reward; three seeds.
 
   python -m ppow_jax.main --config=configs/equal_minutes.py --workdir=DIR \
     --config.respond.responses=RESPONSES.jsonl --config.respond.prompts= \

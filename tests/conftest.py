@@ -8,6 +8,7 @@ import logging
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parent / "helpers"))
 
+import brief
 import quick
 import runs
 import small
@@ -31,8 +33,8 @@ from ppow_jax.training.step import Recipe, make_step
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The fast tests compile much and run little: XLA optimises nothing in them. The slow ones are as in use,
-    but for processes that they start many of."""
+    """Most tests compile much and run little: XLA optimises nothing in them. Those marked `real` are as in
+    use; a session with some of them is so as a whole."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker and hasattr(os, "sched_setaffinity"):  # workers that share cores wait for each other's threads
         cores = sorted(os.sched_getaffinity(0))
@@ -42,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.freeze()
     gc.set_threshold(200_000, 20, 50)
     jax.config.update("jax_traceback_in_locations_limit", 0)  # nobody reads where operations came from
-    if config.option.markexpr == "not slow":
+    if config.option.markexpr in ("not slow", "slow and not real"):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick.FLAGS}"
         memory.drop_programs = memory.give_back  # many tests run the same small stages
 
@@ -99,18 +101,29 @@ def compiled_once(session_directory) -> None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
-@pytest.fixture(scope="session")
-def finished(session_directory) -> runs.Finished:
-    """A workdir in which all stages have run, with the runs supervise and cst. Read it, never write there."""
-    place = session_directory / "finished"
+def made_once(place: pathlib.Path, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
+    """The workdir in a place, which the first worker that asks for it makes."""
     workdir, done = place / "workdir", place / "done"
     place.mkdir(exist_ok=True)
     with (place / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker that asks for it runs it
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
-            runs.run(workdir)
+            make(workdir)
             done.touch()
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def finished(session_directory) -> runs.Finished:
+    """A workdir in which all stages have run, with the runs supervise and cst. Read it, never write there."""
+    workdir = made_once(session_directory / "finished", runs.run)
     return runs.Finished(workdir, runs.make_settings(workdir.parent))
+
+
+@pytest.fixture(scope="session")
+def briefly_trained(session_directory) -> pathlib.Path:
+    """A workdir of `brief`, on SmolLM2. Read it, never write there."""
+    return made_once(session_directory / "brief", brief.make)
 
 
 @pytest.fixture(scope="session", autouse=True)

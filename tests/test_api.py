@@ -267,6 +267,7 @@ def test_training_leaves_a_workdir(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.real
 def test_a_real_target_answers_in_whole_characters(smollm2):
     target = ppow_jax.load_target(f"package:{small.SMOLLM2}")
     begun = drafters.fresh(target, np.arange(8192, dtype=np.int32), None)

@@ -87,6 +87,7 @@ def score(built: experiment.Experiment, name: str) -> Scored:
 
 
 @pytest.mark.slow
+@pytest.mark.real
 def test_ppow_reaches_98_percent_of_the_known_optimum(tmp_path):
     config = tiny_config()
     config.stages, config.runs = ("respond", "train"), ("supervise", "ppow")

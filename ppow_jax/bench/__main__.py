@@ -143,8 +143,6 @@ def _llamacpp(made: Experiment, machine: Machine) -> None:
 
 def _cost_there(made: Experiment) -> None:
     depths = _numbers("depths", _DEPTHS.value)
-    if len(set(depths)) < 2:
-        raise ConfigError(f"--depths: found {_DEPTHS.value}, expected two lengths of chains or more")
     asked = server.questions(made, _PROMPTS.value, _COUNT.value)
     held_out = evaluate.held_out(made)
     for candidate, engine in _engines(made):
@@ -153,12 +151,6 @@ def _cost_there(made: Experiment) -> None:
 
 def _engines(made: Experiment) -> Iterator[tuple[Candidate, server.Engine]]:
     """llama.cpp with each drafter, as it is stored, each target, and each number of threads."""
-    for name, given, allowed in (
-        ("target_types", _TARGETS.value, (STORED, *gguf_files.TYPES)),
-        ("drafter_types", _DRAFTERS.value, tuple(gguf_files.TYPES)),
-    ):
-        if wrong := set(given) - set(allowed):
-            raise ConfigError(f"--{name}: found {min(wrong)!r}, expected some of {', '.join(allowed)}")
     threads = _numbers("threads", _THREADS.value) or [decoding.cores()]
     with tempfile.TemporaryDirectory() as directory:
         for run, target, drafter, number in itertools.product(
@@ -169,6 +161,30 @@ def _engines(made: Experiment) -> Iterator[tuple[Candidate, server.Engine]]:
                 candidate,
                 server.prepare(made, candidate, pathlib.Path(directory), (target, drafter), number),
             )
+
+
+def _check_there(command: str, settings: Settings) -> None:
+    """What runs in llama.cpp can run, and its flags name something.
+
+    Raises:
+      UserError: naming the flag, or what is missing.
+    """
+    least = 2 if command == "cost" else 1
+    if len(set(_numbers("depths", _DEPTHS.value))) < least:
+        raise ConfigError(f"--depths: found {_DEPTHS.value}, expected {least} or more lengths of chains")
+    _numbers("threads", _THREADS.value)
+    for name, given, allowed in (
+        ("target_types", _TARGETS.value, (STORED, *gguf_files.TYPES)),
+        ("drafter_types", _DRAFTERS.value, tuple(gguf_files.TYPES)),
+    ):
+        if not given or not set(given) <= set(allowed):
+            raise ConfigError(f"--{name}: found {given}, expected some of {', '.join(allowed)}")
+    if not gguf_files.named(settings.target.path):
+        raise ConfigError(
+            f"{command}: found the target {settings.target.path!r}, expected a GGUF file, which is what "
+            "llama.cpp reads; train a drafter for the same model as a GGUF file"
+        )
+    server.require_installed()
 
 
 def _numbers(name: str, given: list[str]) -> list[int]:
@@ -230,6 +246,8 @@ def main(argv: list[str]) -> None:
         _serve()
         return
     settings = _settings(argv[1])
+    if argv[1] == "llamacpp" or (argv[1] == "cost" and _ENGINE.value == "llamacpp"):
+        _check_there(argv[1], settings)
     if argv[1] == "load":  # before anything else is in memory
         loading.load(settings)
         return

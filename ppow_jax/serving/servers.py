@@ -105,7 +105,7 @@ class Server:
     kind: ClassVar[str] = "an OpenAI-compatible server"
     missing: ClassVar[str] = "servers of other kinds than llama.cpp, vLLM and SGLang are not asked for drafts"
     # What switches off a server's own defaults, which may be top-k, top-p or a penalty.
-    plainly: ClassVar[dict[str, Any]] = {"top_p": 1.0}
+    plainly: ClassVar[dict[str, Any]] = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
     def chat(self, messages: Sequence[Message], tokens: int, temperature: float = 0.0) -> Answer:
         """Answers a conversation, with the server's own chat template around it.
@@ -172,7 +172,10 @@ class LlamaCpp(Server):
 
     kind = "llama.cpp"
     missing = "answers count no drafts (`timings.draft_n`): is it started with a drafter (-md)?"
-    plainly: ClassVar[dict[str, Any]] = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
+    plainly: ClassVar[dict[str, Any]] = {
+        **{"top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0, "xtc_probability": 0.0},
+        **{"repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "dry_multiplier": 0.0},
+    }
 
     def answer(self, asked: Asked) -> Answer:
         body: dict[str, Any] = {"prompt": list(asked.ids), "n_predict": asked.tokens}

@@ -56,7 +56,8 @@ def check_target(experiment: Experiment) -> None:
     shape = drafters.shape_of(experiment, settings.exported())
     if settings.export.server == llamacpp.NAME:
         llamacpp.check(shape, experiment.target.config)
-        tokenizer_gguf.metadata(experiment.tokenizer, experiment.target.config.vocab_size)
+        target = experiment.target.config
+        tokenizer_gguf.of_target(settings.target.path, experiment.tokenizer, target.vocab_size)
     else:
         dialects.check(shape, experiment.target.config, settings.export.server)
 
@@ -112,7 +113,8 @@ def _write_for(
         writing.write(directory, *about, target, server, dtype, experiment.fingerprint)
         return
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = tokenizer_gguf.metadata(experiment.tokenizer, target.vocab_size)
+    path = experiment.settings.target.path
+    tokenizer = tokenizer_gguf.of_target(path, experiment.tokenizer, target.vocab_size)
     file = directory / llamacpp.FILE
     llamacpp.write(file, *about, target, tokenizer, dtype, experiment.fingerprint)
 

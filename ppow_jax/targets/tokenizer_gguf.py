@@ -9,6 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from ppow_jax.errors import UserError
 from ppow_jax.models.fields import Fields
+from ppow_jax.targets import gguf_files
 from ppow_jax.targets.tokenizer import ENDS, Tokenizer
 
 _NORMAL, _CONTROL, _ADDED, _UNUSED = 1, 3, 4, 5  # kinds of tokens
@@ -103,6 +104,22 @@ def _core(read: Fields, tokens: tuple[str, ...], ignore_merges: bool) -> tokeniz
 
 # Tells the ways of splitting text apart.
 _SAMPLE = "It's  12345 x2 DON'T\n\n def f(a_b):\r\n\treturn 3.14 \u00e9\u4e2d\u6587!!  "
+
+
+def of_target(path: str, tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+    """The metadata of a target's tokenizer: its own GGUF file's where it is one, else as `metadata` makes it.
+
+    Args:
+      path: `config.target.path`.
+      tokenizer, rows: as `metadata`.
+
+    Raises:
+      UserError: as `metadata`.
+    """
+    if not gguf_files.named(path):
+        return metadata(tokenizer, rows)
+    found = gguf_files.read(gguf_files.find(path)).metadata
+    return {key: value for key, value in found.items() if key.startswith("tokenizer.")}
 
 
 def metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:

@@ -220,9 +220,9 @@ def imported(
     Raises:
       UserError: it cannot be read, is of another target, or reads other layers of it than `target.taps`.
     """
-    file, is_gguf = files.path_of(path), path.endswith(".gguf")
-    directory = None if is_gguf else directories.find(path, key)
-    if is_gguf and file.is_file():
+    file = files.path_of(path)
+    directory = directories.find(path, key)
+    if directory is None and path and file.is_file():
         found = llamacpp.read(file, target, fingerprint)
     elif directory is None:
         raise ConfigError(

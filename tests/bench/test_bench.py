@@ -217,3 +217,23 @@ def test_what_a_command_lacks_is_named(tmp_path, arguments, message):
 def test_a_workdir_has_a_config_of_its_own(finished, tmp_path):
     done = bench(tmp_path, "load", f"--workdir={finished.workdir}", "--target=markov:1")
     assert done.returncode == 2 and "found --workdir beside --config or --target" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("llamacpp", "--depths="), "--depths: found [], expected 1 or more lengths of chains"),
+        (("cost", "--engine=llamacpp", "--depths=2"), "found ['2'], expected 2 or more lengths of chains"),
+        (("llamacpp", "--threads=0"), "--threads: found '0', expected whole numbers from 1"),
+        (("llamacpp", "--target_types="), "--target_types: found [], expected some of stored, float32"),
+        (
+            ("llamacpp", "--drafter_types=stored"),
+            "--drafter_types: found ['stored'], expected some of float32",
+        ),
+        (("llamacpp",), "llamacpp: found the target 'markov:0', expected a GGUF file"),
+    ],
+)
+def test_what_llama_cpp_cannot_run_is_said_before_anything_is_loaded(finished, tmp_path, arguments, said):
+    done = bench(tmp_path, *arguments, f"--workdir={finished.workdir}")
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1

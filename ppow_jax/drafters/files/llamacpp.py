@@ -1,8 +1,8 @@
 """Drafters as llama.cpp reads them: one GGUF file of the architecture `eagle3`.
 
 Names of tensors and keys are those of llama.cpp of October 2026 (`--spec-type draft-eagle3`). Its layers'
-ids name layers whose *input* is tapped, as ours; `d2t` holds target ids themselves, and not offsets; rows of
-queries and keys lie for interleaved rotary embedding.
+ids name layers whose *input* is tapped, as ours; but the output of the last layer it gives as zeros. `d2t`
+holds target ids themselves, and not offsets; rows of queries and keys lie for interleaved rotary embedding.
 """
 
 import json
@@ -17,7 +17,7 @@ import numpy as np
 from ppow_jax.drafters.eagle3 import DrafterConfig, abstract_params
 from ppow_jax.drafters.files.reading import Imported
 from ppow_jax.errors import UserError
-from ppow_jax.models import rotary
+from ppow_jax.models import rope_scaling, rotary
 from ppow_jax.models.fields import Fields
 from ppow_jax.models.target import TargetConfig
 from ppow_jax.parallel import partition
@@ -67,6 +67,8 @@ def check(config: DrafterConfig, target: TargetConfig) -> None:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "llama3"):
         why.append(f"{kind} scaling of its wavelengths")
+    if target.taps[-1] >= target.layers:
+        why.append(f"a tap at {target.layers}, the last layer's output, which it gives as zeros")
     if target.post_norms or (target.attention_bias and not target.out_bias):
         why.append("a target whose layers llama.cpp does not tap (Qwen2, Gemma 3)")
     if why:
@@ -93,7 +95,7 @@ def write(
       config, params: the drafter.
       vocab: `[N]` target ids of the draft ids, ascending.
       target: shape of its target.
-      tokenizer: metadata of the target's tokenizer, `tokenizer_gguf.metadata`.
+      tokenizer: metadata of the target's tokenizer, `tokenizer_gguf.of_target`.
       dtype: of the matrices, one of `DTYPES`; norms are float32. Rows that a quantised type cannot hold,
         whose length is no multiple of 32, are float16.
       fingerprint: names the target; llama.cpp does not read it.
@@ -244,6 +246,8 @@ def _shape(
     if heads % kv_heads:
         raise m.wrong(f"{at}.attention.head_count_kv", f"a divisor of head_count, {heads}")
     size = m.whole(f"{at}.attention.key_length", max(1, width // heads))
+    if size % 2:
+        raise m.wrong(f"{at}.attention.key_length", "an even size of heads, whose halves are rotated")
     for key in ("attention.value_length", "rope.dimension_count"):
         m.only(f"{at}.{key}", size, "the size of a head")
     if "token_embd.weight" not in tensors and width != target.width:
@@ -252,13 +256,11 @@ def _shape(
         )
     if "output.weight" not in tensors:
         raise m.error("found no tensor 'output.weight', which an EAGLE-3 drafter has")
-    try:
-        scaling = json.loads(m.text(_SCALING, "[]"))
-        pairs = tuple((str(key), value) for key, value in scaling)
-    except (ValueError, TypeError) as e:
-        raise m.wrong(_SCALING, "a list of keys and values of rope_scaling") from e
+    head = tuple(map(int, tensors["output.weight"].shape))
+    if len(head) != 2 or not head[1]:
+        raise m.error(f"tensor 'output.weight' has the shape {head}, expected two axes: width and tokens")
     config = DrafterConfig(
-        vocab_size=int(tensors["output.weight"].shape[1]),
+        vocab_size=head[1],
         width=width,
         taps_width=3 * target.width,
         heads=heads,
@@ -268,12 +270,25 @@ def _shape(
         rope_theta=_written(m.number(f"{at}.rope.freq_base", above=1)),
         norm_epsilon=_written(m.number(f"{at}.attention.layer_norm_rms_epsilon", zero=True)),
         embedding_size=target.vocab_size if "token_embd.weight" in tensors else 0,
-        rope_scaling=pairs,
+        rope_scaling=_scaling(m, size),
         normed_residual=m.flag(f"{at}.norm_before_residual"),
     )
     m.whole(f"{at}.context_length", None)
     m.rest(lambda key: not key.startswith(f"{at}."))
     return config, taps
+
+
+def _scaling(m: Fields, head_size: int) -> tuple[tuple[str, Any], ...]:
+    """How the drafter's wavelengths are stretched, by the key that we write."""
+    try:
+        pairs = json.loads(m.text(_SCALING, "[]"))
+        given = {str(key): value for key, value in pairs}
+    except (ValueError, TypeError, RecursionError) as e:
+        raise m.wrong(_SCALING, "a list of keys and values of rope_scaling") from e
+    _, found = rope_scaling.read(Fields({"rope_scaling": given}, f"{m.where}: {_SCALING}"), head_size)
+    if found.get("rope_type", "llama3") != "llama3":
+        raise m.wrong(_SCALING, "a scaling of the kind 'llama3', or none")
+    return tuple((key, found[key]) for key in given if key in found)
 
 
 def _written(value: float) -> float:
