@@ -56,6 +56,9 @@ def test_a_server_of_each_kind_writes_what_our_decoder_writes(tmp_path, finished
     assert "respond: 64 of 64 tokens of the server's first texts are ours" in log_lines
     how = [b.get("sampling_params", b) for b in bodies]
     assert {h["temperature"] for h in how} == {0.0} and {h["top_p"] for h in how} == {1.0}
+    assert {(h["presence_penalty"], h["frequency_penalty"]) for h in how} == {(0.0, 0.0)}
+    if kind == "llamacpp":
+        assert {(h["repeat_penalty"], h["dry_multiplier"]) for h in how} == {(1.0, 0.0)}
     if kind in ("vllm", "sglang"):
         assert {tuple(h["stop_token_ids"]) for h in how} == {(END,)}
     counts = json.loads((tmp_path / "w" / "responses.json").read_text())
