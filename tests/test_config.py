@@ -49,6 +49,11 @@ def test_every_ready_config_is_valid(name):
     assert config.to_dict(found) == values.to_dict()  # nothing lost, nothing changed
     if name == "objectives":  # one run for each, and some of supervised
         assert {run.objective for run in found.train.values()} == set(OBJECTIVES)
+    elif name == "equal_minutes":  # the same seeds of both
+        seeds = [
+            [r.seed for n, r in found.train.items() if n.startswith(kind)] for kind in ("cst", "expected")
+        ]
+        assert seeds == [[0, 1, 2]] * 2
     else:
         last = "expected" if name in ("quickstart", "hf_directory") else "ppow"
         assert list(found.train) == ["supervise", "cst", last]

@@ -97,7 +97,10 @@ def session(experiment: Experiment, candidate: Candidate, depth: int, tokens: in
 
 
 def ours(decoder: Session, ids: list[int], tokenizer: Tokenizer) -> tuple[Answer, list[int]]:
-    """What we write, and its ids without the one that ends the text."""
+    """What we write, and its ids without the one that ends the text.
+
+    That one is not among the accepted tokens, drafted or not; llama.cpp counts it where it was drafted.
+    """
     began = time.perf_counter()
     out = decoder([ids])
     written = np.asarray(out.tokens[0, : int(out.emitted[0])]).tolist()
