@@ -202,7 +202,7 @@ def _offsets_for_ids(workdir: pathlib.Path) -> dict[str, str]:
 
 
 def _gguf_taps_one_off(workdir: pathlib.Path) -> dict[str, str]:
-    return gguf(workdir, taps=(2, 3, 4))
+    return gguf(workdir, taps=(0, 1, 2))
 
 
 def _other_features(workdir: pathlib.Path) -> None:
@@ -219,7 +219,7 @@ FAULTS = {
         _taps_one_off, "taps", "sglang reads [2, 3, 4], expected the inputs of layers [1, 2, 3]", _MEASURED
     ),
     "taps one off in a GGUF file": Fault(
-        _gguf_taps_one_off, "taps", "llamacpp reads [2, 3, 4], expected", _MEASURED
+        _gguf_taps_one_off, "taps", "llamacpp reads [0, 1, 2], expected", _MEASURED
     ),
     "ids for offsets": Fault(_ids_for_offsets, "d2t", "found ids in d2t, expected offsets in safetensors"),
     "offsets for ids in a GGUF file": Fault(_offsets_for_ids, "d2t", "found offsets in d2t, expected ids"),
