@@ -2,7 +2,7 @@
 
   python -m ppow_jax.main --config=configs/equal_minutes.py --workdir=DIR \
     --config.respond.responses=RESPONSES.jsonl --config.respond.prompts= \
-    --config.evaluate.prompts=gsm8k=GSM8K.jsonl[:160],humaneval=HUMANEVAL.jsonl,mt_bench=MT_BENCH.jsonl
+    --config.evaluate.prompts=gsm8k=GSM8K.jsonl[:128],humaneval=HUMANEVAL.jsonl,mt_bench=MT_BENCH.jsonl
 
 Without the flags it trains and measures on the builtin prompts. docs/results.md has the table that it ended
 with. The report compares all runs with `cst`, prompt by prompt, and the seeds of a kind with each other.

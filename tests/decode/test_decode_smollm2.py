@@ -50,14 +50,15 @@ def distribution_of_texts(smollm2, prompt: list[int], how: Sampling) -> dict[tup
     return found
 
 
-def test_sampled_texts_follow_the_targets_distribution(smollm2, text):
+@pytest.mark.parametrize("name", ["group:2x2", "tree:12x2x8"])
+def test_sampled_texts_follow_the_targets_distribution(smollm2, text, name):
     """768 texts of three tokens, of 27 that are possible: chi-square, once in a thousand wrong by chance."""
     prompt, how = text.encode("The best way to learn is"), Sampling(1.0, top_k=TOP)
     probs = distribution_of_texts(smollm2, prompt, how)
     assert len(probs) == TOP**COUNT and sum(probs.values()) == pytest.approx(1, abs=1e-4)
     # a fresh drafter knows nothing, but with few tokens to draft it is right now and then
     drafter, weights = beginner(smollm2, sorted({token for t in probs for token in t}))
-    eagle, config = Eagle(drafter, shapes.parse("tree:12x2x8")), DecodeConfig(COUNT, NEVER, how)
+    eagle, config = Eagle(drafter, shapes.parse(name)), DecodeConfig(COUNT, NEVER, how)
     counts, accepted = dict.fromkeys(probs, 0), 0
     for part in range(ROWS // 256):
         keys = jax.random.split(jax.random.key(part), 256)

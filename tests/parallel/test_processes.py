@@ -24,7 +24,7 @@ from ppow_jax.training import metrics
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS = 10
+STEPS = 20
 FLAGS = {
     "stages": "('respond','train')",
     "respond.prompts": "chat=builtin:chat/train[:32]",
@@ -49,7 +49,7 @@ TO_THE_END = {
     "evaluate__batch_size": 8,
     "evaluate__decode_prompts": 1,
 }
-MESHES = [(8, 1, 1), (1, 1, 8)]  # (2, 4, 1) and (2, 2, 2) are those of the tests below
+MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
 
 
 def start(

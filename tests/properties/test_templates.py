@@ -2,10 +2,10 @@
 
 import re
 
-import pytest
 import strange
 from chats import CHATML, NO_SYSTEM, TAGGED, THINKING, tokenizer
 from hypothesis import strategies as st
+from test_model_files import counts
 
 from ppow_jax.data.conversations import Conversation
 from ppow_jax.data.prompt import Prompt
@@ -71,7 +71,7 @@ def templates(draw):
     return text
 
 
-@pytest.mark.parametrize("count", [strange.FAST, pytest.param(2_000, marks=pytest.mark.slow)])
+@counts
 def test_templates(count, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "_SECONDS", 0.1)
     place, core = strange.Place(tmp_path, {}), tokenizer().core
