@@ -1,7 +1,8 @@
 """The one primitive: step the drafter from anchors through windows.
 
-Training-time test, rollouts, the PPOW update, teacher-forced scoring and drafting at inference are all
-`window_pass` with another `choose`. An anchor is a position t whose target features are known up to t
+Rollouts, teacher-forced scoring and drafting at inference are all `window_pass` with another `choose`;
+training-time test, the PPOW update and every other that has a gradient are `known_pass`, whose tokens are
+known before it begins. An anchor is a position t whose target features are known up to t
 and whose tokens are known up to t + 1; step j of its window predicts token t + 2 + j.
 
 Shape letters: B rows, T text positions, A anchors, G windows a group, K steps of a window, N draft
@@ -9,11 +10,12 @@ vocabulary, V vocabulary, D width, C taps width, S prefix slots.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from ppow_jax.drafters.eagle3 import Drafter, DrafterWeights
@@ -27,7 +29,9 @@ from ppow_jax.parallel import partition
 # choose(step, hidden_BxAxGxD, logits_BxAxGxN, given) -> (target ids to go on with [B, A, G], statistics).
 # At step 0 they are [B, A, 1, ...]: a group shares its anchor. It may be asked about some anchors only.
 Choose = Callable[[int, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
-# given(step): what choose is given of every anchor besides, leaves [B, A, ...].
+# observe(step, hidden_BxAxGxD, logits_BxAxGxN, given) -> statistics, in the same way.
+Observe = Callable[[int, jax.Array, jax.Array, Any], Any]
+# given(step): what choose or observe is given of every anchor besides, leaves [B, A, ...].
 Given = Callable[[int], Any]
 
 
@@ -173,9 +177,8 @@ def window_pass(
     choose: Choose,
     steps: int,
     given: Given = lambda step: (),
-    remat: str = "none",
 ) -> Any:
-    """Steps the drafter `steps` times from every anchor.
+    """Steps the drafter `steps` times from every anchor, through tokens that are chosen on the way.
 
     Args:
       drafter: the module.
@@ -183,75 +186,148 @@ def window_pass(
       prefix: S slots by layer; slot p holds position p, and a window sees the slots <= its anchor.
       start: the anchors.
       choose: picks the tokens; its statistics are `[B, A, G]` leaves. It sees so many anchors at a time that
-        their logits fit into `blocks.VALUES`. In the backward pass it is computed again, and so are the
-        logits where they did not fit as a whole: no more of the arrays as wide as the vocabulary is kept.
+        their logits fit into `blocks.VALUES`.
       steps: K, at least 1.
       given: what `choose` is given at a step.
+
+    Returns:
+      The statistics of all steps, stacked to `[B, A, G, K]`.
+    """
+    through, params = _steps(drafter, weights, prefix, start), _head_at_hand(weights, drafter.config.dtype)
+    tokens_BxAxG, collected = None, []
+    for step in range(steps):
+
+        def some(hidden_BxLxGxD: jax.Array, given: Any, step: int = step) -> tuple[jax.Array, Any]:
+            return choose(step, hidden_BxLxGxD, _logits(drafter, params, hidden_BxLxGxD), given)
+
+        hidden = through.send(tokens_BxAxG)
+        tokens_BxAxG, stats = blocks.mapped(some, _parts(drafter, hidden), hidden, given(step))
+        collected.append(stats)
+    return _stacked(collected)
+
+
+def known_pass(
+    drafter: Drafter,
+    weights: DrafterWeights,
+    prefix: Cache,
+    start: Start,
+    tokens_BxAxGxK: jax.Array,
+    observe: Observe,
+    given: Given = lambda step: (),
+    remat: str = "none",
+) -> Any:
+    """Steps the drafter through tokens that are known: what is learnt has its gradient from here.
+
+    Args:
+      drafter, weights, prefix, start: as in `window_pass`.
+      tokens_BxAxGxK: target ids that the windows hold.
+      observe: gives statistics, `[B, A, G]` leaves. It sees so many anchors at a time that their logits fit
+        into `blocks.VALUES`. In the backward pass it is computed again, and so are the logits where they did
+        not fit as a whole: no more of the arrays as wide as the vocabulary is kept.
+      given: what `observe` is given at a step.
       remat: what the backward pass computes again of a step: "none", "dots" (all but matrix products), "all".
 
     Returns:
       The statistics of all steps, stacked to `[B, A, G, K]`.
     """
-    B, A = start.token.shape
-    head = {"weight": partition.at_hand(weights.params["head"]["weight"])}
-    params = weights.params | {"head": head}
+    through = _steps(drafter, weights, prefix, start, remat)
+    steps = range(tokens_BxAxGxK.shape[-1])
+    hidden = [through.send(tokens_BxAxGxK[..., step - 1] if step else None) for step in steps]
+    if all(_parts(drafter, h) == 1 for h in hidden):
+        params = _head_at_hand(weights, drafter.config.dtype)
+        return _stacked(_observed(drafter, observe, params, hidden, [given(step) for step in steps]))
+    params, collected = _head_at_hand(weights, jnp.float32), []  # the dtype that its gradient is added up in
+    for step, h in enumerate(hidden):
 
-    def observe(step: int, hidden_BxAxGxD: jax.Array) -> tuple[jax.Array, Any]:
-        def some(hidden_BxLxGxD: jax.Array, given: Any) -> tuple[jax.Array, Any]:
-            return _chosen(drafter, functools.partial(choose, step), params, hidden_BxLxGxD, given)
+        def some(hidden_BxLxGxD: jax.Array, given: Any, step: int = step) -> Any:
+            return observe(step, hidden_BxLxGxD, _logits(drafter, params, hidden_BxLxGxD), given)
 
-        values = partition.share(B, drafter.config.vocab_size) * A * hidden_BxAxGxD.shape[2]
-        return blocks.mapped(some, blocks.count(values, A), hidden_BxAxGxD, given(step))
+        collected.append(blocks.mapped(some, _parts(drafter, h), h, given(step)))
+    return _stacked(collected)
 
+
+def _steps(
+    drafter: Drafter, weights: DrafterWeights, prefix: Cache, start: Start, remat: str = "none"
+) -> Generator[jax.Array, jax.Array, None]:
+    """Gives the hidden states `[B, A, G, D]` of one step after the other, and is sent the tokens `[B, A, G]`
+    to go on with. At step 0, before which there are none, G is 1."""
     first: Callable[..., Windows] = functools.partial(begin, drafter)
     onward: Callable[..., Windows] = functools.partial(advance, drafter)
     if remat != "none":
         again = functools.partial(jax.checkpoint, policy=_POLICIES[remat])
         first, onward = again(first), again(onward)
     windows = first(weights, prefix, start)
-    tokens_BxAxG, stats = observe(0, windows.hidden)
-    collected = [stats]
-    G = tokens_BxAxG.shape[-1]
+    tokens_BxAxG = yield windows.hidden
+    B, A, G = tokens_BxAxG.shape
     windows = repeat(windows, G)
-    for step in range(1, steps):
+    while True:
         windows = onward(weights, prefix, windows, tokens_BxAxG.reshape(B, A * G))
-        tokens_BxAxG, stats = observe(step, windows.hidden.reshape(B, A, G, -1))
-        collected.append(stats)
+        tokens_BxAxG = yield windows.hidden.reshape(B, A, G, -1)
+
+
+def _head_at_hand(weights: DrafterWeights, dtype: Any) -> dict:
+    """The drafter's parameters with the head, which every step reads, gathered in that dtype."""
+    matrix_NxD = weights.params["head"]["weight"].astype(dtype)
+    return weights.params | {"head": {"weight": partition.at_hand(matrix_NxD)}}
+
+
+def _parts(drafter: Drafter, hidden_BxAxGxD: jax.Array) -> int:
+    """Into how many parts anchors go, so that the logits of a part fit into `blocks.VALUES`."""
+    B, A, G, _ = hidden_BxAxGxD.shape
+    return blocks.count(partition.share(B, drafter.config.vocab_size) * A * G, A)
+
+
+def _logits(drafter: Drafter, params: dict, hidden: jax.Array) -> jax.Array:
+    return drafter.apply({"params": params}, hidden, method="logits")
+
+
+def _stacked(collected: list) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, -1), *collected)
 
 
-def _chosen(
-    drafter: Drafter, choose: Callable[..., Any], params: dict, hidden: jax.Array, given: Any
-) -> tuple[jax.Array, Any]:
-    """`choose(hidden, logits, given)`; in the backward pass it is computed again from the logits.
+def _observed(drafter: Drafter, observe: Observe, params: dict, hidden: list, given: list) -> list:
+    """`observe(step, hidden, logits, given)` of every step; in the backward pass it is computed again from
+    the logits.
 
-    They are the only array as wide as the vocabulary that is kept. `jax.checkpoint` would copy what it keeps.
+    They are the only arrays as wide as the vocabulary that are kept. `jax.checkpoint` would copy what it
+    keeps. The gradient of the head is one product for all steps: it is as large as the head itself, and each
+    step's own would be written, sent to other devices, and added up.
     """
 
-    def logits_of(params: dict, hidden: jax.Array) -> jax.Array:
-        return drafter.apply({"params": params}, hidden, method="logits")
+    def all_steps(hidden: list, logits: list, given: list) -> list:
+        return [observe(step, *about) for step, about in enumerate(zip(hidden, logits, given, strict=True))]
 
-    # What `choose` closes over becomes an argument like others, as a custom derivative demands.
-    logits = jax.eval_shape(logits_of, params, hidden)
-    traced, shape = jax.make_jaxpr(choose, return_shape=True)(hidden, logits, given)
+    # What `observe` closes over becomes an argument like others, as a custom derivative demands.
+    logits = jax.eval_shape(lambda: [_logits(drafter, params, h) for h in hidden])
+    traced, shape = jax.make_jaxpr(all_steps, return_shape=True)(hidden, logits, given)
 
-    def chosen(closed_over: list, hidden: jax.Array, logits: jax.Array, given: Any) -> tuple[jax.Array, Any]:
+    def observed(closed_over: list, hidden: list, logits: list, given: list) -> list:
         run = jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, closed_over))
         return jax.tree.unflatten(jax.tree.structure(shape), run(*jax.tree.leaves((hidden, logits, given))))
 
     @jax.custom_vjp
-    def whole(params: dict, closed_over: list, hidden: jax.Array, given: Any) -> tuple[jax.Array, Any]:
-        return chosen(closed_over, hidden, logits_of(params, hidden), given)
+    def whole(params: dict, closed_over: list, hidden: list, given: list) -> list:
+        return forward(params, closed_over, hidden, given)[0]
 
-    def forward(params: dict, closed_over: list, hidden: jax.Array, given: Any) -> tuple[Any, tuple]:
-        logits, to_head = jax.vjp(logits_of, params, hidden)
-        return chosen(closed_over, hidden, logits, given), (closed_over, hidden, logits, given, to_head)
+    def forward(params: dict, closed_over: list, hidden: list, given: list) -> tuple[list, tuple]:
+        logits = [_logits(drafter, params, h) for h in hidden]
+        return observed(closed_over, hidden, logits, given), (params, closed_over, hidden, logits, given)
 
-    def backward(kept: tuple, wanted: Any) -> tuple:
-        *about, to_head = kept
-        of_closed_over, of_hidden, of_logits, of_given = jax.vjp(chosen, *about)[1](wanted)
-        of_params, through_logits = to_head(of_logits)
-        return of_params, of_closed_over, of_hidden + through_logits, of_given
+    def backward(kept: tuple, wanted: list) -> tuple:
+        params, *about = kept
+        of_closed_over, of_hidden, of_logits, of_given = jax.vjp(observed, *about)[1](wanted)
+        B, sizes = len(of_logits[0]), np.cumsum([h.shape[1] * h.shape[2] for h in of_hidden])
+
+        def joined(leaves: list) -> jax.Array:
+            return jnp.concatenate([leaf.reshape(B, -1, leaf.shape[-1]) for leaf in leaves], 1)
+
+        to_head = jax.vjp(functools.partial(_logits, drafter), params, joined(about[1]))[1]
+        of_params, through_logits = to_head(joined(of_logits))
+        through = [
+            x.reshape(h.shape)
+            for x, h in zip(jnp.split(through_logits, sizes[:-1], 1), of_hidden, strict=True)
+        ]
+        return of_params, of_closed_over, jax.tree.map(jnp.add, of_hidden, through), of_given
 
     whole.defvjp(forward, backward)
     return whole(params, traced.consts, hidden, given)

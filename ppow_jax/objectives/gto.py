@@ -43,7 +43,6 @@ from ppow_jax.drafters.windows import Start
 from ppow_jax.errors import ConfigError
 from ppow_jax.keys import key
 from ppow_jax.models import blocks, target_outputs
-from ppow_jax.models.layers import log_softmax
 from ppow_jax.models.target import Target, head_at_hand
 from ppow_jax.models.target_outputs import TargetOutputs
 from ppow_jax.objectives import losses
@@ -237,7 +236,7 @@ class GTO(Supervised):
         """That of `supervised`, and the log-probability of the text's token."""
         stats = super().observe(models, step, hidden, logits, inputs, prepared)
         ids, _ = draft_ids(models.weights.vocab, inputs[0][..., None])
-        return stats | {"log_prob": log_prob_of(log_softmax(logits), ids)}
+        return stats | {"log_prob": log_prob_of(logits, ids)}
 
     def loss(self, stats: Stats, signal: Signal, summary: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
         """The losses of `supervised` plus omega times the clipped surrogate of the groups."""
@@ -314,7 +313,7 @@ def text_log_prob(
     start = windows.text_starts(prefix, tokens, anchors_BxA)
 
     def choose(_: int, hidden: jax.Array, logits: jax.Array, ahead: Any) -> tuple[jax.Array, jax.Array]:
-        return ahead, log_prob_of(jax.nn.log_softmax(logits), draft_ids(vocab, ahead)[0])
+        return ahead, log_prob_of(logits, draft_ids(vocab, ahead)[0])
 
     about = (models.drafter, models.weights, prefix.keys_values, start, choose, steps)
     return windows.window_pass(*about, lambda step: windows.text_ahead(tokens, anchors_BxA, step))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ppow_jax.errors import ConfigError
 from ppow_jax.keys import key
-from ppow_jax.models.layers import inner, log_softmax, product
+from ppow_jax.models.layers import product, softmax_entropy
 from ppow_jax.models.target_outputs import TargetOutputs
 from ppow_jax.objectives import losses, rewards
 from ppow_jax.objectives.advantages import ADVANTAGES, without_spread
@@ -206,9 +206,9 @@ class PPOW(Objective):
             target = prepared.look_up(predicts)
         else:
             target = losses.renormalised(product(predicts, models.head_NxD))
-        logp = log_softmax(logits / self.rollout_temperature)
-        entropy = -inner(jnp.exp(logp), logp)
-        stats = {"log_prob": log_prob_of(logp, ids), "entropy": entropy, "kl": losses.kl(target, logits)}
+        divergence = losses.kl(target, logits)
+        logits /= self.rollout_temperature
+        stats = {"log_prob": log_prob_of(logits, ids), "entropy": softmax_entropy(logits), "kl": divergence}
         return {name: jnp.broadcast_to(x, ids.shape) for name, x in stats.items()}
 
     def loss(self, stats: Stats, signal: Signal, summary: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:

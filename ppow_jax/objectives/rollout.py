@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax.drafters import windows
-from ppow_jax.models.layers import at_ids
+from ppow_jax.models.layers import at_ids, log_softmax, logsumexp
 from ppow_jax.models.target_outputs import TargetOutputs
 from ppow_jax.objectives.base import Batch, Models
 
@@ -64,10 +64,10 @@ def roll(
 
     def choose(step: int, hidden: jax.Array, logits: jax.Array, given: tuple[jax.Array, jax.Array]):
         uniform, ahead = given
-        logp = jax.nn.log_softmax(logits / temperature)
-        ids = draw(uniform, logp)
+        logits /= temperature
+        ids = draw(uniform, log_softmax(logits))
         tokens = models.weights.vocab[ids]
-        return ahead if along_text else tokens, (ids, tokens, log_prob_of(logp, ids))
+        return ahead if along_text else tokens, (ids, tokens, log_prob_of(logits, ids))
 
     sampled = windows.window_pass(
         models.drafter, models.weights, prefix.keys_values, start, choose, window, given
@@ -75,11 +75,12 @@ def roll(
     return Rollout(anchors_BxA, real_BxA, *sampled)
 
 
-def log_prob_of(logp_BxAxGxN: jax.Array, ids_BxAxG: jax.Array) -> jax.Array:
-    """`[B, A, G]`: each token's, of its own distribution or the one that its group shares `[B, A, 1, N]`."""
-    if logp_BxAxGxN.shape[:-1] == ids_BxAxG.shape:
-        return at_ids(logp_BxAxGxN, ids_BxAxG)
-    return jnp.take_along_axis(logp_BxAxGxN[:, :, 0], ids_BxAxG, -1)
+def log_prob_of(logits_BxAxGxN: jax.Array, ids_BxAxG: jax.Array) -> jax.Array:
+    """`[B, A, G]`, nats: of each token, by its own logits or those that its group shares `[B, A, 1, N]`."""
+    total = logsumexp(logits_BxAxGxN)
+    if total.shape == ids_BxAxG.shape:
+        return at_ids(logits_BxAxGxN, ids_BxAxG) - total
+    return jnp.take_along_axis(logits_BxAxGxN[:, :, 0], ids_BxAxG, -1) - total
 
 
 def draw(uniform_BxAxG: jax.Array, logp_BxAxGxN: jax.Array) -> jax.Array:

@@ -81,7 +81,7 @@ class Recipe:
       target, drafter: the modules.
       optimizer: of the drafter's parameters.
       accumulate: parts of a batch that go through one after the other.
-      remat: see `windows.window_pass`.
+      remat: see `windows.known_pass`.
       stops: token ids that end a response.
       gamma: cost of a drafter step over that of a target step.
       mesh: which the learner is laid out on by `partition.TABLE`; None: one device.
@@ -220,15 +220,14 @@ def observe(
 
     prepared = objective.prepare(models, signal, batch, outputs)
 
-    def given(step: int) -> tuple[jax.Array, Any]:
-        return signal.tokens[..., step], objective.inputs(step, signal, prepared)
+    def observed(step: int, hidden: jax.Array, logits: jax.Array, inputs: Any) -> Stats:
+        return objective.observe(models, step, hidden, logits, inputs, prepared)
 
-    def choose(step: int, hidden: jax.Array, logits: jax.Array, given: tuple[jax.Array, Any]):
-        tokens, inputs = given
-        return tokens, objective.observe(models, step, hidden, logits, inputs, prepared)
+    def given(step: int) -> Any:
+        return objective.inputs(step, signal, prepared)
 
-    about = (models.drafter, models.weights, prefix.keys_values, start)
-    return windows.window_pass(*about, choose, objective.window, given, remat)
+    about = (models.drafter, models.weights, prefix.keys_values, start, signal.tokens)
+    return windows.known_pass(*about, observed, given, remat)
 
 
 def added(of: Callable[..., Any], parts: int, params: dict, *rows: Any) -> Any:

@@ -17,7 +17,7 @@ from ppow_jax.objectives import losses
 from ppow_jax.objectives.base import prob_of
 
 B, T, A, K = 2, 12, 5, 3
-N = len(small.DRAFT_VOCAB)
+N, D = len(small.DRAFT_VOCAB), small.TINY.width
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(small.TINY.vocab_size, size=(B, T)).astype(np.int32)
 TAPS = RNG.normal(size=(B, T, 3 * small.TINY.width)).astype(np.float32)
@@ -49,15 +49,12 @@ def along_windows(drafter, weights, of):
     prefix = windows.text_prefix(drafter, weights, TAPS, TOKENS)
     start = windows.text_starts(prefix, TOKENS, ANCHORS)
 
-    def choose(step, hidden, logits, given):
-        ahead, target_logits = given
-        return ahead, of(step, logits, target_logits)
+    def observe(step, hidden, logits, target_logits):
+        return of(step, logits, target_logits)
 
-    def given(step):
-        return windows.text_ahead(TOKENS, ANCHORS, step), jnp.asarray(LOGITS[:, :, step])
-
-    stats = windows.window_pass(drafter, weights, prefix.keys_values, start, choose, K, given)
-    return jnp.sum(stats * COUNT)
+    ahead = jnp.stack([windows.text_ahead(TOKENS, ANCHORS, step) for step in range(K)], -1)
+    about = (drafter, weights, prefix.keys_values, start, ahead, observe)
+    return jnp.sum(COUNT * windows.known_pass(*about, lambda step: jnp.asarray(LOGITS[:, :, step])))
 
 
 def close(found, wanted, tolerance):
@@ -86,11 +83,12 @@ def test_gradients_of_losses_are_those_of_plain_formulas(tiny, name, dtype, part
         def of(step, logits, target_logits):
             return PLAIN[name](softmax(target_logits[:, :, None]), softmax(logits))
 
-        monkeypatch.setattr(windows, "_chosen", straight)
+        monkeypatch.setattr(windows, "_observed", straight)
         return along_windows(drafter, tiny.weights._replace(params=params), of)
 
-    def straight(drafter, choose, params, hidden, given):
-        return choose(hidden, drafter.apply({"params": params}, hidden, method="logits"), given)
+    def straight(drafter, observe, params, hidden, given):
+        logits = [drafter.apply({"params": params}, h, method="logits") for h in hidden]
+        return [observe(step, *about) for step, about in enumerate(zip(hidden, logits, given, strict=True))]
 
     found = jax.jit(jax.value_and_grad(ours))(tiny.weights.params)
     wanted = jax.jit(jax.value_and_grad(plain))(tiny.weights.params)
@@ -112,7 +110,7 @@ def test_the_gradient_of_a_texts_probability(tiny):
     close(found, jax.grad(plain)(logits), 1e-5)
 
 
-def test_what_a_choice_closes_over_has_its_gradient(tiny):
+def test_what_an_observation_closes_over_has_its_gradient(tiny):
     """A scale of the logits that nobody handed over, at once and under jit."""
 
     def total(scale):
@@ -138,6 +136,20 @@ def test_logits_are_all_that_is_kept_of_a_vocabulary(tiny):
     wide = [x.shape for x in kept if x.shape[-1:] == (N,) and x.size == B * A * N]
     # the logits of each step, and the target's, which are given here
     assert sorted(wide) == sorted([(B, A, 1, N)] * K + [(B, A, N)] * K)
+
+
+def test_the_gradient_of_the_head_is_one_product_for_all_steps(tiny):
+    """Whatever the number of steps: each step's own would be as large as the head."""
+
+    def total(params):
+        def of(step, logits, target_logits):
+            return losses.cross_entropy(losses.renormalised(target_logits[:, :, None]), logits)
+
+        return along_windows(tiny.drafter, tiny.weights._replace(params=params), of)
+
+    lines = str(jax.make_jaxpr(jax.grad(total))(tiny.weights.params)).splitlines()
+    over_rows = f":f32[{N},{D}] = dot_general[dimension_numbers=(([0, 1], [0, 1])"
+    assert sum(over_rows in line for line in lines) == 1
 
 
 @functools.partial(jax.jit, static_argnums=0)
