@@ -271,10 +271,27 @@ def _head_at_hand(weights: DrafterWeights, dtype: Any) -> dict:
     return weights.params | {"head": {"weight": partition.at_hand(matrix_NxD)}}
 
 
+def _values(drafter: Drafter, hidden_BxAxGxD: jax.Array) -> int:
+    """Of the logits that a device holds."""
+    B, A, G, _ = hidden_BxAxGxD.shape
+    return partition.share(B, drafter.config.vocab_size) * A * G
+
+
 def _parts(drafter: Drafter, hidden_BxAxGxD: jax.Array) -> int:
     """Into how many parts anchors go, so that the logits of a part fit into `blocks.VALUES`."""
-    B, A, G, _ = hidden_BxAxGxD.shape
-    return blocks.count(partition.share(B, drafter.config.vocab_size) * A * G, A)
+    return blocks.count(_values(drafter, hidden_BxAxGxD), hidden_BxAxGxD.shape[1])
+
+
+def _together(drafter: Drafter, hidden: list) -> list[slice]:
+    """The steps, as many at a time as have logits that fit into `blocks.VALUES`."""
+    times = blocks.count(sum(_values(drafter, h) for h in hidden), len(hidden))
+    size = -(-len(hidden) // times)
+    return [slice(first, first + size) for first in range(0, len(hidden), size)]
+
+
+def _sum(first: jax.Array, *others: jax.Array) -> jax.Array:
+    """Added up in float32."""
+    return sum((x.astype(jnp.float32) for x in others), first.astype(jnp.float32)).astype(first.dtype)
 
 
 def _logits(drafter: Drafter, params: dict, hidden: jax.Array) -> jax.Array:
@@ -290,8 +307,8 @@ def _observed(drafter: Drafter, observe: Observe, params: dict, hidden: list, gi
     the logits.
 
     They are the only arrays as wide as the vocabulary that are kept. `jax.checkpoint` would copy what it
-    keeps. The gradient of the head is one product for all steps: it is as large as the head itself, and each
-    step's own would be written, sent to other devices, and added up.
+    keeps. The gradient of the head is one product for all steps whose logits fit into `blocks.VALUES`: it is
+    as large as the head itself, and each step's own would be written, sent to other devices, and added up.
     """
 
     def all_steps(hidden: list, logits: list, given: list) -> list:
@@ -314,20 +331,22 @@ def _observed(drafter: Drafter, observe: Observe, params: dict, hidden: list, gi
         return observed(closed_over, hidden, logits, given), (params, closed_over, hidden, logits, given)
 
     def backward(kept: tuple, wanted: list) -> tuple:
-        params, *about = kept
-        of_closed_over, of_hidden, of_logits, of_given = jax.vjp(observed, *about)[1](wanted)
-        B, sizes = len(of_logits[0]), np.cumsum([h.shape[1] * h.shape[2] for h in of_hidden])
-
-        def joined(leaves: list) -> jax.Array:
-            return jnp.concatenate([leaf.reshape(B, -1, leaf.shape[-1]) for leaf in leaves], 1)
-
-        to_head = jax.vjp(functools.partial(_logits, drafter), params, joined(about[1]))[1]
-        of_params, through_logits = to_head(joined(of_logits))
-        through = [
-            x.reshape(h.shape)
-            for x, h in zip(jnp.split(through_logits, sizes[:-1], 1), of_hidden, strict=True)
-        ]
-        return of_params, of_closed_over, jax.tree.map(jnp.add, of_hidden, through), of_given
+        params, _, hidden, *_ = kept
+        of_closed_over, of_hidden, of_logits, of_given = jax.vjp(observed, *kept[1:])[1](wanted)
+        of_params, through_head = [], []
+        for some in _together(drafter, hidden):
+            shapes = [h.shape for h in hidden[some]]
+            joined = [
+                jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in arrays[some]], 1)
+                for arrays in (hidden, of_logits)
+            ]
+            to_head = jax.vjp(functools.partial(_logits, drafter), params, joined[0])[1]
+            of_some, through = to_head(joined[1])
+            of_params.append(of_some)
+            ends = np.cumsum([A * G for _, A, G, _ in shapes])[:-1]
+            through_head += [x.reshape(s) for x, s in zip(jnp.split(through, ends, 1), shapes, strict=True)]
+        of_hidden = jax.tree.map(jnp.add, of_hidden, through_head)
+        return jax.tree.map(_sum, *of_params), of_closed_over, of_hidden, of_given
 
     whole.defvjp(forward, backward)
     return whole(params, traced.consts, hidden, given)

@@ -59,9 +59,11 @@ product.defvjp(_product_forward, _product_backward)
 def likeliest(logits: jax.Array) -> jax.Array:
     """int32 index of the largest along the last axis, the first of equals.
 
-    The best block, then the best in it: most of the work is a plain maximum, which XLA's CPU backend
-    vectorises; its argmax takes 20 times as long (docs/performance.md).
+    On a CPU the best block, then the best in it: most of the work is a plain maximum, which XLA's backend
+    vectorises; its argmax takes 20 times as long (docs/performance.md). A TPU would copy the blocks first.
     """
+    if partition.platform() != "cpu":
+        return jnp.argmax(logits, -1).astype(jnp.int32)
     blocks = logits.reshape(*logits.shape[:-1], math.gcd(logits.shape[-1], 64), -1)
     block = blocks.max(-1).argmax(-1)
     within = jnp.take_along_axis(blocks, block[..., None, None], -2)[..., 0, :].argmax(-1)

@@ -66,7 +66,7 @@ def _backward(scale: float, kept: tuple, dout: jax.Array) -> tuple:
         return _Found(dqueries, gradients.get(_OWN), gradients.get(_PREFIX))
 
     more = (dout, inner, log_total)
-    found = _in_blocks(some, prefix, queries, visible, own, own_mask, *more, fill="constant")
+    found = _in_blocks(some, prefix, queries, visible, own, own_mask, *more, backward=True)
     cast = functools.partial(jax.tree.map, lambda x, like: x.astype(like.dtype))
     return found.each, cast(found.shared, prefix), None, cast(found.own, own), None
 
@@ -96,15 +96,19 @@ def _in_blocks(
     own: Any,
     own_mask: Any,
     *more: jax.Array,
-    fill: str = "edge",
+    backward: bool = False,
 ) -> _Found:
     """`some(queries, visible, own, own_mask, *more)` of so many windows at a time, or tokens of the only one,
-    that their scores fit into `blocks.VALUES`; `more` are arrays `[B, W, K, ...]`."""
+    that their scores fit into `blocks.VALUES`; `more` are arrays `[B, W, K, ...]`. `backward`: it computes
+    again what the forward pass has computed."""
     B, W, K, H, _ = queries_BxWxKxHxE.shape
     slots = sum(kv.values.shape[-2] for kv in (prefix, own) if kv is not None)
     parts = blocks.count(partition.share(B, H) * W * K * slots, W if W > 1 else K)
     if parts == 1:
+        if backward:  # else a compiler keeps the scores of the forward pass
+            queries_BxWxKxHxE = jax.lax.optimization_barrier(queries_BxWxKxHxE)
         return some(queries_BxWxKxHxE, visible, own, own_mask, *more)
+    fill = "constant" if backward else "edge"
     once = functools.partial(jax.tree.map, lambda x: x[:, None])
     total = functools.partial(jax.tree.map, lambda x: x.sum(1))
 

@@ -138,8 +138,9 @@ def test_logits_are_all_that_is_kept_of_a_vocabulary(tiny):
     assert sorted(wide) == sorted([(B, A, 1, N)] * K + [(B, A, N)] * K)
 
 
-def test_the_gradient_of_the_head_is_one_product_for_all_steps(tiny):
-    """Whatever the number of steps: each step's own would be as large as the head."""
+@pytest.mark.parametrize(("values", "products"), [(B * A * K * N, 1), (B * A * 2 * N, 2), (B * A * N, K)])
+def test_the_head_has_its_gradient_of_as_many_steps_at_once_as_fit(tiny, values, products, monkeypatch):
+    """Each step's own would be as large as the head."""
 
     def total(params):
         def of(step, logits, target_logits):
@@ -147,9 +148,15 @@ def test_the_gradient_of_the_head_is_one_product_for_all_steps(tiny):
 
         return along_windows(tiny.drafter, tiny.weights._replace(params=params), of)
 
-    lines = str(jax.make_jaxpr(jax.grad(total))(tiny.weights.params)).splitlines()
+    gradient = jax.jit(jax.grad(total))
+    monkeypatch.setattr(blocks, "VALUES", {"default": 2**30})
+    whole = gradient(tiny.weights.params)
+    monkeypatch.setattr(blocks, "VALUES", {"default": values})
+    jax.clear_caches()
+    close(gradient(tiny.weights.params), whole, 1e-5)
     over_rows = f":f32[{N},{D}] = dot_general[dimension_numbers=(([0, 1], [0, 1])"
-    assert sum(over_rows in line for line in lines) == 1
+    lines = str(jax.make_jaxpr(gradient)(tiny.weights.params)).splitlines()
+    assert sum(over_rows in line for line in lines) == products
 
 
 @functools.partial(jax.jit, static_argnums=0)
