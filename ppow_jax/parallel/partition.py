@@ -207,7 +207,6 @@ def _warn(message: str) -> None:
     log.warning("%s", message)
 
 
-@jax.custom_vjp
 def at_hand(matrix_OxI: jax.Array) -> jax.Array:
     """Inside jit: a matrix that a loop reads in every round, gathered before it but for the axis `tensor`.
 
@@ -216,10 +215,15 @@ def at_hand(matrix_OxI: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or len(matrix_OxI) % mesh.shape["tensor"]:
         return matrix_OxI
+    return _gathered(matrix_OxI)
+
+
+@jax.custom_vjp
+def _gathered(matrix_OxI: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(matrix_OxI, PartitionSpec("tensor", None))
 
 
-at_hand.defvjp(lambda matrix: (at_hand(matrix), None), lambda _, given: (given,))
+_gathered.defvjp(lambda matrix: (_gathered(matrix), None), lambda _, given: (given,))
 
 
 def in_turn(params: Any, turn: jax.Array) -> Any:
