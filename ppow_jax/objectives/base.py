@@ -201,8 +201,8 @@ class Objective(Protocol):
 
 def at(values_BxT: jax.Array, positions_BxA: jax.Array) -> jax.Array:
     """Values `[B, A, ...]` at positions, or at the last one where these lie beyond."""
-    where = jnp.minimum(positions_BxA, values_BxT.shape[1] - 1)
-    return jnp.take_along_axis(values_BxT, where.reshape(*where.shape, *[1] * (values_BxT.ndim - 2)), 1)
+    where = positions_BxA.reshape(*positions_BxA.shape, *[1] * (values_BxT.ndim - 2))
+    return jnp.take_along_axis(values_BxT, where, 1, mode="clip")
 
 
 def along_text(values_BxT: jax.Array, anchors_BxA: jax.Array, first: int, window: int) -> jax.Array:
