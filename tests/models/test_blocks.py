@@ -9,7 +9,7 @@ import pytest
 import small
 
 from ppow_jax.drafters import windows
-from ppow_jax.models import attention, blocks, layers, target_outputs
+from ppow_jax.models import attention, blocks, target_outputs
 from ppow_jax.models.cache import KeyValues
 from ppow_jax.objectives import losses
 from ppow_jax.parallel import partition
@@ -145,16 +145,6 @@ def test_on_a_tpu_a_column_of_ones_sums_the_weights(kind, monkeypatch):
     summed = jax.make_jaxpr(of)(*arguments)
     assert f",{E + 1}]" in str(summed)
     close(plain, of(*arguments))
-
-
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-@pytest.mark.parametrize("size", [7, 64, 640])
-def test_the_likeliest_is_the_first_of_the_largest(platform, size, monkeypatch):
-    monkeypatch.setattr(partition, "platform", lambda: platform)
-    logits = RNG.integers(4, size=(50, size)).astype(np.float32)
-    found = layers.likeliest(jnp.asarray(logits))
-    assert found.dtype == jnp.int32
-    np.testing.assert_array_equal(found, logits.argmax(-1))
 
 
 def test_the_outputs_along_a_text(tiny):

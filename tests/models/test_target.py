@@ -14,6 +14,7 @@ from ppow_jax.models import attention, layers
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.cache import KeyValues
 from ppow_jax.models.target import Target, abstract_params, default_taps, fingerprint, head_matrix
+from ppow_jax.parallel import partition
 
 DEEP = dataclasses.replace(small.TINY, layers=6, taps=(1, 3, 4), tied_head=True, width=24)
 B, T = 3, 13
@@ -153,8 +154,10 @@ def test_a_product_is_the_same_for_any_number_of_rows(rows):
     np.testing.assert_allclose(by_weight, want, atol=1e-3, rtol=1e-5)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("size", [1, 7, 96, 640])
-def test_the_likeliest_is_the_first_of_the_largest(size):
+def test_the_likeliest_is_the_first_of_the_largest(size, platform, monkeypatch):
+    monkeypatch.setattr(partition, "platform", lambda: platform)
     logits = np.random.default_rng(size).integers(0, 4, (50, 3, size)).astype(np.float32)  # many are equal
     found = jax.jit(layers.likeliest)(logits)
     assert found.dtype == np.int32
