@@ -10,6 +10,7 @@ vocabulary, V vocabulary, D width, C taps width, S prefix slots.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
@@ -236,13 +237,15 @@ def known_pass(
     if all(_parts(drafter, h) == 1 for h in hidden):
         params = _head_at_hand(weights, drafter.config.dtype)
         return _stacked(_observed(drafter, observe, params, hidden, [given(step) for step in steps]))
-    params, collected = _head_at_hand(weights, jnp.float32), []  # the dtype that its gradient is added up in
+    # In float32: the gradients of so many parts would be added up in another dtype.
+    params, collected = _head_at_hand(weights, jnp.float32), []
     for step, h in enumerate(hidden):
 
         def some(hidden_BxLxGxD: jax.Array, given: Any, step: int = step) -> Any:
             return observe(step, hidden_BxLxGxD, _logits(drafter, params, hidden_BxLxGxD), given)
 
-        collected.append(blocks.mapped(some, _parts(drafter, h), h, given(step)))
+        parts = _parts(drafter, h)  # of which `mapped` computes each again, unless it is the only one
+        collected.append(blocks.mapped(some if parts > 1 else jax.checkpoint(some), parts, h, given(step)))
     return _stacked(collected)
 
 
@@ -250,7 +253,7 @@ def _steps(
     drafter: Drafter, weights: DrafterWeights, prefix: Cache, start: Start, remat: str = "none"
 ) -> Generator[jax.Array, jax.Array, None]:
     """Gives the hidden states `[B, A, G, D]` of one step after the other, and is sent the tokens `[B, A, G]`
-    to go on with. At step 0, before which there are none, G is 1."""
+    to go on with: to begin with None, as there are none before step 0, where G is 1."""
     first: Callable[..., Windows] = functools.partial(begin, drafter)
     onward: Callable[..., Windows] = functools.partial(advance, drafter)
     if remat != "none":
@@ -272,7 +275,7 @@ def _head_at_hand(weights: DrafterWeights, dtype: Any) -> dict:
 
 
 def _values(drafter: Drafter, hidden_BxAxGxD: jax.Array) -> int:
-    """Of the logits that a device holds."""
+    """How many logits of a step a device holds."""
     B, A, G, _ = hidden_BxAxGxD.shape
     return partition.share(B, drafter.config.vocab_size) * A * G
 
@@ -283,14 +286,18 @@ def _parts(drafter: Drafter, hidden_BxAxGxD: jax.Array) -> int:
 
 
 def _together(drafter: Drafter, hidden: list) -> list[slice]:
-    """The steps, as many at a time as have logits that fit into `blocks.VALUES`."""
-    times = blocks.count(sum(_values(drafter, h) for h in hidden), len(hidden))
-    size = -(-len(hidden) // times)
-    return [slice(first, first + size) for first in range(0, len(hidden), size)]
+    """The steps, as many at a time as have logits that fit into `blocks.VALUES`; at least one."""
+    firsts, values = [0], 0
+    for step, h in enumerate(hidden):
+        values += _values(drafter, h)
+        if step > firsts[-1] and blocks.count(values, len(hidden)) > 1:
+            firsts.append(step)
+            values = _values(drafter, h)
+    return [slice(*ends) for ends in itertools.pairwise([*firsts, len(hidden)])]
 
 
 def _sum(first: jax.Array, *others: jax.Array) -> jax.Array:
-    """Added up in float32."""
+    """Added up in float32; in the dtype of the first."""
     return sum((x.astype(jnp.float32) for x in others), first.astype(jnp.float32)).astype(first.dtype)
 
 
@@ -306,9 +313,10 @@ def _observed(drafter: Drafter, observe: Observe, params: dict, hidden: list, gi
     """`observe(step, hidden, logits, given)` of every step; in the backward pass it is computed again from
     the logits.
 
-    They are the only arrays as wide as the vocabulary that are kept. `jax.checkpoint` would copy what it
-    keeps. The gradient of the head is one product for all steps whose logits fit into `blocks.VALUES`: it is
-    as large as the head itself, and each step's own would be written, sent to other devices, and added up.
+    They are the only arrays as wide as the vocabulary that are kept between the passes. `jax.checkpoint`
+    would copy what it keeps. The gradient of the head is one product for all steps whose logits fit into
+    `blocks.VALUES`: it is as large as the head itself, and each step's own would be written, sent to other
+    devices, and added up.
     """
 
     def all_steps(hidden: list, logits: list, given: list) -> list:

@@ -128,8 +128,8 @@ def cross_entropy(target: TargetDistribution, logits: jax.Array) -> jax.Array:
 def kl(target: TargetDistribution, logits: jax.Array) -> jax.Array:
     """KL(T || q) = sum_x T(x) log(T(x) / q(x)), float32 `[...]`, T renormalised.
 
-    Its gradient is that of `cross_entropy`: they differ by the entropy of T. Where q is T, rounding may
-    leave it just below 0.
+    Its gradient is that of `cross_entropy`: they differ by the entropy of T. It is computed as that
+    difference, so that it has an error of some 1e-6 of the largest logit, and where q is T may be below 0.
     """
     return cross_entropy(target, logits) - target.entropy
 

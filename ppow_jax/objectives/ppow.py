@@ -200,7 +200,7 @@ class PPOW(Objective):
     def observe(
         self, models: Models, step: int, hidden: jax.Array, logits: jax.Array, inputs: Any, prepared: Any
     ) -> Stats:
-        """Log-probability of each sampled token, entropy, and KL to the target."""
+        """Log-probability of each sampled token, entropy (no gradient), and KL to the target."""
         ids, predicts = inputs
         if prepared:
             target = prepared.look_up(predicts)

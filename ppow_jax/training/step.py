@@ -20,6 +20,7 @@ from jax.stages import Wrapped
 
 from ppow_jax.drafters import windows
 from ppow_jax.drafters.eagle3 import Drafter
+from ppow_jax.errors import ConfigError
 from ppow_jax.models.target import Target
 from ppow_jax.models.target_outputs import TargetOutputs, outputs_of
 from ppow_jax.objectives.base import Batch, Memory, Metrics, Models, Objective, Signal, Stats, models_of
@@ -215,6 +216,11 @@ def observe(
     remat: str = "none",
 ) -> Stats:
     """What an objective observes along the windows of a signal; leaves `[B, A, G, K]`."""
+    if signal.tokens.shape[-1] != objective.window:
+        raise ConfigError(
+            f"{type(objective).__name__}: found a signal with windows of {signal.tokens.shape[-1]} tokens, "
+            f"expected {objective.window}, its key window"
+        )
     prefix = windows.text_prefix(models.drafter, models.weights, outputs.taps, batch["tokens"])
     start = windows.text_starts(prefix, batch["tokens"], signal.anchors)
 

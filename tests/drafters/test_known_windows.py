@@ -138,7 +138,31 @@ def test_logits_are_all_that_is_kept_of_a_vocabulary(tiny):
     assert sorted(wide) == sorted([(B, A, 1, N)] * K + [(B, A, N)] * K)
 
 
-@pytest.mark.parametrize(("values", "products"), [(B * A * K * N, 1), (B * A * 2 * N, 2), (B * A * N, K)])
+def test_in_parts_nothing_of_a_vocabulary_is_kept(tiny, monkeypatch):
+    """Of the first step neither, which is the group's, so that its logits fit at once."""
+    G = 3
+    monkeypatch.setattr(blocks, "VALUES", {"default": B * A * N})
+
+    def total(params):
+        def observe(step, hidden, logits, target_logits):
+            loss = losses.jensen_shannon(losses.renormalised(target_logits[:, :, None]), logits)
+            return jnp.broadcast_to(loss, (*loss.shape[:2], G))
+
+        weights = tiny.weights._replace(params=params)
+        prefix = windows.text_prefix(tiny.drafter, weights, TAPS, TOKENS)
+        start = windows.text_starts(prefix, TOKENS, ANCHORS)
+        tokens = jnp.zeros((B, A, G, K), jnp.int32)
+        about = (tiny.drafter, weights, prefix.keys_values, start, tokens, observe)
+        return windows.known_pass(*about, lambda step: jnp.asarray(LOGITS[:, :, step])).sum()
+
+    kept = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(total, params)[1], tiny.weights.params))
+    # the target's logits are given here, and cut into parts: [A, B, 1, N]
+    assert not [x.shape for x in kept if x.shape[-2:] == (G, N) or x.shape == (B, A, 1, N)]
+
+
+@pytest.mark.parametrize(
+    ("values", "products"), [(B * A * K * N, 1), (B * A * 2 * N, 2), (B * A * 2 * N - 1, K)]
+)
 def test_the_head_has_its_gradient_of_as_many_steps_at_once_as_fit(tiny, values, products, monkeypatch):
     """Each step's own would be as large as the head."""
 

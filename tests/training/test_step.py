@@ -1,5 +1,7 @@
 """A batch in parts, and activations computed again: the same step."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import small
 from phases import batch_of, judge, run, small_ppow
 
+from ppow_jax.errors import ConfigError
 from ppow_jax.objectives.base import written
 from ppow_jax.objectives.expected import Expected
 from ppow_jax.objectives.supervised import Supervised
@@ -46,6 +49,23 @@ def test_a_supervised_step(tiny, batch):
         whole, parts = step(losses, 1, "none"), step(losses, 2, "dots")
         assert 0 < whole[1]["grad_norm"] < 1e3
         close(whole, parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Longer(Supervised):
+    """Gives a token more than it says."""
+
+    def signal(self, models, batch, *rest):
+        signal, memory, metrics = super().signal(models, batch, *rest)
+        more = jnp.concatenate([signal.tokens, signal.tokens[..., :1]], -1)
+        return signal._replace(tokens=more), memory, metrics
+
+
+def test_windows_of_another_length_than_the_objective_says_are_refused(tiny, batch):
+    recipe = Recipe(Longer(6, 3), tiny.target, tiny.drafter, optax.sgd(0.1))
+    state = learner_of(tiny, recipe.optimizer) | {"vocab": tiny.weights.vocab, "memory": {}}
+    with pytest.raises(ConfigError, match="Longer: found a signal with windows of 4 tokens, expected 3"):
+        make_step(recipe, tiny.params, jax.random.key(3))(1, state, batch)
 
 
 def test_a_step_of_expected_reward_by_reached_positions(tiny, batch):
