@@ -251,7 +251,7 @@ def known_pass(
 
 def _steps(
     drafter: Drafter, weights: DrafterWeights, prefix: Cache, start: Start, remat: str = "none"
-) -> Generator[jax.Array, jax.Array, None]:
+) -> Generator[jax.Array, Any, None]:
     """Gives the hidden states `[B, A, G, D]` of one step after the other, and is sent the tokens `[B, A, G]`
     to go on with: to begin with None, as there are none before step 0, where G is 1."""
     first: Callable[..., Windows] = functools.partial(begin, drafter)
