@@ -36,14 +36,12 @@ class TargetDistribution(NamedTuple):
       log_probs: float32 `[..., N]`, log of `probs`; -1e30 stands for log 0.
       probs: float32 `[..., N]`, T given that the token lies in the draft vocabulary; sums to 1. Beside their
         logarithms, so that windows look them up instead of computing them again.
-      entropy: float32 `[...]`, nats, of `probs`; beside them for the same reason.
       mass: float32 `[...]`, the probability that the target gives to the draft vocabulary; 1 where T is
         renormalised to it, 0 where a greedy target's token lies outside.
     """
 
     log_probs: jax.Array
     probs: jax.Array
-    entropy: jax.Array
     mass: jax.Array
 
 
@@ -65,8 +63,7 @@ def renormalised(target_logits: jax.Array, temperature: float = 1.0) -> TargetDi
     else:
         log_probs = log_softmax(target_logits / temperature)
     mass = jnp.ones(target_logits.shape[:-1], jnp.float32)
-    probs = jnp.exp(log_probs)
-    return TargetDistribution(log_probs, probs, -inner(probs, log_probs), mass)
+    return TargetDistribution(log_probs, jnp.exp(log_probs), mass)
 
 
 def unnormalised(
@@ -128,10 +125,22 @@ def cross_entropy(target: TargetDistribution, logits: jax.Array) -> jax.Array:
 def kl(target: TargetDistribution, logits: jax.Array) -> jax.Array:
     """KL(T || q) = sum_x T(x) log(T(x) / q(x)), float32 `[...]`, T renormalised.
 
-    Its gradient is that of `cross_entropy`: they differ by the entropy of T. It is computed as that
-    difference, so that it has an error of some 1e-6 of the largest logit, and where q is T may be below 0.
+    Its gradient is that of `cross_entropy`: they differ by the entropy of T.
     """
-    return cross_entropy(target, logits) - target.entropy
+    return _kl(target.log_probs, target.probs, logits)
+
+
+@jax.custom_jvp
+def _kl(log_probs: jax.Array, probs: jax.Array, logits: jax.Array) -> jax.Array:
+    return inner(probs, log_probs - log_softmax(logits))
+
+
+@_kl.defjvp
+def _kl_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    """Of the logits alone, q - T: the target has no gradient."""
+    _, probs, logits = primals
+    q = jnp.exp(log_softmax(logits))
+    return _kl(*primals), jnp.sum((q - probs) * tangents[2], -1)
 
 
 def reverse_kl(target: TargetDistribution, logits: jax.Array) -> jax.Array:

@@ -99,7 +99,7 @@ def test_by_hand_in_nats():
     assert set(expected) == set(losses.LOSSES) == set(references(P, Q))
     target, logits = renormalised(LOG_P + 7.0), LOG_Q - 3.0
     for name, value in expected.items():
-        assert float(losses.LOSSES[name](target, logits)) == pytest.approx(value, abs=1e-6), name
+        assert float(losses.LOSSES[name](target, logits)) == pytest.approx(value, rel=2e-6), name
     assert float(losses.acceptance(target, logits)) == pytest.approx(0.75)
     share = np.exp(-0.75 * 3)
     hybrid = losses.lk_hybrid(target, logits, losses.acceptance(target, logits))
@@ -111,7 +111,7 @@ def test_by_hand_with_half_of_the_target_outside():
     target = unnormalised(LOG_P, log_normaliser=jnp.float32(LN2))  # the draft vocabulary's own is log 1
     expected = {"total_variation": 0.5, "neg_log_acceptance": LN2, "cross_entropy": 1.75 * LN2}
     for name, value in expected.items():
-        assert float(losses.LOSSES[name](target, LOG_Q)) == pytest.approx(value, abs=1e-6), name
+        assert float(losses.LOSSES[name](target, LOG_Q)) == pytest.approx(value, rel=2e-6), name
     assert float(losses.acceptance(target, LOG_Q)) == pytest.approx(0.5)
     over = unnormalised(LOG_P, log_normaliser=jnp.float32(-1e-3))  # by rounding
     assert float(target.mass) == pytest.approx(0.5) and float(over.mass) == 1.0
@@ -187,7 +187,7 @@ def test_where_q_is_the_target():
     q, target = softmax(np.float64(logits)), renormalised(logits)
     kept = {"hard_cross_entropy": -np.log(q.max()), "cross_entropy": -np.sum(q * np.log(q))}
     for name, value in every(target, logits).items():
-        assert float(value) == pytest.approx(kept.get(name, 0.0), abs=1e-6), name
+        assert float(value) == pytest.approx(kept.get(name, 0.0), abs=3e-7), name
     for name, gradient in every_gradient(target, logits).items():
         pull = q - (q == q.max()) if name == "hard_cross_entropy" else 0.0
         np.testing.assert_allclose(gradient, pull, atol=1e-6, err_msg=name)
