@@ -1,9 +1,9 @@
 """The one primitive: step the drafter from anchors through windows.
 
-Rollouts, teacher-forced scoring and drafting at inference are all `window_pass` with another `choose`;
-training-time test, the PPOW update and every other that has a gradient are `known_pass`, whose tokens are
-known before it begins. An anchor is a position t whose target features are known up to t
-and whose tokens are known up to t + 1; step j of its window predicts token t + 2 + j.
+Rollouts, teacher-forced scoring and drafting at inference are all `window_pass` with another `choose`. All
+training is `known_pass`, which has a gradient and knows its tokens before it begins. An anchor is a position
+t whose target features are known up to t and whose tokens are known up to t + 1; step j of its window
+predicts token t + 2 + j.
 
 Shape letters: B rows, T text positions, A anchors, G windows a group, K steps of a window, N draft
 vocabulary, V vocabulary, D width, C taps width, S prefix slots.
@@ -217,7 +217,7 @@ def known_pass(
     given: Given = lambda step: (),
     remat: str = "none",
 ) -> Any:
-    """Steps the drafter through tokens that are known: what is learnt has its gradient from here.
+    """Steps the drafter through tokens that are known, as training does.
 
     Args:
       drafter, weights, prefix, start: as in `window_pass`.
