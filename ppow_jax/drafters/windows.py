@@ -1,23 +1,20 @@
 """The one primitive: step the drafter from anchors through windows.
 
 Rollouts, teacher-forced scoring and drafting at inference are all `window_pass` with another `choose`. All
-training is `known_pass`, which has a gradient and knows its tokens before it begins. An anchor is a position
-t whose target features are known up to t and whose tokens are known up to t + 1; step j of its window
-predicts token t + 2 + j.
+training is `known_windows.known_pass`, which has a gradient and knows its tokens before it begins. An anchor
+is a position t whose target features are known up to t and whose tokens are known up to t + 1; step j of its
+window predicts token t + 2 + j.
 
 Shape letters: B rows, T text positions, A anchors, G windows a group, K steps of a window, N draft
 vocabulary, V vocabulary, D width, C taps width, S prefix slots.
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from ppow_jax.drafters.eagle3 import Drafter, DrafterWeights
 from ppow_jax.models import blocks
@@ -30,9 +27,7 @@ from ppow_jax.parallel import partition
 # choose(step, hidden_BxAxGxD, logits_BxAxGxN, given) -> (target ids to go on with [B, A, G], statistics).
 # At step 0 they are [B, A, 1, ...]: a group shares its anchor. It may be asked about some anchors only.
 Choose = Callable[[int, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
-# observe(step, hidden_BxAxGxD, logits_BxAxGxN, given) -> statistics, in the same way.
-Observe = Callable[[int, jax.Array, jax.Array, Any], Any]
-# given(step): what choose or observe is given of every anchor besides, leaves [B, A, ...].
+# given(step): what choose is given of every anchor besides, leaves [B, A, ...].
 Given = Callable[[int], Any]
 
 
@@ -194,62 +189,17 @@ def window_pass(
     Returns:
       The statistics of all steps, stacked to `[B, A, G, K]`.
     """
-    through, params = _steps(drafter, weights, prefix, start), _head_at_hand(weights, drafter.config.dtype)
+    through, params = stepping(drafter, weights, prefix, start), head_at_hand(weights, drafter.config.dtype)
     tokens_BxAxG, collected = None, []
     for step in range(steps):
-
-        def some(hidden_BxLxGxD: jax.Array, given: Any, step: int = step) -> tuple[jax.Array, Any]:
-            return choose(step, hidden_BxLxGxD, _logits(drafter, params, hidden_BxLxGxD), given)
-
         hidden = through.send(tokens_BxAxG)
-        tokens_BxAxG, stats = blocks.mapped(some, _parts(drafter, hidden), hidden, given(step))
+        of_step = functools.partial(choose, step)
+        tokens_BxAxG, stats = by_parts(drafter, params, of_step, hidden, given(step))
         collected.append(stats)
-    return _stacked(collected)
+    return stacked(collected)
 
 
-def known_pass(
-    drafter: Drafter,
-    weights: DrafterWeights,
-    prefix: Cache,
-    start: Start,
-    tokens_BxAxGxK: jax.Array,
-    observe: Observe,
-    given: Given = lambda step: (),
-    remat: str = "none",
-) -> Any:
-    """Steps the drafter through tokens that are known, as training does.
-
-    Args:
-      drafter, weights, prefix, start: as in `window_pass`.
-      tokens_BxAxGxK: target ids that the windows hold.
-      observe: gives statistics, `[B, A, G]` leaves. It sees so many anchors at a time that their logits fit
-        into `blocks.VALUES`. In the backward pass it is computed again, and so are the logits where they did
-        not fit as a whole: no more of the arrays as wide as the vocabulary is kept.
-      given: what `observe` is given at a step.
-      remat: what the backward pass computes again of a step: "none", "dots" (all but matrix products), "all".
-
-    Returns:
-      The statistics of all steps, stacked to `[B, A, G, K]`.
-    """
-    through = _steps(drafter, weights, prefix, start, remat)
-    steps = range(tokens_BxAxGxK.shape[-1])
-    hidden = [through.send(tokens_BxAxGxK[..., step - 1] if step else None) for step in steps]
-    if all(_parts(drafter, h) == 1 for h in hidden):
-        params = _head_at_hand(weights, drafter.config.dtype)
-        return _stacked(_observed(drafter, observe, params, hidden, [given(step) for step in steps]))
-    # In float32: the gradients of so many parts would be added up in another dtype.
-    params, collected = _head_at_hand(weights, jnp.float32), []
-    for step, h in enumerate(hidden):
-
-        def some(hidden_BxLxGxD: jax.Array, given: Any, step: int = step) -> Any:
-            return observe(step, hidden_BxLxGxD, _logits(drafter, params, hidden_BxLxGxD), given)
-
-        parts = _parts(drafter, h)  # of which `mapped` computes each again, unless it is the only one
-        collected.append(blocks.mapped(some if parts > 1 else jax.checkpoint(some), parts, h, given(step)))
-    return _stacked(collected)
-
-
-def _steps(
+def stepping(
     drafter: Drafter, weights: DrafterWeights, prefix: Cache, start: Start, remat: str = "none"
 ) -> Generator[jax.Array, Any, None]:
     """Gives the hidden states `[B, A, G, D]` of one step after the other, and is sent the tokens `[B, A, G]`
@@ -268,96 +218,47 @@ def _steps(
         tokens_BxAxG = yield windows.hidden.reshape(B, A, G, -1)
 
 
-def _head_at_hand(weights: DrafterWeights, dtype: Any) -> dict:
+def head_at_hand(weights: DrafterWeights, dtype: Any) -> dict:
     """The drafter's parameters with the head, which every step reads, gathered in that dtype."""
     matrix_NxD = weights.params["head"]["weight"].astype(dtype)
     return weights.params | {"head": {"weight": partition.at_hand(matrix_NxD)}}
 
 
-def _values(drafter: Drafter, hidden_BxAxGxD: jax.Array) -> int:
+def count_of_logits(drafter: Drafter, hidden_BxAxGxD: jax.Array) -> int:
     """How many logits of a step a device holds."""
     B, A, G, _ = hidden_BxAxGxD.shape
     return partition.share(B, drafter.config.vocab_size) * A * G
 
 
-def _parts(drafter: Drafter, hidden_BxAxGxD: jax.Array) -> int:
+def parts(drafter: Drafter, hidden_BxAxGxD: jax.Array) -> int:
     """Into how many parts anchors go, so that the logits of a part fit into `blocks.VALUES`."""
-    return blocks.count(_values(drafter, hidden_BxAxGxD), hidden_BxAxGxD.shape[1])
+    return blocks.count(count_of_logits(drafter, hidden_BxAxGxD), hidden_BxAxGxD.shape[1])
 
 
-def _together(drafter: Drafter, hidden: list) -> list[slice]:
-    """The steps, as many at a time as have logits that fit into `blocks.VALUES`; at least one."""
-    firsts, values = [0], 0
-    for step, h in enumerate(hidden):
-        values += _values(drafter, h)
-        if step > firsts[-1] and blocks.count(values, len(hidden)) > 1:
-            firsts.append(step)
-            values = _values(drafter, h)
-    return [slice(*ends) for ends in itertools.pairwise([*firsts, len(hidden)])]
-
-
-def _sum(first: jax.Array, *others: jax.Array) -> jax.Array:
-    """Added up in float32; in the dtype of the first."""
-    return sum((x.astype(jnp.float32) for x in others), first.astype(jnp.float32)).astype(first.dtype)
-
-
-def _logits(drafter: Drafter, params: dict, hidden: jax.Array) -> jax.Array:
+def logits_of(drafter: Drafter, params: dict, hidden: jax.Array) -> jax.Array:
+    """float32 `[..., N]` of hidden states `[..., D]`."""
     return drafter.apply({"params": params}, hidden, method="logits")
 
 
-def _stacked(collected: list) -> Any:
+def by_parts(
+    drafter: Drafter,
+    params: dict,
+    of: Callable[[jax.Array, jax.Array, Any], Any],
+    hidden_BxAxGxD: jax.Array,
+    given: Any,
+) -> Any:
+    """`of(hidden, logits, given)` of a step, by parts of its anchors. A backward pass computes it again."""
+
+    def some(hidden_BxLxGxD: jax.Array, given: Any) -> Any:
+        return of(hidden_BxLxGxD, logits_of(drafter, params, hidden_BxLxGxD), given)
+
+    count = parts(drafter, hidden_BxAxGxD)  # of which `mapped` computes each again, unless it is the only one
+    return blocks.mapped(some if count > 1 else jax.checkpoint(some), count, hidden_BxAxGxD, given)
+
+
+def stacked(collected: list) -> Any:
+    """The statistics `[B, A, G]` of all steps as `[B, A, G, K]`."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, -1), *collected)
-
-
-def _observed(drafter: Drafter, observe: Observe, params: dict, hidden: list, given: list) -> list:
-    """`observe(step, hidden, logits, given)` of every step; in the backward pass it is computed again from
-    the logits.
-
-    They are the only arrays as wide as the vocabulary that are kept between the passes. `jax.checkpoint`
-    would copy what it keeps. The gradient of the head is one product for all steps whose logits fit into
-    `blocks.VALUES`: it is as large as the head itself, and each step's own would be written, sent to other
-    devices, and added up.
-    """
-
-    def all_steps(hidden: list, logits: list, given: list) -> list:
-        return [observe(step, *about) for step, about in enumerate(zip(hidden, logits, given, strict=True))]
-
-    # What `observe` closes over becomes an argument like others, as a custom derivative demands.
-    logits = jax.eval_shape(lambda: [_logits(drafter, params, h) for h in hidden])
-    traced, shape = jax.make_jaxpr(all_steps, return_shape=True)(hidden, logits, given)
-
-    def observed(closed_over: list, hidden: list, logits: list, given: list) -> list:
-        run = jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, closed_over))
-        return jax.tree.unflatten(jax.tree.structure(shape), run(*jax.tree.leaves((hidden, logits, given))))
-
-    @jax.custom_vjp
-    def whole(params: dict, closed_over: list, hidden: list, given: list) -> list:
-        return forward(params, closed_over, hidden, given)[0]
-
-    def forward(params: dict, closed_over: list, hidden: list, given: list) -> tuple[list, tuple]:
-        logits = [_logits(drafter, params, h) for h in hidden]
-        return observed(closed_over, hidden, logits, given), (params, closed_over, hidden, logits, given)
-
-    def backward(kept: tuple, wanted: list) -> tuple:
-        params, _, hidden, *_ = kept
-        of_closed_over, of_hidden, of_logits, of_given = jax.vjp(observed, *kept[1:])[1](wanted)
-        of_params, through_head = [], []
-        for some in _together(drafter, hidden):
-            shapes = [h.shape for h in hidden[some]]
-            joined = [
-                jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in arrays[some]], 1)
-                for arrays in (hidden, of_logits)
-            ]
-            to_head = jax.vjp(functools.partial(_logits, drafter), params, joined[0])[1]
-            of_some, through = to_head(joined[1])
-            of_params.append(of_some)
-            ends = np.cumsum([A * G for _, A, G, _ in shapes])[:-1]
-            through_head += [x.reshape(s) for x, s in zip(jnp.split(through, ends, 1), shapes, strict=True)]
-        of_hidden = jax.tree.map(jnp.add, of_hidden, through_head)
-        return jax.tree.map(_sum, *of_params), of_closed_over, of_hidden, of_given
-
-    whole.defvjp(forward, backward)
-    return whole(params, traced.consts, hidden, given)
 
 
 def text_ahead(tokens_BxT: jax.Array, anchors_BxA: jax.Array, step: int) -> jax.Array:

@@ -92,17 +92,15 @@ def _logsumexp_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Arra
     return total, jnp.sum(jnp.exp(logits - total[..., None]) * given, -1)
 
 
-def softmax_entropy(logits: jax.Array) -> jax.Array:
-    """Nats `[...]`, of softmax(logits) `[..., N]`, without gradient. Beside `logsumexp` of the same logits a
-    compiler finds it in the same pass over them."""
-    logits = jax.lax.stop_gradient(logits)
-    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-    return logsumexp(logits) - inner(weights, logits) / weights.sum(-1)
-
-
 def log_softmax(logits: jax.Array) -> jax.Array:
     """Log-probabilities `[..., N]` of logits, by `logsumexp`."""
     return logits - logsumexp(logits)[..., None]
+
+
+def softmax_entropy(logits: jax.Array) -> jax.Array:
+    """Nats `[...]`, of softmax(logits) `[..., N]`, without gradient."""
+    log_probs = log_softmax(jax.lax.stop_gradient(logits))
+    return -inner(jnp.exp(log_probs), log_probs)
 
 
 @jax.custom_vjp

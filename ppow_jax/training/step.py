@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 from jax.stages import Wrapped
 
-from ppow_jax.drafters import windows
+from ppow_jax.drafters import known_windows, windows
 from ppow_jax.drafters.eagle3 import Drafter
 from ppow_jax.errors import ConfigError
 from ppow_jax.models.target import Target
@@ -82,7 +82,7 @@ class Recipe:
       target, drafter: the modules.
       optimizer: of the drafter's parameters.
       accumulate: parts of a batch that go through one after the other.
-      remat: see `windows.known_pass`.
+      remat: see `known_windows.known_pass`.
       stops: token ids that end a response.
       gamma: cost of a drafter step over that of a target step.
       mesh: which the learner is laid out on by `partition.TABLE`; None: one device.
@@ -233,7 +233,7 @@ def observe(
         return objective.inputs(step, signal, prepared)
 
     about = (models.drafter, models.weights, prefix.keys_values, start, signal.tokens)
-    return windows.known_pass(*about, observed, given, remat)
+    return known_windows.known_pass(*about, observed, given, remat)
 
 
 def added(of: Callable[..., Any], parts: int, params: dict, *rows: Any) -> Any:

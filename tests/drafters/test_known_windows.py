@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small
 
-from ppow_jax.drafters import windows
+from ppow_jax.drafters import known_windows, windows
 from ppow_jax.drafters.eagle3 import Drafter
 from ppow_jax.models import blocks
 from ppow_jax.models.layers import Linear, RMSNorm
@@ -54,7 +54,7 @@ def along_windows(drafter, weights, of):
 
     ahead = jnp.stack([windows.text_ahead(TOKENS, ANCHORS, step) for step in range(K)], -1)
     about = (drafter, weights, prefix.keys_values, start, ahead, observe)
-    return jnp.sum(COUNT * windows.known_pass(*about, lambda step: jnp.asarray(LOGITS[:, :, step])))
+    return jnp.sum(COUNT * known_windows.known_pass(*about, lambda step: jnp.asarray(LOGITS[:, :, step])))
 
 
 def close(found, wanted, tolerance):
@@ -83,7 +83,7 @@ def test_gradients_of_losses_are_those_of_plain_formulas(tiny, name, dtype, part
         def of(step, logits, target_logits):
             return PLAIN[name](softmax(target_logits[:, :, None]), softmax(logits))
 
-        monkeypatch.setattr(windows, "_observed", straight)
+        monkeypatch.setattr(known_windows, "_observed", straight)
         return along_windows(drafter, tiny.weights._replace(params=params), of)
 
     def straight(drafter, observe, params, hidden, given):
@@ -153,7 +153,7 @@ def test_in_parts_nothing_of_a_vocabulary_is_kept(tiny, monkeypatch):
         start = windows.text_starts(prefix, TOKENS, ANCHORS)
         tokens = jnp.zeros((B, A, G, K), jnp.int32)
         about = (tiny.drafter, weights, prefix.keys_values, start, tokens, observe)
-        return windows.known_pass(*about, lambda step: jnp.asarray(LOGITS[:, :, step])).sum()
+        return known_windows.known_pass(*about, lambda step: jnp.asarray(LOGITS[:, :, step])).sum()
 
     kept = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(total, params)[1], tiny.weights.params))
     # the target's logits are given here, and cut into parts: [A, B, 1, N]

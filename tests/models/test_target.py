@@ -164,6 +164,18 @@ def test_the_likeliest_is_the_first_of_the_largest(size, platform, monkeypatch):
     np.testing.assert_array_equal(found, logits.argmax(-1))
 
 
+def test_one_value_a_row_and_its_gradient():
+    rng = np.random.default_rng(0)
+    values, ids = rng.normal(size=(5, 3, 70)).astype(np.float32), rng.integers(0, 70, (5, 3))
+    values[0, 0, ids[0, 0] - 1] = np.inf  # not asked for
+    given = rng.normal(size=(5, 3)).astype(np.float32)
+    found, pull = jax.vjp(lambda x: layers.at_ids(x, ids), values)
+    np.testing.assert_array_equal(found, np.take_along_axis(values, ids[..., None], -1)[..., 0])
+    want = np.zeros_like(values)
+    np.put_along_axis(want, ids[..., None], given[..., None], -1)
+    np.testing.assert_array_equal(pull(given)[0], want)
+
+
 def test_the_tap_behind_the_last_layer_is_its_output(tiny):
     config = dataclasses.replace(small.TINY, taps=(1, small.TINY.layers))
     tokens = np.array([[3, 9, 1, 30]], np.int32)
