@@ -159,7 +159,7 @@ def test_a_product_is_the_same_for_any_number_of_rows(rows):
 def test_the_likeliest_is_the_first_of_the_largest(size, platform, monkeypatch):
     monkeypatch.setattr(partition, "platform", lambda: platform)
     logits = np.random.default_rng(size).integers(0, 4, (50, 3, size)).astype(np.float32)  # many are equal
-    found = jax.jit(layers.likeliest)(logits)
+    found = jax.jit(lambda x: layers.likeliest(x))(logits)  # traced anew on each platform
     assert found.dtype == np.int32
     np.testing.assert_array_equal(found, logits.argmax(-1))
 
@@ -174,6 +174,19 @@ def test_one_value_a_row_and_its_gradient():
     want = np.zeros_like(values)
     np.put_along_axis(want, ids[..., None], given[..., None], -1)
     np.testing.assert_array_equal(pull(given)[0], want)
+
+
+def test_entropy_of_a_softmax_without_gradient():
+    """However large the logits; log N where all are equal, 0 where one is certain."""
+    logits = np.random.default_rng(0).normal(size=(4, 3, 50)).astype(np.float32) + 300
+    logits[0] = 7.0
+    logits[1, :, 5] = 900.0
+    q = np.exp(np.float64(logits) - logits.max(-1, keepdims=True))
+    q /= q.sum(-1, keepdims=True)
+    found, pull = jax.vjp(layers.softmax_entropy, logits)
+    np.testing.assert_allclose(found, -np.sum(q * np.log(np.maximum(q, 1e-300)), -1), atol=1e-4)
+    np.testing.assert_allclose(found[0], np.log(50), atol=1e-5)
+    assert not pull(np.ones((4, 3), np.float32))[0].any()
 
 
 def test_the_tap_behind_the_last_layer_is_its_output(tiny):
