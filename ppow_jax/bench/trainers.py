@@ -3,7 +3,9 @@
 Shape letters: B texts, T positions, K steps of a window, D width, N draft vocabulary.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import shutil
@@ -61,17 +63,27 @@ class Contender:
         """Its next line.
 
         Raises:
-          UserError: it has ended instead.
+          UserError: it has ended instead, or said something else.
         """
         assert self.process.stdout  # a pipe
         line = self.process.stdout.readline()
         if not line:
             raise UserError(f"{self.name}: the worker ended with status {self.process.wait()}; see above")
-        return json.loads(line)
+        with contextlib.suppress(ValueError):
+            if isinstance(answer := json.loads(line), dict):
+                return answer
+        raise UserError(f"{self.name}: found {line[:80]!r}, expected a Python that prints nothing of its own")
+
+    def get_ready(self) -> None:
+        """Waits until it is, and takes in what it says of itself."""
+        log.info("train: starting %s", self.name)
+        for key, value in self.answer().items():
+            setattr(self, key, value)
 
     def step(self) -> None:
         """Takes one."""
-        print(file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # then it has ended, as its answer will say
+            print(file=self.process.stdin, flush=True)
         answer = self.answer()
         self.seconds.append(answer["seconds"])
         self.bytes = answer["bytes"]
@@ -92,13 +104,17 @@ def compare(experiment: Experiment, machine: Machine, torch_python: str, specjax
         raise UserError(f"--specjax: found {specjax!r}, expected a checkout, with a folder specjax in it")
     if (torch_python or specjax) and not any(type(run.method) is Supervised for run in chosen.values()):
         raise UserError("train: found no run of `supervised`, expected one to set other trainers beside")
-    for name, run in chosen.items():
-        if isinstance(run.method, Supervised):
-            _show_parts(experiment, machine, name, run)
+    contenders: list[Contender] = []
     with tempfile.TemporaryDirectory() as scratch:
-        directory = pathlib.Path(scratch)
-        contenders = _start(experiment, chosen, directory, torch_python, specjax)
+        commands = _commands(experiment, chosen, pathlib.Path(scratch), torch_python, specjax)
         try:
+            for name, (command, operations) in commands.items():
+                worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                contenders.append(Contender(name, worker, operations=operations))
+                contenders[-1].get_ready()
+            for name, run in chosen.items():
+                if isinstance(run.method, Supervised):
+                    _show_parts(experiment, machine, name, run)
             for turn in range(repeats):
                 for one in contenders[:: 1 if turn % 2 else -1]:
                     time.sleep(_PAUSE)
@@ -120,53 +136,43 @@ def _show_parts(experiment: Experiment, machine: Machine, name: str, run: TrainS
     show(f"{name}: a step in parts", columns, rows)
 
 
-def _start(
+def _commands(
     experiment: Experiment,
     chosen: Mapping[str, TrainSettings],
     directory: pathlib.Path,
     torch_python: str,
     specjax: str,
-) -> list[Contender]:
-    """All that take part, ready: our runs at their own anchors; the first supervised one also with every
-    position of a text as an anchor, as the others do it."""
-    settings, found = experiment.settings, []
+) -> dict[str, tuple[list[str], float]]:
+    """The command of each that takes part, by its name, and the operations of its step, or 0 where it tells
+    them itself. The others come first, so that mistakes about them show at once. Our runs have their own
+    anchors; the first supervised one comes also with every position as an anchor, as the others do it."""
+    settings, found = experiment.settings, {}
     runs, ours = dict(settings.train), list(chosen)
     supervised = [name for name, run in chosen.items() if type(run.method) is Supervised][:1]
     for name in supervised:
         every = dataclasses.replace(chosen[name].method, anchors=settings.data.length - 2)
-        ours.append(f"{name}_all")
+        ours.append(next(n for n in (f"{name}_all" + "_" * k for k in itertools.count()) if n not in runs))
         runs[ours[-1]] = dataclasses.replace(chosen[name], method=every)
-    values = to_dict(dataclasses.replace(settings, train=runs, runs=()))
+    if supervised and (torch_python or specjax):
+        shape, run = fresh_drafter(experiment).drafter.config, chosen[supervised[0]]
+        B, T, K = run.batch_size, settings.data.length, run.method.window
+        inputs = directory / "inputs.npz"
+        _write_inputs(inputs, shape, B, T, K)
+        script = str(pathlib.Path(__file__).with_name("trainer_worker.py"))
+        pythons = {name: torch_python for name in ("speculators", "specforge") if torch_python}
+        if specjax:
+            pythons["specjax"] = sys.executable
+        for name, python in pythons.items():
+            command = [python, script, name, str(inputs), specjax]
+            found[name] = (command, peer_operations(shape, B, T, K))
+    else:
+        log.info("train: no other trainer beside (--torch_python, --specjax)")
     file = directory / "config.json"
-    file.write_text(json.dumps(values))
+    file.write_text(json.dumps(to_dict(dataclasses.replace(settings, train=runs, runs=()))))
     for name in ours:
         command = [sys.executable, "-m", "ppow_jax.bench.own_worker", str(file), name]
-        found.append(_ready(f"ours, {name}", command))
-    if not supervised or not (torch_python or specjax):
-        log.info("train: no other trainer beside (--torch_python, --specjax)")
-        return found
-    shape, run = fresh_drafter(experiment).drafter.config, chosen[supervised[0]]
-    B, T, K = run.batch_size, settings.data.length, run.method.window
-    inputs = directory / "inputs.npz"
-    _write_inputs(inputs, shape, B, T, K)
-    script = str(pathlib.Path(__file__).with_name("trainer_worker.py"))
-    peers = {name: [torch_python, script, name] for name in ("speculators", "specforge") if torch_python}
-    if specjax:
-        peers["specjax"] = [sys.executable, script, "specjax"]
-    for name, command in peers.items():
-        one = _ready(name, [*command, str(inputs), specjax])
-        one.operations = peer_operations(shape, B, T, K)
-        found.append(one)
+        found[f"ours, {name}"] = (command, 0.0)
     return found
-
-
-def _ready(name: str, command: Sequence[str]) -> Contender:
-    log.info("train: starting %s", name)
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    one = Contender(name, worker)
-    for key, value in one.answer().items():
-        setattr(one, key, value)
-    return one
 
 
 def _write_inputs(path: pathlib.Path, shape: DrafterConfig, B: int, T: int, K: int) -> None:

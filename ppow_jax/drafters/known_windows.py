@@ -26,11 +26,13 @@ from ppow_jax.drafters.windows import (
     stacked,
     stepping,
 )
+from ppow_jax.errors import ConfigError
 from ppow_jax.models import blocks
 from ppow_jax.models.cache import Cache
 
-# observe(step, hidden_BxAxGxD, logits_BxAxGxN, given) -> statistics, leaves [B, A, G].
-# At step 0 they are [B, A, 1]: a group shares its anchor. It may be asked about some anchors only.
+# observe(step, hidden_BxAxGxD, logits_BxAxGxN, given) -> statistics, leaves [B, A, G]. At step 0 it is handed
+# [B, A, 1, ...], as a group shares its anchor, and still gives [B, A, G]. It may be asked about some anchors
+# only.
 Observe = Callable[[int, jax.Array, jax.Array, Any], Any]
 
 
@@ -57,17 +59,31 @@ def known_pass(
 
     Returns:
       The statistics of all steps, stacked to `[B, A, G, K]`.
+
+    Raises:
+      ConfigError: a statistic of another shape than `[B, A, G]`.
     """
     through = stepping(drafter, weights, prefix, start, remat)
     steps = range(tokens_BxAxGxK.shape[-1])
     hidden = [through.send(tokens_BxAxGxK[..., step - 1] if step else None) for step in steps]
+    given_K = [given(step) for step in steps]
     if all(parts(drafter, h) == 1 for h in hidden):
         params = head_at_hand(weights, drafter.config.dtype)
-        return stacked(_observed(drafter, observe, params, hidden, [given(step) for step in steps]))
-    # In float32: the gradients of so many parts would be added up in another dtype.
-    params = head_at_hand(weights, jnp.float32)
-    of_step = [functools.partial(observe, step) for step in steps]
-    return stacked([by_parts(drafter, params, of_step[k], hidden[k], given(k)) for k in steps])
+        collected = _observed(drafter, observe, params, hidden, given_K)
+    else:
+        # In float32: the gradients of so many parts would be added up in another dtype.
+        params = head_at_hand(weights, jnp.float32)
+        of_step = [functools.partial(observe, step) for step in steps]
+        collected = [by_parts(drafter, params, of_step[k], hidden[k], given_K[k]) for k in steps]
+    expected = tokens_BxAxGxK.shape[:-1]
+    for step, stats in enumerate(collected):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(stats):
+            if leaf.shape != expected:
+                raise ConfigError(
+                    f"observe: found the statistic {jax.tree_util.keystr(path)} of shape {leaf.shape} at "
+                    f"step {step}, expected {expected}: rows, anchors, windows a group"
+                )
+    return stacked(collected)
 
 
 def _observed(drafter: Drafter, observe: Observe, params: dict, hidden: list, given: list) -> list:

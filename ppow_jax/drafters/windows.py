@@ -24,8 +24,9 @@ from ppow_jax.models.layers import likeliest
 from ppow_jax.models.target import Target
 from ppow_jax.parallel import partition
 
-# choose(step, hidden_BxAxGxD, logits_BxAxGxN, given) -> (target ids to go on with [B, A, G], statistics).
-# At step 0 they are [B, A, 1, ...]: a group shares its anchor. It may be asked about some anchors only.
+# choose(step, hidden_BxAxGxD, logits_BxAxGxN, given) -> (target ids to go on with [B, A, G], statistics). At
+# step 0 it is handed [B, A, 1, ...], as a group shares its anchor, and still gives [B, A, G]. It may be asked
+# about some anchors only.
 Choose = Callable[[int, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 # given(step): what choose is given of every anchor besides, leaves [B, A, ...].
 Given = Callable[[int], Any]
@@ -95,8 +96,8 @@ def text_prefix(
 
 def text_starts(prefix: Prefix, tokens_BxT: jax.Array, anchors_BxA: jax.Array) -> Start:
     """The windows' beginnings at the given anchors of known texts."""
-    hidden = jnp.take_along_axis(prefix.hidden, anchors_BxA[..., None], axis=1)
-    return Start(hidden, jnp.take_along_axis(tokens_BxT, anchors_BxA + 1, axis=1), anchors_BxA)
+    hidden = jnp.take_along_axis(prefix.hidden, anchors_BxA[..., None], 1, mode="clip")
+    return Start(hidden, jnp.take_along_axis(tokens_BxT, anchors_BxA + 1, 1, mode="clip"), anchors_BxA)
 
 
 class Windows(NamedTuple):
@@ -263,8 +264,7 @@ def stacked(collected: list) -> Any:
 
 def text_ahead(tokens_BxT: jax.Array, anchors_BxA: jax.Array, step: int) -> jax.Array:
     """int32 `[B, A, 1]`: what the texts themselves hold where step `step` of a window drafts."""
-    at = jnp.minimum(anchors_BxA + 2 + step, tokens_BxT.shape[1] - 1)
-    return jnp.take_along_axis(tokens_BxT, at, axis=1)[..., None]
+    return jnp.take_along_axis(tokens_BxT, anchors_BxA + 2 + step, 1, mode="clip")[..., None]
 
 
 def greedy(vocab_N: jax.Array) -> Choose:

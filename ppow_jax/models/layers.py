@@ -105,8 +105,11 @@ def softmax_entropy(logits: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def at_ids(values: jax.Array, ids: jax.Array) -> jax.Array:
-    """`[...]`, one value of `[..., N]` each. Its gradient is a comparison, where jax would scatter."""
-    return jnp.take_along_axis(values, ids[..., None], -1)[..., 0]
+    """`[...]`, one value of `[..., N]` each. Its gradient is a comparison, where jax would scatter.
+
+    An id must be one of the N: nothing looks whether it is, as jax would do at every look-up.
+    """
+    return jnp.take_along_axis(values, ids[..., None], -1, mode="clip")[..., 0]
 
 
 def _at_ids_forward(values: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple]:

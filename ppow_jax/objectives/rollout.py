@@ -80,7 +80,7 @@ def log_prob_of(logits_BxAxGxN: jax.Array, ids_BxAxG: jax.Array) -> jax.Array:
     total = logsumexp(logits_BxAxGxN)
     if total.shape == ids_BxAxG.shape:
         return at_ids(logits_BxAxGxN, ids_BxAxG) - total
-    return jnp.take_along_axis(logits_BxAxGxN[:, :, 0], ids_BxAxG, -1) - total
+    return jnp.take_along_axis(logits_BxAxGxN[:, :, 0], ids_BxAxG, -1, mode="clip") - total
 
 
 def draw(uniform_BxAxG: jax.Array, logp_BxAxGxN: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Training steps beside those of other trainers: what is told and counted."""
 
 import json
+import subprocess
 import sys
 import types
 
@@ -21,13 +22,20 @@ for n, _ in enumerate(sys.stdin):
 """
 
 
+def ready(name, command):
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    one = trainers.Contender(name, worker)
+    one.get_ready()
+    return one
+
+
 @pytest.mark.slow
 def test_our_own_step_in_a_process_of_its_own(tmp_path):
     """The losses of a step are its anchors' tokens; texts of random ids are the target's to the end."""
     settings = runs.make_settings(tmp_path, runs=("supervise",))
     file = tmp_path / "config.json"
     file.write_text(json.dumps(to_dict(settings)))
-    one = trainers._ready("ours", [sys.executable, "-m", "ppow_jax.bench.own_worker", str(file), "supervise"])
+    one = ready("ours", [sys.executable, "-m", "ppow_jax.bench.own_worker", str(file), "supervise"])
     one.step()
     one.process.kill()
     run = settings.train["supervise"]
@@ -36,7 +44,7 @@ def test_our_own_step_in_a_process_of_its_own(tmp_path):
 
 
 def test_the_table_has_medians_and_shares(capsys):
-    one = trainers._ready("specforge", [sys.executable, "-c", PEER])
+    one = ready("specforge", [sys.executable, "-c", PEER])
     one.operations = 6e9
     for _ in range(3):
         one.step()
@@ -49,7 +57,20 @@ def test_the_table_has_medians_and_shares(capsys):
 
 def test_a_worker_that_ends_is_named():
     with pytest.raises(UserError, match="specjax: the worker ended with status 3"):
-        trainers._ready("specjax", [sys.executable, "-c", "raise SystemExit(3)"])
+        ready("specjax", [sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_a_worker_that_ends_between_steps_is_named():
+    one = ready("specforge", [sys.executable, "-c", "print('{}', flush=True); raise SystemExit(7)"])
+    one.process.wait()
+    with pytest.raises(UserError, match="specforge: the worker ended with status 7; see above"):
+        one.step()
+
+
+@pytest.mark.parametrize("said", ["Welcome!", "3"])
+def test_a_worker_that_says_something_else_is_named(said):
+    with pytest.raises(UserError, match=f"specforge: found '{said}.*, expected a Python that prints nothing"):
+        ready("specforge", [sys.executable, "-c", f"print('{said}', flush=True)"])
 
 
 def test_operations_of_a_step_by_hand():

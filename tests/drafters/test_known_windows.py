@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import small
 
 from ppow_jax.drafters import known_windows, windows
 from ppow_jax.drafters.eagle3 import Drafter
+from ppow_jax.errors import ConfigError
 from ppow_jax.models import blocks
 from ppow_jax.models.layers import Linear, RMSNorm
 from ppow_jax.objectives import losses
@@ -158,6 +160,18 @@ def test_in_parts_nothing_of_a_vocabulary_is_kept(tiny, monkeypatch):
     kept = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(total, params)[1], tiny.weights.params))
     # the target's logits are given here, and cut into parts: [A, B, 1, N]
     assert not [x.shape for x in kept if x.shape[-2:] == (G, N) or x.shape == (B, A, 1, N)]
+
+
+@pytest.mark.parametrize("values", [2**30, B * A * N])  # at once, and in parts
+def test_a_statistic_of_another_shape_is_refused(tiny, values, monkeypatch):
+    """A group's own at step 0, where there should be one for each of its windows."""
+    monkeypatch.setattr(blocks, "VALUES", {"default": values})
+    prefix = windows.text_prefix(tiny.drafter, tiny.weights, TAPS, TOKENS)
+    start = windows.text_starts(prefix, TOKENS, ANCHORS)
+    about = (tiny.drafter, tiny.weights, prefix.keys_values, start, jnp.zeros((B, A, 2, K), jnp.int32))
+    found = re.escape(f"found the statistic ['best'] of shape {(B, A, 1)} at step 0, expected {(B, A, 2)}")
+    with pytest.raises(ConfigError, match=found):
+        known_windows.known_pass(*about, lambda step, hidden, logits, given: {"best": logits.max(-1)})
 
 
 @pytest.mark.parametrize(
