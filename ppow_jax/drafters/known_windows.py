@@ -51,9 +51,9 @@ def known_pass(
     Args:
       drafter, weights, prefix, start: as in `windows.window_pass`.
       tokens_BxAxGxK: target ids that the windows hold.
-      observe: gives statistics, `[B, A, G]` leaves. It sees so many anchors at a time that their logits fit
-        into `blocks.VALUES`. In the backward pass it is computed again, and so are the logits where they did
-        not fit as a whole: no more of the arrays as wide as the vocabulary is kept.
+      observe: gives statistics, `[B, A, G]` leaves, G the same in every step. It sees so many anchors at a
+        time that their logits fit into `blocks.VALUES`. In the backward pass it is computed again, and so are
+        the logits where they did not fit as a whole: no more of the arrays as wide as the vocabulary is kept.
       given: what `observe` is given at a step.
       remat: what the backward pass computes again of a step: "none", "dots" (all but matrix products), "all".
 
@@ -61,7 +61,7 @@ def known_pass(
       The statistics of all steps, stacked to `[B, A, G, K]`.
 
     Raises:
-      ConfigError: a statistic of another shape than `[B, A, G]`.
+      ConfigError: a statistic is not `[B, A, G]`, or not the same in every step.
     """
     through = stepping(drafter, weights, prefix, start, remat)
     steps = range(tokens_BxAxGxK.shape[-1])
@@ -75,15 +75,20 @@ def known_pass(
         params = head_at_hand(weights, jnp.float32)
         of_step = [functools.partial(observe, step) for step in steps]
         collected = [by_parts(drafter, params, of_step[k], hidden[k], given_K[k]) for k in steps]
-    expected = tokens_BxAxGxK.shape[:-1]
-    for step, stats in enumerate(collected):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(stats):
-            if leaf.shape != expected:
-                raise ConfigError(
-                    f"observe: found the statistic {jax.tree_util.keystr(path)} of shape {leaf.shape} at "
-                    f"step {step}, expected {expected}: rows, anchors, windows a group"
-                )
+    _check_shapes(collected, tokens_BxAxGxK.shape[:2])
     return stacked(collected)
+
+
+def _check_shapes(collected: list, rows_and_anchors: tuple[int, ...]) -> None:
+    first = jax.tree_util.tree_leaves_with_path(collected[0])
+    for (path, _), *leaves in zip(first, *map(jax.tree.leaves, collected), strict=True):
+        shapes = [leaf.shape for leaf in leaves]
+        if len(set(shapes)) > 1 or shapes[0][:-1] != rows_and_anchors:
+            B, A = rows_and_anchors
+            raise ConfigError(
+                f"observe: found the statistic {jax.tree_util.keystr(path)} of shapes {shapes}, expected "
+                f"({B}, {A}, G) at every step: rows, anchors, windows a group"
+            )
 
 
 def _observed(drafter: Drafter, observe: Observe, params: dict, hidden: list, given: list) -> list:
