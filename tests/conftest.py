@@ -93,7 +93,7 @@ def session_directory(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(session_directory) -> None:
     """Keeps what is compiled, for all workers and all processes that tests start: the same program is
-    compiled once. In the directory of JAX_COMPILATION_CACHE_DIR, if that is set, so that sessions share it."""
+    compiled once. Sessions share the directory of JAX_COMPILATION_CACHE_DIR, if that is set."""
     directory = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(session_directory / "compiled")
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
