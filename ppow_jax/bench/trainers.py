@@ -109,8 +109,7 @@ def compare(experiment: Experiment, machine: Machine, torch_python: str, specjax
         commands = _commands(experiment, chosen, pathlib.Path(scratch), torch_python, specjax)
         try:
             for name, (command, operations) in commands.items():
-                worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-                contenders.append(Contender(name, worker, operations=operations))
+                contenders.append(_started(name, command, operations))
                 contenders[-1].get_ready()
             for name, run in chosen.items():
                 if isinstance(run.method, Supervised):
@@ -173,6 +172,11 @@ def _commands(
         command = [sys.executable, "-m", "ppow_jax.bench.own_worker", str(file), name]
         found[f"ours, {name}"] = (command, 0.0)
     return found
+
+
+def _started(name: str, command: Sequence[str], operations: float = 0.0) -> Contender:
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return Contender(name, worker, operations=operations)
 
 
 def _write_inputs(path: pathlib.Path, shape: DrafterConfig, B: int, T: int, K: int) -> None:

@@ -1,7 +1,6 @@
 """Training steps beside those of other trainers: what is told and counted."""
 
 import json
-import subprocess
 import sys
 import types
 
@@ -23,8 +22,7 @@ for n, _ in enumerate(sys.stdin):
 
 
 def ready(name, command):
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    one = trainers.Contender(name, worker)
+    one = trainers._started(name, command)
     one.get_ready()
     return one
 
