@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from ppow_jax.config import from_config
 from ppow_jax.data import records
+from ppow_jax.decode.sampling import GREEDY, Sampling
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.models.target import Target, fingerprint
 from ppow_jax.parallel import files, partition
@@ -52,6 +53,12 @@ class Experiment:
     def key(self, name: str, seed: int = 0) -> jax.Array:
         """The root random key of one purpose; `seed` is added to that of the settings."""
         return jax.random.fold_in(jax.random.key(self.settings.seed + seed), zlib.crc32(name.encode()))
+
+    @property
+    def sampling(self) -> Sampling:
+        """That of `decode`."""
+        given = self.settings.decode.sampling
+        return Sampling(**dataclasses.asdict(given)) if given.temperature > 0 else GREEDY
 
     @functools.cached_property
     def responses(self) -> records.Records:

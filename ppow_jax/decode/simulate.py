@@ -1,8 +1,13 @@
-"""Decoding simulated on text that the target wrote greedily: exact, and without the target.
+"""Decoding simulated on text that the target wrote: exact, and without the target.
 
 Walk the text: draft from the anchor, compare with the text, jump. A chain is accepted as far as it repeats
 the text, so it need not be drafted beyond its first mistake, and no row waits for another: one drafter step
 for every token. Trees are drafted whole. The rounds are those of `decode.loop` with the same drafter.
+
+Above temperature 0 the text is a sample of the target. Speculative sampling emits x as an accepted draft with
+probability min(P(x), q(x)), and as the target's own token with probability P(x) - min(P(x), q(x)). So of a
+token x that the target sampled a share of min(1, q(x) / P(x)) are accepted drafts, whatever comes after it.
+Draws with these chances along the text give rounds that are distributed as those of decoding.
 """
 
 import functools
@@ -13,13 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax.decode import tree, verify
-from ppow_jax.decode.sampling import GREEDY
+from ppow_jax.decode.sampling import GREEDY, Sampling, log_probs
 from ppow_jax.decode.shapes import Shape, chain
 from ppow_jax.drafters.eagle3 import Drafter, DrafterWeights
 from ppow_jax.drafters.windows import Prefix, text_prefix, text_starts, window_pass
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.cache import Cache
 from ppow_jax.models.layers import likeliest
+from ppow_jax.models.target import Target
+from ppow_jax.models.target_outputs import log_prob_of_next
+
+_WHOLE = Sampling(1.0)
 
 
 class Rounds(NamedTuple):
@@ -34,6 +43,34 @@ class Rounds(NamedTuple):
     emitted: jax.Array
     accepted: jax.Array
     offered: jax.Array
+
+
+class Sampled(NamedTuple):
+    """How the target sampled the texts, and what decides whether a token counts as an accepted draft.
+
+    Attributes:
+      log_prob: float32 `[B, T]`, log P of each token of the texts; at those of the prompt it is not read.
+      uniform: float32 `[B, T]`, drawn from [0, 1), one a token. The same for two drafters: their difference
+        varies less.
+    """
+
+    log_prob: jax.Array
+    uniform: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("target", "sampling"))
+def sampled_texts(
+    target: Target,
+    params: dict,
+    hidden_BxTxD: jax.Array,
+    tokens_BxT: jax.Array,
+    sampling: Sampling,
+    key: jax.Array,
+) -> Sampled:
+    """Of texts that the target sampled, by its final hidden states on them."""
+    of = functools.partial(log_probs, sampling=sampling)
+    log_prob_BxT = log_prob_of_next(target, params, hidden_BxTxD, tokens_BxT, of)
+    return Sampled(jnp.roll(log_prob_BxT, 1, 1), jax.random.uniform(key, tokens_BxT.shape))
 
 
 class _Walk(NamedTuple):
@@ -55,6 +92,8 @@ def simulate(
     start_B: jax.Array | np.ndarray,
     end_B: jax.Array | np.ndarray,
     shape: Shape,
+    sampled: Sampled | None = None,
+    sampling: Sampling = GREEDY,
 ) -> Rounds:
     """Rounds of decoding over responses.
 
@@ -62,18 +101,24 @@ def simulate(
       drafter: the module.
       weights: its weights.
       taps_BxTxC: the target's taps on the texts.
-      tokens_BxT: the texts, greedy beyond `start`.
+      tokens_BxT: the texts, the target's beyond `start`: greedy, or sampled.
       start_B: position of the first token of the response (prefill emits that one).
       end_B: position after its last token, stop token included.
       shape: of the drafts.
+      sampled, sampling: of texts that were sampled, how. The drafter is sampled likewise.
+
+    Raises:
+      ValueError: another shape than a chain, for texts that were sampled.
     """
     inputs = (drafter, weights, taps_BxTxC, tokens_BxT, start_B, end_B)
     if shape == chain(shape.depth):
-        return _simulate_chain(*inputs, shape.depth)
+        return _simulate_chain(*inputs, shape.depth, sampled, sampling)
+    if sampled is not None:
+        raise ValueError(f"found {shape} for sampled texts, expected a chain")
     return _simulate_trees(*inputs, shape)
 
 
-@functools.partial(jax.jit, static_argnames=("drafter", "window"))
+@functools.partial(jax.jit, static_argnames=("drafter", "window", "sampling"))
 def _simulate_chain(
     drafter: Drafter,
     weights: DrafterWeights,
@@ -82,6 +127,8 @@ def _simulate_chain(
     start_B: jax.Array,
     end_B: jax.Array,
     window: int,
+    sampled: Sampled | None,
+    sampling: Sampling,
 ) -> Rounds:
     """`simulate` of windows that are drafted as far as they are right."""
     B, T = tokens_BxT.shape
@@ -89,10 +136,15 @@ def _simulate_chain(
     prefix = text_prefix(drafter, weights, taps_BxTxC, tokens_BxT)
 
     def walk(w: _Walk) -> _Walk:
-        hidden_BxD, context, drafted_B = _draft(drafter, weights, prefix, tokens_BxT, w)
+        hidden_BxD, context, logits_BxN = _draft(drafter, weights, prefix, tokens_BxT, w)
         says_B = w.anchor + w.step + 2  # the position of the token that was drafted
         alive_B, left_B = says_B < end_B, end_B - w.anchor - 2
-        agrees_B = drafted_B == tokens_BxT[rows, jnp.minimum(says_B, T - 1)]
+        here = rows, jnp.minimum(says_B, T - 1)
+        if sampled is None:
+            agrees_B = weights.vocab[likeliest(logits_BxN)] == tokens_BxT[here]
+        else:
+            drafted_B = _log_prob_of(logits_BxN, weights.vocab, tokens_BxT[here], sampling)
+            agrees_B = sampled.uniform[here] < jnp.exp(drafted_B - sampled.log_prob[here])
         over_B = ~agrees_B | (w.step + 1 == window) | (says_B + 1 == end_B)
         accepted_B = w.step + agrees_B
         emitted_B = jnp.minimum(accepted_B + 1, left_B)
@@ -116,7 +168,7 @@ def _simulate_chain(
 def _draft(
     drafter: Drafter, weights: DrafterWeights, prefix: Prefix, tokens_BxT: jax.Array, w: _Walk
 ) -> tuple[jax.Array, Cache, jax.Array]:
-    """One step of each row's window along the text: hidden state `[B, D]`, context, drafted token `[B]`."""
+    """One step of each row's window along the text: hidden state `[B, D]`, context, logits `[B, N]`."""
     B, T = tokens_BxT.shape
     rows, position_B = jnp.arange(B), w.anchor + w.step
     variables = {"params": weights.params}
@@ -130,7 +182,15 @@ def _draft(
     hidden, new = drafter.apply(variables, *inputs, w.context, visible_BxWxS)
     context = kv_cache.write(w.context, kv_cache.as_prefix(new), T + w.step)
     logits = drafter.apply(variables, hidden, method="logits")
-    return hidden[:, 0, 0], context, weights.vocab[likeliest(logits)][:, 0, 0]
+    return hidden[:, 0, 0], context, logits[:, 0, 0]
+
+
+def _log_prob_of(logits: jax.Array, vocab_N: jax.Array, tokens: jax.Array, sampling: Sampling) -> jax.Array:
+    """float32 `[...]`: the drafter's log-probabilities of target ids, from its logits `[..., N]`; -inf
+    outside the draft vocabulary."""
+    drafted = jnp.minimum(jnp.searchsorted(vocab_N, tokens), len(vocab_N) - 1)
+    found = jnp.take_along_axis(log_probs(logits, sampling), drafted[..., None], -1)[..., 0]
+    return jnp.where(vocab_N[drafted] == tokens, found, -jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnames=("drafter", "shape"))
@@ -171,7 +231,7 @@ def _simulate_trees(
     return jax.lax.while_loop(lambda c: jnp.any(c[1] + 2 < end_B), round_, begin)[-1]
 
 
-@functools.partial(jax.jit, static_argnames=("drafter", "window"))
+@functools.partial(jax.jit, static_argnames=("drafter", "window", "sampling"))
 def expected_accepted(
     drafter: Drafter,
     weights: DrafterWeights,
@@ -180,32 +240,37 @@ def expected_accepted(
     end_B: jax.Array,
     anchors_BxA: jax.Array,
     window: int,
+    log_prob_BxT: jax.Array | None = None,
+    sampling: Sampling = _WHOLE,
 ) -> jax.Array:
-    """Expected accepted length of windows *sampled* from the drafter at temperature 1, float32 `[B, A]`.
+    """Expected accepted length of windows *sampled* from the drafter, float32 `[B, A]`.
 
-    The text is the target's greedy one, so a window is accepted as far as it repeats the text:
-    E[k] = sum over j of the product over i <= j of Q(x_i | x_<i), which one teacher-forced pass gives.
+    If the text is the target's greedy one, a window is accepted as far as it repeats the text:
+    E[k] = sum over j of the product over i <= j of q(x_i | x_<i), which one teacher-forced pass gives. Along
+    a text that the target sampled the factors are min(1, q / P), and the mean over texts is exact.
 
     Args:
       drafter, weights, taps_BxTxC, tokens_BxT, end_B, window: as in `simulate`.
       anchors_BxA: int32; text beyond `end` counts as refused.
+      log_prob_BxT: `Sampled.log_prob`; None: the text is greedy.
+      sampling: of the drafter, and of the text if it was sampled.
     """
     prefix = text_prefix(drafter, weights, taps_BxTxC, tokens_BxT)
     start = text_starts(prefix, tokens_BxT, anchors_BxA)
-    T, N = tokens_BxT.shape[1], weights.vocab.shape[0]
+    T = tokens_BxT.shape[1]
+    target_BxT = jnp.zeros(tokens_BxT.shape) if log_prob_BxT is None else log_prob_BxT
 
-    def given(step: int) -> tuple[jax.Array, jax.Array]:
+    def given(step: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         position_BxA = anchors_BxA + 2 + step
-        token_BxA = jnp.take_along_axis(tokens_BxT, jnp.minimum(position_BxA, T - 1), 1)
-        return token_BxA, position_BxA < end_B[:, None]
+        at_BxA = jnp.minimum(position_BxA, T - 1)
+        token_BxA, target_BxA = (jnp.take_along_axis(x, at_BxA, 1) for x in (tokens_BxT, target_BxT))
+        return token_BxA, target_BxA, position_BxA < end_B[:, None]
 
-    def choose(_: int, hidden: jax.Array, logits_BxLx1xN: jax.Array, given: tuple[jax.Array, jax.Array]):
-        token_BxL, inside_BxL = given
-        draft_BxL = jnp.minimum(jnp.searchsorted(weights.vocab, token_BxL), N - 1)
-        possible_BxL = (weights.vocab[draft_BxL] == token_BxL) & inside_BxL
-        logp = jax.nn.log_softmax(logits_BxLx1xN[:, :, 0])
-        logp_BxL = jnp.take_along_axis(logp, draft_BxL[..., None], -1)[..., 0]
-        return token_BxL[..., None], jnp.where(possible_BxL, jnp.exp(logp_BxL), 0.0)[..., None]
+    def choose(_: int, hidden: jax.Array, logits_BxLx1xN: jax.Array, given: tuple[jax.Array, ...]):
+        token_BxL, target_BxL, inside_BxL = given
+        drafted_BxL = _log_prob_of(logits_BxLx1xN[:, :, 0], weights.vocab, token_BxL, sampling)
+        chance_BxL = jnp.exp(jnp.minimum(drafted_BxL - target_BxL, 0.0))
+        return token_BxL[..., None], jnp.where(inside_BxL, chance_BxL, 0.0)[..., None]
 
-    repeated = window_pass(drafter, weights, prefix.keys_values, start, choose, window, given)[:, :, 0]
-    return jnp.cumprod(repeated, -1).sum(-1)
+    accepted = window_pass(drafter, weights, prefix.keys_values, start, choose, window, given)[:, :, 0]
+    return jnp.cumprod(accepted, -1).sum(-1)

@@ -51,16 +51,22 @@ def read(target: Target, params: dict, tokens_BxT: jax.Array) -> tuple[TargetOut
     positions = jnp.broadcast_to(jnp.arange(T), (B, 1, T))
     out = target.apply({"params": params}, tokens_BxT[:, None], positions)
     hidden_BxTxD = out.hidden[:, 0]
-    log_prob_BxT = _log_prob(target, params, hidden_BxTxD, tokens_BxT)
+    log_prob_BxT = log_prob_of_next(target, params, hidden_BxTxD, tokens_BxT)
     outputs = TargetOutputs(out.taps[:, 0], hidden_BxTxD, log_prob_BxT)
     return outputs, as_prefix(out.new)
 
 
-def _log_prob(target: Target, params: dict, hidden_BxTxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
-    """float32 `[B, T]`: see `TargetOutputs.log_prob`."""
+def log_prob_of_next(
+    target: Target,
+    params: dict,
+    hidden_BxTxD: jax.Array,
+    tokens_BxT: jax.Array,
+    log_probs: Callable[[jax.Array], jax.Array] = jax.nn.log_softmax,
+) -> jax.Array:
+    """float32 `[B, T]`: `TargetOutputs.log_prob`, by `log_probs` of the logits."""
 
     def some(logits_BxLxV: jax.Array, next_BxL: jax.Array) -> jax.Array:
-        logp_BxLxV = jax.nn.log_softmax(logits_BxLxV)
+        logp_BxLxV = log_probs(logits_BxLxV)
         return jnp.take_along_axis(logp_BxLxV, next_BxL[..., None], 2)[..., 0]
 
     next_BxT = jnp.roll(tokens_BxT, -1, 1)
@@ -85,7 +91,7 @@ def outputs_of(target: Target, params: dict, batch: Mapping[str, jax.Array]) -> 
     if "taps" not in batch:
         return read(target, params, batch["tokens"])[0]
     hidden = batch["hidden"].astype(jnp.float32)
-    log_prob = _log_prob(target, params, hidden, batch["tokens"])
+    log_prob = log_prob_of_next(target, params, hidden, batch["tokens"])
     return TargetOutputs(batch["taps"].astype(jnp.float32), hidden, log_prob)
 
 
@@ -93,6 +99,12 @@ def outputs_of(target: Target, params: dict, batch: Mapping[str, jax.Array]) -> 
 def taps_of(target: Target, params: dict, batch: Mapping[str, jax.Array]) -> jax.Array:
     """The target's taps `[B, T, C]` on a batch, from its features or by running the target."""
     return outputs_of(target, params, batch).taps
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hidden_of(target: Target, params: dict, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The target's final hidden states `[B, T, D]`, likewise."""
+    return outputs_of(target, params, batch).hidden
 
 
 def entropy_of(target: Target, params: dict, hidden_BxTxD: jax.Array) -> jax.Array:

@@ -5,10 +5,14 @@ drafter's probabilities of the text's own tokens x and R the reward of an accept
 
     E[R] = R(0) + sum over k = 1 .. K of (R(k) - R(k - 1)) q(x_1) q(x_2 | x_1) ... q(x_k | x_1 .. x_(k-1)).
 
-It has a gradient without sampling, groups or variance. Above temperature 0 the chance a = sum over tokens of
-min(T, q) that a sampled token is accepted stands in the place of q, along texts that the target sampled:
-exact for the first token, and for those after it but for their contexts, which are the target's samples and
-not the accepted drafts.
+It has a gradient without sampling, groups or variance. Above temperature 0 the texts are sampled by the
+target. With a the chance that a sampled token is accepted, and r the share of a text's token x that are
+accepted drafts (`decode.simulate`),
+
+    a = sum over tokens of min(P, q),   r = min(1, q(x) / P(x)),
+    E[R] = R(0) + sum over k of (R(k) - R(k - 1)) r_1 ... r_(k-1) a_k,
+
+whose mean over texts is exact: a is the mean of r.
 
 A greedy decoder goes by ranks and not by probabilities: a chain keeps the text's token if it is the
 likeliest, a tree if it is among the first few of its level. With `rank` r, and z the drafter's logits, the
@@ -27,7 +31,7 @@ import jax.numpy as jnp
 from ppow_jax.errors import ConfigError
 from ppow_jax.keys import key, section
 from ppow_jax.models import target_outputs
-from ppow_jax.models.layers import at_ids, likeliest
+from ppow_jax.models.layers import at_ids, likeliest, logsumexp
 from ppow_jax.models.target_outputs import TargetOutputs
 from ppow_jax.objectives import losses, rewards
 from ppow_jax.objectives import weights as window_weights
@@ -85,6 +89,7 @@ class Expected(Objective):
     )
     kl_decay: float = key(0.8, "of kl_positions all", at_most=1.0)
     anchor_rule: AnchorRule = section(AnchorRule)
+    mean_context: bool = key(False, "TEMP")
 
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
@@ -153,24 +158,27 @@ class Expected(Objective):
         return renormalised, along_windows(*about, verifying)
 
     def inputs(self, step: int, signal: Signal, prepared: Any) -> Any:
-        """The text's token, and where the target's distributions are."""
+        """The text's tokens, and where the target's distributions are."""
         return signal.tokens[:, :, 0, step], prepared[0].where[..., step]
 
     def observe(
         self, models: Models, step: int, hidden: jax.Array, logits: jax.Array, inputs: Any, prepared: Any
     ) -> Stats:
-        """The chance that a drafted token is accepted, and KL to the target."""
+        """The chance that a drafted token is accepted, that the text's token is an accepted draft, and KL to
+        the target."""
         (token_BxL, where_BxL), (renormalised, verifying) = inputs, prepared
         divergence = losses.kl(renormalised.look_up(where_BxL), logits)
-        if self.rank:
-            chance = chance_by_rank(
-                logits, models.weights.vocab, token_BxL[..., None], self.rank, self.softness
-            )
-        elif self.temperature == 0:
-            chance = prob_of(logits, models.weights.vocab, token_BxL[..., None])
+        tokens, vocab = token_BxL[..., None], models.weights.vocab
+        if self.temperature > 0:
+            truth, logits = verifying.look_up(where_BxL), logits / self.temperature
+            chance, repeats = losses.acceptance(truth, logits), share_accepted(truth, logits, vocab, tokens)
+            if self.mean_context:
+                repeats = chance
+        elif self.rank:
+            chance = repeats = chance_by_rank(logits, vocab, tokens, self.rank, self.softness)
         else:
-            chance = losses.acceptance(verifying.look_up(where_BxL), logits)
-        return {"chance": chance, "kl": divergence}
+            chance = repeats = prob_of(logits, vocab, tokens)
+        return {"chance": chance, "repeats": repeats, "kl": divergence}
 
     def summarise(self, stats: Stats, signal: Signal) -> dict[str, jax.Array]:
         """The sum of the chances that contexts are accepted, where the KL goes by them."""
@@ -180,26 +188,43 @@ class Expected(Objective):
 
     def _reached(self, stats: Stats) -> jax.Array:
         """`[B, A, 1, K]`: the chance that all tokens before a step are accepted."""
-        before = jnp.concatenate([jnp.ones_like(stats["chance"][..., :1]), stats["chance"][..., :-1]], -1)
-        return jax.lax.stop_gradient(jnp.cumprod(before, -1))
+        return jax.lax.stop_gradient(_before(stats["repeats"]))
 
     def loss(self, stats: Stats, signal: Signal, summary: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
         """-E[R] of the mean window, plus the weighted KL."""
         weights = signal.weights
-        smooth = (1 - self.smoothing) * stats["chance"] + self.smoothing
-        reward = jnp.sum(weights["gain"] * jnp.cumprod(smooth, -1)) + jnp.sum(weights["least"])
+        chance, repeats = (
+            (1 - self.smoothing) * stats[name] + self.smoothing for name in ("chance", "repeats")
+        )
+        reward = jnp.sum(weights["gain"] * _before(repeats) * chance) + jnp.sum(weights["least"])
         if self.kl_positions == "all":
             decay_K = window_weights.decay(self.window, self.kl_decay)
             kl = jnp.sum(stats["kl"] * weights["kl"] * decay_K)
         else:
             reached = self._reached(stats) * weights["inside"]
             kl = jnp.sum(stats["kl"] * reached) / jnp.maximum(summary["reached"], 1e-6)
-        chances = jnp.cumprod(jax.lax.stop_gradient(stats["chance"]), -1)
+        chances = self._reached(stats) * jax.lax.stop_gradient(stats["chance"])
         return self.kl_weight * kl - self.reward_weight * reward, {
             "reward": reward,
             "kl": kl,
             "accepted": jnp.sum(chances * weights["inside"]),
         }
+
+
+def _before(repeats: jax.Array) -> jax.Array:
+    """`[B, A, 1, K]`: the product over the steps before each."""
+    return jnp.cumprod(jnp.concatenate([jnp.ones_like(repeats[..., :1]), repeats[..., :-1]], -1), -1)
+
+
+def share_accepted(
+    target: losses.TargetDistribution, logits: jax.Array, vocab_N: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    """float32 `[B, L, G]`: min(1, q / P) of target ids that were drawn from P; 0 outside the draft
+    vocabulary."""
+    ids, inside = draft_ids(vocab_N, tokens)
+    drawn = at_ids(target.log_probs, ids) + jnp.log(target.mass)
+    gap = at_ids(logits, ids) - logsumexp(logits) - drawn
+    return jnp.exp(jnp.minimum(jnp.where(inside, gap, -jnp.inf), 0.0))
 
 
 def chance_by_rank(

@@ -22,9 +22,9 @@ from ppow_jax.decode import shapes
 from ppow_jax.decode.drafting import Eagle
 from ppow_jax.decode.loop import DecodeConfig, Decoded
 from ppow_jax.decode.profile import Texts
-from ppow_jax.decode.sampling import Sampling
+from ppow_jax.decode.sampling import GREEDY
 from ppow_jax.decode.session import Session, bucket
-from ppow_jax.decode.simulate import simulate
+from ppow_jax.decode.simulate import Sampled, sampled_texts, simulate
 from ppow_jax.drafters.eagle3 import Drafter, DrafterWeights
 from ppow_jax.errors import UserError
 from ppow_jax.experiment import Experiment
@@ -42,13 +42,15 @@ Kind = TypeVar("Kind", statistics.Simulated, statistics.Decoded)
 class Turn:
     """One response of a benchmark: its context and what the target wrote.
 
-    `taps` float32 `[T, C]`: the target's, while it wrote, at the tokens of both.
+    `taps` float32 `[T, C]` and `hidden` float32 `[T, D]`: the target's, while it wrote, at the tokens of
+    both.
     """
 
     prompt: str
     context: np.ndarray
     response: np.ndarray
     taps: np.ndarray
+    hidden: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Prompts with the target's greedy answers, which lie in a directory.
+    """Prompts with the target's answers, which lie in a directory.
 
     `left_out` says how many prompts and turns have none (`respond.write`).
     """
@@ -94,9 +96,9 @@ class Benchmark:
         for number, record in enumerate(records.Records(self.directory)):
             if of is not None and record["id"] not in of:
                 continue
-            text, taps = record["tokens"], features[number]["taps"]
+            text, kept = record["tokens"], features[number]
             rows.setdefault(record["id"], []).extend(
-                Turn(record["id"], text[:start], text[start:end], taps[:end])
+                Turn(record["id"], text[:start], text[start:end], kept["taps"][:end], kept["hidden"][:end])
                 for start, end in conversations.spans(record["assistant"])
                 if end - start > 1
             )
@@ -166,7 +168,7 @@ def _decoded(
     prompts = list(dict.fromkeys(turn.prompt for turn in turns()))
     chosen = prompts[: experiment.settings.evaluate.decode_prompts]
     some = [turn for turn in turns() if turn.prompt in chosen]
-    greedy = experiment.settings.decode.sampling.temperature == 0
+    greedy = experiment.sampling == GREEDY
     expected = simulate_all(experiment, candidates, some, shape) if greedy else None
     found = decode_all(experiment, candidates, some, shape)
     plain = found.pop(AUTOREGRESSIVE)
@@ -203,21 +205,34 @@ def simulate_all(
     experiment: Experiment, candidates: Sequence[Candidate], turns: Sequence[Turn], shape: shapes.Shape
 ) -> dict[str, list[TurnRounds]]:
     """Rounds of every turn by run, in the order of `turns`."""
-    size = experiment.settings.evaluate.batch_size
+    size, sampling = experiment.settings.evaluate.batch_size, experiment.sampling
     lengths = [len(t.context) + len(t.response) for t in turns]
     ordered = sorted(range(len(turns)), key=lambda i: lengths[i])
     found: dict[str, dict[int, TurnRounds]] = {c.run: {} for c in candidates}
     loop = Loop(f"evaluate: simulating {shapes.name(shape)}", len(turns) * len(candidates), "texts")
     for at in range(0, len(ordered), size):
         batch = ordered[at : at + size]
-        texts = padded_texts(experiment, [turns[i] for i in batch], size)
+        some = [turns[i] for i in batch]
+        texts = padded_texts(experiment, some, size)
+        draws = _sampled(experiment, some, texts, at) if sampling != GREEDY else None
         for c in candidates:
-            rows = processes.host(simulate(c.drafter, c.weights, *texts, shape))
+            rows = processes.host(simulate(c.drafter, c.weights, *texts, shape, draws, sampling))
             for row, i in enumerate(batch):
                 count = int((rows.emitted[row] > 0).sum())
                 found[c.run][i] = TurnRounds(*(x[row, :count] for x in rows))
             loop.add(len(batch))
     return {run: [by[i] for i in range(len(turns))] for run, by in found.items()}
+
+
+def _sampled(experiment: Experiment, turns: Sequence[Turn], texts: Texts, number: int) -> Sampled:
+    """How the target sampled them, and draws that depend on the seed and the `number` alone."""
+    hidden = np.zeros((*texts.tokens.shape, turns[0].hidden.shape[1]), np.float32)
+    for row, turn in zip(hidden, turns, strict=False):
+        row[: len(turn.hidden)] = turn.hidden
+    (hidden,) = partition.shard_batch((hidden,), experiment.mesh)
+    key = jax.random.fold_in(experiment.key("evaluate"), number)
+    how = experiment.sampling
+    return sampled_texts(experiment.target, experiment.target_params, hidden, texts.tokens, how, key)
 
 
 def padded_texts(experiment: Experiment, turns: Sequence[Turn], rows: int) -> Texts:
@@ -240,7 +255,7 @@ def decode_all(
 ) -> dict[str, list[TurnDecoded]]:
     """Decodes every turn one at a time, autoregressively and with each drafter, in turn."""
     settings = experiment.settings.evaluate
-    how = Sampling(**dataclasses.asdict(experiment.settings.decode.sampling))
+    how = experiment.sampling
     config = DecodeConfig(settings.max_new_tokens, experiment.tokenizer.stop_ids, how)
     plain = Session(experiment.target, experiment.target_params, config)
     drafted = {

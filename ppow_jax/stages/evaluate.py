@@ -16,6 +16,7 @@ from typing import Any
 from ppow_jax.data import prompts, texts
 from ppow_jax.decode import cost, shapes
 from ppow_jax.decode.profile import Texts
+from ppow_jax.decode.sampling import GREEDY
 from ppow_jax.drafters.eagle3 import weights_of
 from ppow_jax.errors import ConfigError, UnfinishedError, UserError
 from ppow_jax.experiment import Experiment, exact
@@ -44,6 +45,11 @@ def check(settings: Settings) -> None:
     prompts.load(settings.evaluate.prompts, "evaluate.prompts")  # a missing file shows before training
     if settings.evaluate.tree:
         shapes.parse(settings.evaluate.tree, "config.evaluate.tree")
+        if (temperature := settings.decode.sampling.temperature) > 0:
+            raise ConfigError(
+                f"config.evaluate.tree: found {settings.evaluate.tree!r}, expected '' with "
+                f"decode.sampling.temperature {temperature}: trees are simulated on greedy texts alone"
+            )
     if settings.decode.shape != "auto":
         shapes.parse(settings.decode.shape, "config.decode.shape")
     elif not settings.data.holdout:
@@ -165,6 +171,8 @@ def _samples(
     experiment: Experiment, candidate: Candidate, benchmarks: list[Benchmark]
 ) -> list[dict[str, Any]]:
     """A drafter's windows as text, kept on disk too."""
+    if experiment.sampling != GREEDY:
+        return []  # windows along a text that was sampled say little without their draws
     about = [_SAMPLES, _SAMPLE_TOKENS, experiment.settings.evaluate.window]
     identity = [candidate.identity, [b.directory.name for b in benchmarks], about]
     mark = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
@@ -270,9 +278,12 @@ def _nothing_trained(experiment: Experiment) -> UserError:
 
 
 def write_texts(experiment: Experiment, name: str, benchmark: list[prompts.Prompt]) -> Benchmark:
-    """Lets the target answer a benchmark's prompts, turn by turn and greedily, unless it has before."""
+    """Lets the target answer a benchmark's prompts, turn by turn, unless it has before.
+
+    It answers as `decode.sampling` says.
+    """
     settings, found = experiment.settings.evaluate, benchmark_of(experiment, name, benchmark)
-    about = (found.directory, settings.max_new_tokens, 0.0, settings.batch_size)
+    about = (found.directory, settings.max_new_tokens, experiment.sampling, settings.batch_size)
     selection = respond.select(experiment, benchmark, settings.max_new_tokens)
     left_out = respond.write(experiment, selection, *about, label=f"evaluate {name}", kept=found.features)
     return dataclasses.replace(found, left_out=left_out)
@@ -284,5 +295,7 @@ def benchmark_of(experiment: Experiment, name: str, benchmark: list[prompts.Prom
     asked = [(p.id, p.turns, *filter(None, [p.system])) for p in benchmark]
     identity = [settings.max_new_tokens, target.dtype, target.taps, asked]
     identity += filter(None, [experiment.settings.target.template_variables])
+    if experiment.sampling != GREEDY:
+        identity += [dataclasses.asdict(experiment.sampling), experiment.settings.seed]
     mark = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     return Benchmark(name, benchmark, experiment.workdir / "evaluate" / f"{name}-{mark}")

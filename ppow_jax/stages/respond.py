@@ -17,7 +17,7 @@ from ppow_jax.data.prompt import Prompt
 from ppow_jax.data.prompts import load, parse
 from ppow_jax.decode.batch import decode_batch, rows_for
 from ppow_jax.decode.loop import DecodeConfig
-from ppow_jax.decode.sampling import Sampling
+from ppow_jax.decode.sampling import GREEDY, Sampling
 from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.parallel import files, memory, partition, preemption, processes, progress
@@ -155,7 +155,7 @@ def run(experiment: Experiment) -> None:
             selection,
             directory,
             settings.max_new_tokens,
-            settings.temperature,
+            Sampling(settings.temperature),
             _batch_size(experiment),
             kept=features.directory(experiment) if data.cache_features else None,
             feature_dtype=data.feature_dtype,
@@ -172,7 +172,7 @@ def _ask_server(experiment: Experiment, selection: Selection, directory: pathlib
     shards = {f"write-{i:05}": batch for i, batch in enumerate(batches)}
 
     def own(prompts: list[Prompt], tokens: int) -> list[Conversation]:
-        return converse(experiment, prompts, len(prompts), tokens, 0.0, experiment.key("respond"))
+        return converse(experiment, prompts, len(prompts), tokens, GREEDY, experiment.key("respond"))
 
     return selection.left_out | endpoint.write(experiment, shards, directory, own)
 
@@ -236,7 +236,7 @@ def write(
     selection: Selection,
     directory: pathlib.Path,
     max_new_tokens: int,
-    temperature: float,
+    sampling: Sampling,
     batch_size: int,
     label: str = "respond",
     kept: pathlib.Path | None = None,
@@ -262,7 +262,7 @@ def write(
         seed = jax.random.fold_in(experiment.key("respond"), i)
         dtype = feature_dtype if kept else ""
         with progress.during(f"{label}: batch {len(batches) - len(todo) + n}/{len(batches)}"):
-            conversations = converse(experiment, batch, batch_size, max_new_tokens, temperature, seed, dtype)
+            conversations = converse(experiment, batch, batch_size, max_new_tokens, sampling, seed, dtype)
         if kept:
             features.write(kept, f"write-{i:05}", [t.features for c in conversations for t in c.texts], dtype)
         records.write_shard(directory, f"write-{i:05}", (r for c in conversations for r in c.records()))
@@ -339,7 +339,7 @@ def converse(
     prompts: list[Prompt],
     batch_size: int,
     max_new_tokens: int,
-    temperature: float,
+    sampling: Sampling,
     key: jax.Array,
     feature_dtype: str = "",
 ) -> list[Conversation]:
@@ -348,7 +348,7 @@ def converse(
     With a dtype for them, features are kept.
     """
     stops = experiment.tokenizer.stop_ids
-    config = DecodeConfig(max_new_tokens, stops, Sampling(temperature))
+    config = DecodeConfig(max_new_tokens, stops, sampling)
     conversations = active = [Conversation(p) for p in prompts]
     for turn in range(max(len(p.turns) for p in prompts)):
         active = _asked(experiment, [c for c in active if turn < len(c.prompt.turns)], turn, max_new_tokens)

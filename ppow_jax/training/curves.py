@@ -10,11 +10,12 @@ import numpy as np
 
 from ppow_jax.data import texts
 from ppow_jax.decode.profile import Texts
+from ppow_jax.decode.sampling import Sampling
 from ppow_jax.decode.shapes import chain
-from ppow_jax.decode.simulate import expected_accepted, simulate
+from ppow_jax.decode.simulate import Sampled, expected_accepted, sampled_texts, simulate
 from ppow_jax.drafters.eagle3 import Drafter, weights_of
 from ppow_jax.experiment import Experiment
-from ppow_jax.models.target_outputs import taps_of
+from ppow_jax.models.target_outputs import hidden_of, taps_of
 from ppow_jax.parallel import partition, processes
 from ppow_jax.training.step import State, drafter_params
 
@@ -22,11 +23,13 @@ _ANCHORS = 16  # a text, evenly spread
 
 
 class _Sample(NamedTuple):
-    """Texts to measure on, and anchors `[B, A]` with `real` where they are not padding."""
+    """Texts to measure on, anchors `[B, A]` with `real` where they are not padding, and how the texts were
+    sampled, if they were."""
 
     texts: Texts
     anchors: np.ndarray
     real: np.ndarray
+    sampled: Sampled | None
 
 
 def acceptance(
@@ -35,11 +38,13 @@ def acceptance(
     """Measures a drafter; the window is that of `evaluate`.
 
     Returns:
-      A function of the state: for `holdout` and `train`, `_tau` (greedy chain, by exact simulation) and
-      `_sampled` (mean accepted length of windows sampled at temperature 1, in expectation). It measures
-      nothing if there are no held-out texts, or if they are not the target's own, written at temperature 0.
+      A function of the state: for `holdout` and `train`, `_tau` (of chains, by exact simulation: greedy
+      ones, or sampled ones where the texts were sampled) and `_sampled` (mean accepted length of sampled
+      windows, in expectation, at the temperature of the texts, or 1 if they are greedy). It measures nothing
+      if there are no held-out texts, or if they are not the target's own.
     """
-    if not len(corpus.held) or not experiment.settings.respond.greedy:
+    sampling = Sampling(experiment.settings.respond.temperature or 1.0)
+    if not len(corpus.held) or experiment.settings.respond.keep_answers:
         return lambda state: {}
     held, trained = len(corpus.held), texts.spread(len(corpus.train), len(corpus.held))
     samples = {"holdout": (corpus.held, range(held)), "train": (corpus.train, trained)}
@@ -53,9 +58,12 @@ def acceptance(
             emitted, lengths = [], []
             for at in range(0, len(chosen), rows):  # read anew: their taps are too large to be kept
                 s = _sample(experiment, [items[i] for i in chosen[at : at + rows]])
-                emitted.append(processes.host(simulate(drafter, weights, *s.texts, shape).emitted))
-                about = (s.texts.taps, s.texts.tokens, s.texts.end, s.anchors)
-                lengths.append(processes.host(expected_accepted(drafter, weights, *about, K))[s.real])
+                drafted = simulate(drafter, weights, *s.texts, shape, s.sampled, sampling)
+                emitted.append(processes.host(drafted.emitted))
+                about = (s.texts.taps, s.texts.tokens, s.texts.end, s.anchors, K)
+                log_prob = s.sampled.log_prob if s.sampled else None
+                accepted = expected_accepted(drafter, weights, *about, log_prob, sampling)
+                lengths.append(processes.host(accepted)[s.real])
             tokens, rounds = sum(x.sum() for x in emitted), sum((x > 0).sum() for x in emitted)
             metrics[f"{name}_tau"] = float(tokens / max(1, rounds))
             metrics[f"{name}_sampled"] = float(np.concatenate(lengths).mean())
@@ -74,8 +82,14 @@ def texts_of(experiment: Experiment, items: Sequence[Mapping[str, Any]]) -> Text
 
 def _sample(experiment: Experiment, items: Sequence[Mapping[str, Any]]) -> _Sample:
     some = texts_of(experiment, items)
+    sampled, temperature = None, experiment.settings.respond.temperature
+    if temperature > 0:
+        batch = partition.shard_batch(texts.stack(items), experiment.mesh)
+        hidden = hidden_of(experiment.target, experiment.target_params, batch)
+        how = (hidden, some.tokens, Sampling(temperature), experiment.key("curves"))
+        sampled = sampled_texts(experiment.target, experiment.target_params, *how)
     # the first anchor is the one whose first drafted token is the response's second
     steps = (np.arange(_ANCHORS) * np.maximum(some.end - some.start - 1, 1)[:, None]) // _ANCHORS
     anchors = (some.start - 1)[:, None] + steps
     real = (np.diff(anchors, prepend=-1, axis=1) > 0) & (anchors + 2 < some.end[:, None])
-    return _Sample(some, anchors.astype(np.int32), real)
+    return _Sample(some, anchors.astype(np.int32), real, sampled)

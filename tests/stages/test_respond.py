@@ -16,6 +16,7 @@ from written import ASSISTANT, END, USER, greedy, ids, sampled, stored, trace
 from ppow_jax.data import records
 from ppow_jax.data.conversations import Conversation, spans
 from ppow_jax.data.prompt import Prompt
+from ppow_jax.decode.sampling import GREEDY
 from ppow_jax.errors import UserError
 from ppow_jax.models.target import Target
 from ppow_jax.report import measure
@@ -134,7 +135,7 @@ def test_a_lost_shard_is_written_again_as_it_was(tmp_path):
 
 
 def converse(experiment, prompts: list[Prompt], tokens: int) -> list[Conversation]:
-    return respond.converse(experiment, prompts, 4, tokens, 0.0, jax.random.key(0))
+    return respond.converse(experiment, prompts, 4, tokens, GREEDY, jax.random.key(0))
 
 
 def test_dialogues_go_on_turn_by_turn(experiment):
@@ -150,7 +151,7 @@ def test_dialogues_go_on_turn_by_turn(experiment):
 def test_features_are_kept_turn_by_turn_and_belong_to_their_texts(experiment):
     """The chain's are known: tap and hidden are the token, one-hot times sqrt(width)."""
     prompts = [Prompt("1", "", ("ab",)), Prompt("2", "", ("a", "bc"))]
-    for held in respond.converse(experiment, prompts, 4, 4, 0.0, jax.random.key(0), "float32"):
+    for held in respond.converse(experiment, prompts, 4, 4, GREEDY, jax.random.key(0), "float32"):
         want = np.eye(32)[held.tokens] * np.sqrt(32)
         want[-1] = 0.0  # never read
         np.testing.assert_allclose(held.texts[-1].features["hidden"], want, atol=1e-4)
@@ -168,7 +169,7 @@ def test_a_turn_whose_template_changes_what_was_said_is_a_text_of_its_own(experi
     changed = dataclasses.replace(experiment.tokenizer, template=SHORT)
     experiment = dataclasses.replace(experiment, tokenizer=changed)
     prompts, answer = [Prompt("1", "", ("ab",)), Prompt("2", "", ("a", "bc"))], greedy(ASSISTANT, 4)
-    about = (tmp_path / "r", 4, 0.0, 4)
+    about = (tmp_path / "r", 4, GREEDY, 4)
     respond.write(
         experiment, respond.select(experiment, prompts, 4), *about, kept=tmp_path / "r" / "features"
     )
