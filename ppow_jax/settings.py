@@ -171,6 +171,11 @@ class TrainSettings:
         "Names the random order of the texts: runs of one order and seed see the same. Empty: the run's "
         "name.",
     )
+    texts: int = key(
+        0,
+        "How many of the training texts it learns from, drawn at random: those of fewer are among those of "
+        "more. 0: all.",
+    )
     steps: int = key(0, "of this run; 0: as many as fit into `minutes`")
     minutes: float = key(
         0.0,

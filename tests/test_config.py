@@ -49,11 +49,14 @@ def test_every_ready_config_is_valid(name):
     assert config.to_dict(found) == values.to_dict()  # nothing lost, nothing changed
     if name == "objectives":  # one run for each, and some of supervised
         assert {run.objective for run in found.train.values()} == set(OBJECTIVES)
-    elif name == "equal_minutes":  # the same seeds of both
+    elif name in ("equal_minutes", "temperature_1"):  # the same seeds of both
         seeds = [
             [r.seed for n, r in found.train.items() if n.startswith(kind)] for kind in ("cst", "expected")
         ]
         assert seeds == [[0, 1, 2]] * 2
+    elif name == "ablation":  # every run but one differs from `plain`
+        methods = {n: r.method for n, r in found.train.items() if r.objective == "ppow"}
+        assert [n for n, method in methods.items() if method == methods["plain"]] == ["plain"]
     else:
         last = "expected" if name in ("quickstart", "hf_directory") else "ppow"
         assert list(found.train) == ["supervise", "cst", last]

@@ -35,6 +35,11 @@ class Texts:
     def __len__(self) -> int:
         return len(self._indices)
 
+    def only(self, places: Sequence[int]) -> "Texts":
+        """Those at these places."""
+        chosen = [self._indices[i] for i in places]
+        return Texts(self._responses, self._features, chosen, self._length)
+
     def __getitem__(self, at: SupportsIndex) -> dict[str, Any]:
         index = self._indices[at]
         record = self._responses[index]
@@ -155,6 +160,21 @@ class Corpus:
     held: Texts
     indices: list[int]
     records: int
+
+
+def some(corpus: Corpus, count: int) -> Corpus:
+    """A corpus with so many of its training texts, drawn at random; fewer are among more. 0: all.
+
+    Raises:
+      UserError: it has not so many.
+    """
+    if not count:
+        return corpus
+    if count > len(corpus.indices):
+        raise UserError(f"texts: found {count}, expected at most {len(corpus.indices)}, the training texts")
+    drawn = sorted(np.random.default_rng(0).permutation(len(corpus.indices))[:count].tolist())
+    indices = [corpus.indices[i] for i in drawn]
+    return dataclasses.replace(corpus, train=corpus.train.only(drawn), indices=indices)
 
 
 def corpus(responses: records.Records, features: records.Records | None, settings: DataSettings) -> Corpus:

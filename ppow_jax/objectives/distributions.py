@@ -40,6 +40,26 @@ class AlongWindows:
     look_up: Callable[[jax.Array], TargetDistribution]
 
 
+def where_read(
+    outputs: TargetOutputs, anchors_BxA: jax.Array, window: int, of: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """`[B, T]`: `of` the target's hidden states, `[B, L, D]` -> `[B, L]`, at positions that windows read.
+
+    Others are 0 if it was spared to compute them, as what reads the whole vocabulary is dear.
+    """
+    (B, A), T = anchors_BxA.shape, outputs.hidden.shape[1]
+    if A * window >= T:
+        return of(outputs.hidden)
+    read_BxL = _read(anchors_BxA, window, T).reshape(B, -1)
+    found_BxL = of(at(outputs.hidden, read_BxL))
+    return jnp.zeros((B, T), found_BxL.dtype).at[jnp.arange(B)[:, None], read_BxL].set(found_BxL)
+
+
+def _read(anchors_BxA: jax.Array, window: int, length: int) -> jax.Array:
+    """int32 `[B, A, K]`: the positions at which the target has foretold the tokens of windows."""
+    return jnp.minimum(anchors_BxA[..., None] + 1 + jnp.arange(window), length - 1)
+
+
 def along_windows(
     models: Models, outputs: TargetOutputs, anchors_BxA: jax.Array, window: int, of: FromLogits
 ) -> AlongWindows:
@@ -56,7 +76,7 @@ def along_windows(
       of: makes a distribution of logits.
     """
     (B, A), T = anchors_BxA.shape, outputs.hidden.shape[1]
-    read_BxAxK = jnp.minimum(anchors_BxA[..., None] + 1 + jnp.arange(window), T - 1)
+    read_BxAxK = _read(anchors_BxA, window, T)
 
     def compute(positions_BxL: jax.Array) -> TargetDistribution:
         return of(product(at(outputs.hidden, positions_BxL), models.head_NxD), positions_BxL)

@@ -5,14 +5,12 @@ drafter's probabilities of the text's own tokens x and R the reward of an accept
 
     E[R] = R(0) + sum over k = 1 .. K of (R(k) - R(k - 1)) q(x_1) q(x_2 | x_1) ... q(x_k | x_1 .. x_(k-1)).
 
-It has a gradient without sampling, groups or variance. Above temperature 0 the texts are sampled by the
-target. With a the chance that a sampled token is accepted, and r the share of a text's token x that are
-accepted drafts (`decode.simulate`),
-
-    a = sum over tokens of min(P, q),   r = min(1, q(x) / P(x)),
-    E[R] = R(0) + sum over k of (R(k) - R(k - 1)) r_1 ... r_(k-1) a_k,
-
-whose mean over texts is exact: a is the mean of r.
+It has a gradient without sampling, groups or variance. Above temperature 0 the chance a = sum over tokens of
+min(P, q) that a sampled token is accepted stands in the place of q, along texts that the target sampled:
+exact for the first token, and for those after it but for their contexts, which are the target's samples and
+not the accepted drafts. Exact in the mean over texts would be min(1, q(x) / P(x)) for the tokens before the
+last (`decode.simulate`); with it a drafter learns the training texts by heart and drafts no better for it
+(docs/log.md).
 
 A greedy decoder goes by ranks and not by probabilities: a chain keeps the text's token if it is the
 likeliest, a tree if it is among the first few of its level. With `rank` r, and z the drafter's logits, the
@@ -23,6 +21,7 @@ Shape letters: B texts, T positions, A anchors, K window, N draft vocabulary, D 
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -30,9 +29,8 @@ import jax.numpy as jnp
 
 from ppow_jax.errors import ConfigError
 from ppow_jax.keys import key, section
-from ppow_jax.models import target_outputs
-from ppow_jax.models.layers import at_ids, likeliest, logsumexp
-from ppow_jax.models.target_outputs import TargetOutputs
+from ppow_jax.models.layers import at_ids, likeliest
+from ppow_jax.models.target_outputs import TargetOutputs, log_normaliser
 from ppow_jax.objectives import losses, rewards
 from ppow_jax.objectives import weights as window_weights
 from ppow_jax.objectives.anchors import AnchorRule, blank_table, pick_anchors
@@ -52,7 +50,7 @@ from ppow_jax.objectives.base import (
     prob_of,
     written,
 )
-from ppow_jax.objectives.distributions import along_windows
+from ppow_jax.objectives.distributions import along_windows, where_read
 from ppow_jax.objectives.ppow import check_gamma
 
 
@@ -88,8 +86,12 @@ class Expected(Objective):
         choices=("all", "reached"),
     )
     kl_decay: float = key(0.8, "of kl_positions all", at_most=1.0)
+    renormalise: bool = key(
+        True,
+        "Above temperature 0: restrict the target to the draft vocabulary, as in supervised; if not, chances "
+        "are exact, for a product with the target's whole head.",
+    )
     anchor_rule: AnchorRule = section(AnchorRule)
-    mean_context: bool = key(False, "TEMP")
 
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
@@ -138,9 +140,10 @@ class Expected(Objective):
             "kl": per_step(wrote * importance),
         }
         extra = {}
-        if self.temperature > 0:
-            whole = (models.target, models.target_params, outputs.hidden, self.temperature)
-            extra = {"log_normaliser": target_outputs.log_normaliser(*whole)}
+        if self.temperature > 0 and not self.renormalise:
+            target = (models.target, models.target_params)
+            of = functools.partial(log_normaliser, *target, temperature=self.temperature)
+            extra = {"log_normaliser": where_read(outputs, picked.anchors, self.window, of)}
         return Signal(picked.anchors, tokens, weights, extra), memory, {}
 
     def prepare(self, models: Models, signal: Signal, batch: Batch, outputs: TargetOutputs) -> Any:
@@ -148,10 +151,12 @@ class Expected(Objective):
         verification."""
         about = (models, outputs, signal.anchors, self.window)
         renormalised = along_windows(*about, lambda target_logits, _: losses.renormalised(target_logits))
-        if self.temperature == 0:
-            return renormalised, None
+        if self.temperature == 0 or (self.renormalise and self.temperature == 1):
+            return renormalised, renormalised
 
         def verifying(target_logits: jax.Array, positions: jax.Array) -> losses.TargetDistribution:
+            if self.renormalise:
+                return losses.renormalised(target_logits, self.temperature)
             normaliser = at(signal.extra["log_normaliser"], positions)
             return losses.unnormalised(target_logits, self.temperature, log_normaliser=normaliser)
 
@@ -164,21 +169,17 @@ class Expected(Objective):
     def observe(
         self, models: Models, step: int, hidden: jax.Array, logits: jax.Array, inputs: Any, prepared: Any
     ) -> Stats:
-        """The chance that a drafted token is accepted, that the text's token is an accepted draft, and KL to
-        the target."""
+        """The chance that a drafted token is accepted, and KL to the target."""
         (token_BxL, where_BxL), (renormalised, verifying) = inputs, prepared
         divergence = losses.kl(renormalised.look_up(where_BxL), logits)
         tokens, vocab = token_BxL[..., None], models.weights.vocab
         if self.temperature > 0:
-            truth, logits = verifying.look_up(where_BxL), logits / self.temperature
-            chance, repeats = losses.acceptance(truth, logits), share_accepted(truth, logits, vocab, tokens)
-            if self.mean_context:
-                repeats = chance
+            chance = losses.acceptance(verifying.look_up(where_BxL), logits / self.temperature)
         elif self.rank:
-            chance = repeats = chance_by_rank(logits, vocab, tokens, self.rank, self.softness)
+            chance = chance_by_rank(logits, vocab, tokens, self.rank, self.softness)
         else:
-            chance = repeats = prob_of(logits, vocab, tokens)
-        return {"chance": chance, "repeats": repeats, "kl": divergence}
+            chance = prob_of(logits, vocab, tokens)
+        return {"chance": chance, "kl": divergence}
 
     def summarise(self, stats: Stats, signal: Signal) -> dict[str, jax.Array]:
         """The sum of the chances that contexts are accepted, where the KL goes by them."""
@@ -188,43 +189,26 @@ class Expected(Objective):
 
     def _reached(self, stats: Stats) -> jax.Array:
         """`[B, A, 1, K]`: the chance that all tokens before a step are accepted."""
-        return jax.lax.stop_gradient(_before(stats["repeats"]))
+        before = jnp.concatenate([jnp.ones_like(stats["chance"][..., :1]), stats["chance"][..., :-1]], -1)
+        return jax.lax.stop_gradient(jnp.cumprod(before, -1))
 
     def loss(self, stats: Stats, signal: Signal, summary: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
         """-E[R] of the mean window, plus the weighted KL."""
         weights = signal.weights
-        chance, repeats = (
-            (1 - self.smoothing) * stats[name] + self.smoothing for name in ("chance", "repeats")
-        )
-        reward = jnp.sum(weights["gain"] * _before(repeats) * chance) + jnp.sum(weights["least"])
+        smooth = (1 - self.smoothing) * stats["chance"] + self.smoothing
+        reward = jnp.sum(weights["gain"] * jnp.cumprod(smooth, -1)) + jnp.sum(weights["least"])
         if self.kl_positions == "all":
             decay_K = window_weights.decay(self.window, self.kl_decay)
             kl = jnp.sum(stats["kl"] * weights["kl"] * decay_K)
         else:
             reached = self._reached(stats) * weights["inside"]
             kl = jnp.sum(stats["kl"] * reached) / jnp.maximum(summary["reached"], 1e-6)
-        chances = self._reached(stats) * jax.lax.stop_gradient(stats["chance"])
+        chances = jnp.cumprod(jax.lax.stop_gradient(stats["chance"]), -1)
         return self.kl_weight * kl - self.reward_weight * reward, {
             "reward": reward,
             "kl": kl,
             "accepted": jnp.sum(chances * weights["inside"]),
         }
-
-
-def _before(repeats: jax.Array) -> jax.Array:
-    """`[B, A, 1, K]`: the product over the steps before each."""
-    return jnp.cumprod(jnp.concatenate([jnp.ones_like(repeats[..., :1]), repeats[..., :-1]], -1), -1)
-
-
-def share_accepted(
-    target: losses.TargetDistribution, logits: jax.Array, vocab_N: jax.Array, tokens: jax.Array
-) -> jax.Array:
-    """float32 `[B, L, G]`: min(1, q / P) of target ids that were drawn from P; 0 outside the draft
-    vocabulary."""
-    ids, inside = draft_ids(vocab_N, tokens)
-    drawn = at_ids(target.log_probs, ids) + jnp.log(target.mass)
-    gap = at_ids(logits, ids) - logsumexp(logits) - drawn
-    return jnp.exp(jnp.minimum(jnp.where(inside, gap, -jnp.inf), 0.0))
 
 
 def chance_by_rank(

@@ -8,6 +8,7 @@ Shape letters: B texts, T positions, A anchors, K window, N draft vocabulary, D 
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +38,7 @@ from ppow_jax.objectives.base import (
     prob_of,
     written,
 )
-from ppow_jax.objectives.distributions import along_windows
+from ppow_jax.objectives.distributions import along_windows, where_read
 from ppow_jax.objectives.losses import TargetDistribution
 
 _BY_BATCH = "lk_batch"
@@ -113,17 +114,21 @@ class Supervised(Objective):
         valid = written(batch, picked.anchors, picked.real, self.window)
         weights = {"valid": per_step(valid * picked.importance[..., None, None])}
         uniform = jax.random.uniform(jax.random.fold_in(key, 1), tokens.shape)
-        outside = self.beyond_draft_vocabulary(models, outputs)
+        outside = self.beyond_draft_vocabulary(models, outputs, picked.anchors)
         return Signal(picked.anchors, tokens, weights, Extra(uniform, outside)), memory, {}
 
-    def beyond_draft_vocabulary(self, models: Models, outputs: TargetOutputs) -> dict[str, jax.Array]:
-        """See `Extra.outside`."""
-        about = (models.target, models.target_params, outputs.hidden)
+    def beyond_draft_vocabulary(
+        self, models: Models, outputs: TargetOutputs, anchors_BxA: jax.Array
+    ) -> dict[str, jax.Array]:
+        """See `Extra.outside`; of positions that windows read."""
         if self.renormalise:
             return {}
-        if self.target_temperature == 0:
-            return {"likeliest": target_outputs.likeliest_tokens(*about)}
-        return {"log_normaliser": target_outputs.log_normaliser(*about, self.target_temperature)}
+        name, about = "likeliest", (models.target, models.target_params)
+        of = functools.partial(target_outputs.likeliest_tokens, *about)
+        if (temperature := self.target_temperature) > 0:
+            name = "log_normaliser"
+            of = functools.partial(target_outputs.log_normaliser, *about, temperature=temperature)
+        return {name: where_read(outputs, anchors_BxA, self.window, of)}
 
     def prepare(self, models: Models, signal: Signal, batch: Batch, outputs: TargetOutputs) -> Any:
         """The target's distribution along the texts."""

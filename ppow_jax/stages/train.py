@@ -1,7 +1,7 @@
 """Stage `train`: the training runs of `config.train`, one after the other."""
 
 from ppow_jax.data import texts
-from ppow_jax.errors import ConfigError
+from ppow_jax.errors import ConfigError, UserError
 from ppow_jax.experiment import Experiment
 from ppow_jax.settings import FRESH, Settings
 from ppow_jax.stages import features, room
@@ -59,7 +59,12 @@ def check_target(experiment: Experiment) -> None:
 
 def run(experiment: Experiment, name: str) -> None:
     """Trains one run."""
-    loop.train(experiment, name, corpus(experiment))
+    of, count = corpus(experiment), experiment.settings.train[name].texts
+    try:
+        chosen = texts.some(of, count)
+    except UserError as e:
+        raise UserError(f"config.train.{name}.{e}") from e
+    loop.train(experiment, name, chosen)
 
 
 def corpus(experiment: Experiment) -> texts.Corpus:

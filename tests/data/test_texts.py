@@ -109,6 +109,19 @@ def test_first_span():
     assert texts.first_span(np.array([0, 1, 1], bool)) == (1, 3)
 
 
+def test_fewer_texts_are_among_more():
+    whole = texts.Corpus(source(20), source(0), list(range(20)), 20)
+    few, more = texts.some(whole, 5), texts.some(whole, 12)
+    for chosen, count in ((few, 5), (more, 12)):
+        assert len(set(chosen.indices)) == len(chosen.train) == count
+        assert [int(item["index"]) for item in map(chosen.train.__getitem__, range(count))] == chosen.indices
+        assert chosen.indices != list(range(count)) and chosen.records == 20
+    assert set(few.indices) < set(more.indices)
+    assert texts.some(whole, 0) is whole
+    with pytest.raises(UserError, match="texts: found 21, expected at most 20, the training texts"):
+        texts.some(whole, 21)
+
+
 def test_batches_are_a_function_of_the_seed_and_cover_every_epoch():
     first = indices(texts.iterate(source(12), 4, 5), 6)
     assert first == indices(texts.iterate(source(12), 4, 5), 6)

@@ -10,7 +10,11 @@ import pytest
 import runs
 import small
 
+from ppow_jax.data import texts
 from ppow_jax.decode.simulate import expected_accepted
+from ppow_jax.drafters.eagle3 import weights_of
+from ppow_jax.drafters.windows import text_prefix, text_starts, window_pass
+from ppow_jax.errors import UserError
 from ppow_jax.stages.train import corpus
 from ppow_jax.training import curves, drafters
 
@@ -83,5 +87,49 @@ def test_curves_are_measured_on_held_out_and_on_training_texts(tmp_path):
     silent = jax.tree.map(jnp.zeros_like, state["params"])  # drafts evenly
     even = curves.acceptance(run, texts, trained.drafter)(state | {"params": silent})
     assert even["holdout_sampled"] < 0.1 < again["holdout_sampled"]
-    sampled = runs.build(workdir, respond__temperature=1.0, train__ppow__temperature=1.0)
-    assert curves.acceptance(sampled, texts, trained.drafter)(state) == {}
+    given = runs.build(workdir, respond__keep_answers=True, train__ppow__temperature=1.0)
+    assert curves.acceptance(given, texts, trained.drafter)(state) == {}
+
+
+def test_a_run_learns_from_as_many_texts_as_it_says(tmp_path, monkeypatch):
+    seen = set()
+    iterate = texts.iterate
+    monkeypatch.setattr(
+        texts, "iterate", lambda of, *rest: seen.update(list(of._indices)) or iterate(of, *rest)
+    )
+    runs.run(tmp_path / "w", stages=("respond", "train"), runs=("supervise",), train__supervise__texts=5)
+    assert len(seen) == 5
+    with pytest.raises(UserError, match=r"config.train.supervise.texts: found 500, expected at most"):
+        many = dict(runs=("supervise",), train__supervise__texts=500)
+        runs.run(tmp_path / "v", stages=("respond", "train"), **many)
+
+
+def test_sampled_texts_are_measured_as_they_were_sampled(tmp_path):
+    """tau by draws, and the mean accepted length of all windows: by hand, from the two distributions."""
+    chosen = dict(stages=("respond", "train"), runs=("supervise",), respond__temperature=0.8)
+    chosen |= dict(train__supervise__steps=20, evaluate__window=1)
+    runs.run(tmp_path / "w", **chosen)
+    run = runs.build(tmp_path / "w", **chosen)
+    corpus_, trained = corpus(run), drafters.load(run, "supervise")
+    state = {"params": trained.params, "opt_state": (None,), "vocab": trained.vocab}
+    found = curves.acceptance(run, corpus_, trained.drafter)(state)
+    assert set(found) == {"holdout_tau", "holdout_sampled", "train_tau", "train_sampled"}
+    sample = curves._sample(run, [corpus_.held[i] for i in range(len(corpus_.held))])
+    weights = weights_of(trained.params, run.target_params, trained.vocab)
+    prefix = text_prefix(trained.drafter, weights, sample.texts.taps, sample.texts.tokens)
+    ways = text_starts(prefix, sample.texts.tokens, sample.anchors)
+
+    def choose(_, hidden, logits, given):
+        return jnp.zeros(logits.shape[:3], jnp.int32), jax.nn.softmax(logits / 0.8)
+
+    drafted = window_pass(trained.drafter, weights, prefix.keys_values, ways, choose, 1, lambda step: None)
+    q, vocab, lengths = np.asarray(drafted[:, :, 0, :, 0]), np.asarray(trained.vocab), []
+    p = np.exp(np.asarray(sample.sampled.log_prob))
+    for b, a in np.argwhere(sample.real):
+        at = int(sample.anchors[b, a]) + 2
+        own = vocab == int(sample.texts.tokens[b, at])
+        lengths.append(min(1.0, q[b, a, own].sum() / p[b, at]))
+    assert found["holdout_sampled"] == pytest.approx(np.mean(lengths), rel=1e-3)
+    assert 0.05 < np.mean(lengths) < 0.99
+    # of chains of one token: a round emits two tokens where the draft is accepted
+    assert found["holdout_tau"] == pytest.approx(1 + np.mean(lengths), abs=0.15)
