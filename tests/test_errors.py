@@ -198,6 +198,7 @@ def test_a_file_that_cannot_be_used_is_one_line(monkeypatch, capsys, number):
 
 
 def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(os, "_exit", sys.exit)
     status, line = ending(monkeypatch, capsys, KeyboardInterrupt())
     assert status == 130 and line.startswith("ppow_jax: interrupted; what is finished is kept")
 

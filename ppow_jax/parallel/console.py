@@ -19,6 +19,7 @@ from ppow_jax.errors import ConfigError, UserError, out_of_memory
 from ppow_jax.parallel import preemption, processes
 
 log = logging.getLogger("ppow_jax")
+_INTERRUPTED = 130
 # Of a system's errors, those that are about the disk or a user's files.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (
@@ -129,13 +130,26 @@ def command(
         print((module.__doc__ or "").strip() + "\n\n" + flags.FLAGS.module_help(module))
         return
     try:
+        _run(main, parse)
+    except SystemExit as e:
+        if e.code in (preemption.STATUS, _INTERRUPTED) and not jax.distributed.is_initialized():
+            # The program that runs on a device meanwhile would crash when the interpreter frees what it uses.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(e.code))
+        raise
+
+
+def _run(main: Callable[[list[str]], int | None], parse: Callable[[list[str]], list[str]] | None) -> None:
+    """`command` of flags other than `--help`."""
+    try:
         app.run(main, flags_parser=parse) if parse else app.run(main)
     except UserError as e:
         _stop(2 if isinstance(e, ConfigError) else 1, str(e))
     except preemption.Stopped as e:
         _stop(preemption.STATUS, f"asked to end: {e}; the same command goes on from there")
     except KeyboardInterrupt:
-        _stop(130, "interrupted; what is finished is kept, and the same command goes on from there")
+        _stop(_INTERRUPTED, "interrupted; what is finished is kept, and the same command goes on from there")
     except OSError as e:
         if e.errno not in _NO_ROOM + _NO_ACCESS:
             raise

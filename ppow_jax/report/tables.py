@@ -66,9 +66,9 @@ def _cells(result: Mapping[str, Any]) -> dict[str, str]:
 def introduction(report: Report) -> list[str]:
     """What was measured, where and how, in sentences."""
     device, how = report["device"], report["decode_sampling"]
-    warped = "".join(
-        f", {k} {how[k]}" for k in ("top_k", "top_p") if how["temperature"] and how[k] not in (0, 1)
-    )
+    temperature = how["temperature"]
+    warped = "".join(f", {k} {how[k]}" for k in ("top_k", "top_p") if temperature and how[k] not in (0, 1))
+    at = f"temperature {temperature:g}{warped}"
     trees = f"; of trees, {report['tree']}" if report["tree"] else ""
     against = report["control"]
     paired = ", with 95% intervals of a bootstrap over the prompts that both drafters share"
@@ -76,9 +76,9 @@ def introduction(report: Report) -> list[str]:
     return [
         f"Target `{report['target']['path']}` ({report['target']['dtype']}) on {device['kind']}, "
         f"{device['cores']} cores, {device['count']} {device['platform']} device(s), jax {device['jax']}.",
-        f"tau: tokens a verification pass, simulated exactly on all prompts, window "
-        f"{report['window']}{trees}. Speed: decoded for real, {report['decode_shape']}, temperature "
-        f"{how['temperature']:g}{warped}, against autoregressive decoding of the same prompts in "
+        f"tau: tokens a verification pass at {at}, simulated exactly on all prompts, window "
+        f"{report['window']}{trees}. Speed: decoded for real at {at}, {report['decode_shape']}, against "
+        f"autoregressive decoding of the same prompts in "
         f"turn.{_predicted(report)} Measured gamma {report['gamma_measured']:.3f}.{compared}",
         *_left_out(report),
     ]

@@ -144,7 +144,7 @@ def test_auto_decodes_with_what_it_finds_and_the_report_shows_what_it_expected(
     assert report["prediction"]["drafter"] == "cst"
     assert report["prediction"]["speedup"] > 1 and 1 <= report["prediction"]["tau"] <= shape.depth + 1
     text = (workdir / "report.md").read_text()
-    assert f"decoded for real, {report['decode_shape']}, temperature 0" in text
+    assert f"decoded for real at temperature 0, {report['decode_shape']}" in text
     assert (
         f"speedup {report['prediction']['speedup']:.2f}x (reading the prompt not counted), measured" in text
     )

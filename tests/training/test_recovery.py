@@ -5,6 +5,8 @@ import logging
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -118,11 +120,28 @@ def test_outside_of_steps_it_ends_at_once_with_a_status_of_its_own(listening):
     time.sleep(0.1)
 
 
+@pytest.mark.slow
+def test_a_process_that_is_told_between_steps_does_not_crash(tmp_path):
+    """While steps are timed to see how many fit: the interpreter's own end crashed then."""
+    command = [sys.executable, "-m", "ppow_jax.main", "--config=tiny", f"--workdir={tmp_path / 'w'}"]
+    command += ["--config.train.supervise.steps=0", "--config.train.supervise.minutes=1"]
+    command += ["--config.respond.prompts=chat=builtin:chat/train[:64]", "--config.data.holdout=4"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    lines = iter(process.stderr.readline, "")
+    assert any("timing some steps" in line for line in lines)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    rest = process.stderr.read()
+    assert process.wait(60) == preemption.STATUS, rest
+    assert "Fatal" not in rest
+
+
 def test_the_command_says_so_and_how_to_go_on(monkeypatch, capsys):
     def stopped(*_, **__):
         raise preemption.Stopped("ppow is saved after step 7 of 9")
 
     monkeypatch.setattr(console.app, "run", stopped)
+    monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setattr(console.sys, "argv", ["ppow_jax"])
     with pytest.raises(SystemExit) as end:
         main.cli()
