@@ -96,7 +96,7 @@ def test_a_missing_config_file(tmp_path, form):
     assert line.startswith(
         f"ppow_jax: --config: no file {str(tmp_path / 'none.py')!r}, expected a path or one of"
     )
-    assert "qwen3_8b, smollm2_135m, tiny" in line
+    assert "qwen3_8b, smollm2_135m, temperature_1, tiny" in line
 
 
 @pytest.mark.parametrize("form", ["--config=tiny", "--config tiny"])

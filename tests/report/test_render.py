@@ -34,7 +34,7 @@ def test_markdown_has_a_row_a_benchmark_and_a_mean_row():
         assert text[at + 2] == f"| {name} | mean | 2.750 | [2.500, 3.000] |  |  |  |  | 2.00x |  |"
         assert f"| {name} | {objective} | {start} | 0 | 30 | 4 | 1m15s | 0123456789ab |" in text
     assert any("Measured gamma 0.123" in line for line in text)
-    assert any("chain:2, temperature 0.7, top_p 0.9, against" in line for line in text)
+    assert any("at temperature 0.7, top_p 0.9, chain:2, against" in line for line in text)
     assert not any("difference" in line.lower() for line in text)  # there is no control
     table = [line.count("|") for line in text if line.startswith("|")]
     assert table == [11] * 8 + [9] * 4  # headings, rules and rows are as wide

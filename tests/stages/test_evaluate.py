@@ -254,9 +254,9 @@ def test_sampled_answers_are_simulated_as_they_are_decoded(tmp_path):
     assert len(list((tmp_path / "w" / "evaluate").glob("e-*"))) == 2  # greedy answers, and sampled ones
     assert "same_rounds_as_simulated" not in of
     with pytest.raises(
-        UserError, match=r"^config.evaluate.tree: found 'tree:8x2x2', expected '' with decode"
+        UserError, match=r"^config.evaluate.tree: found 'tree:6x2x2', expected '' with decode"
     ):
-        runs.run(tmp_path / "w", decode__sampling__temperature=0.7, evaluate__tree="tree:8x2x2", **changes)
+        runs.run(tmp_path / "w", decode__sampling__temperature=0.7, evaluate__tree="tree:6x2x2", **changes)
 
 
 def test_without_its_control_a_report_compares_nothing(workdir, calls):
@@ -391,7 +391,7 @@ class Bytes(Tokenizer):
 
 def test_windows_become_text_even_where_tokens_are_parts_of_characters():
     said = list("Ab cdé".encode())
-    turn = measure.Turn("", np.array([1]), np.array(said), np.zeros((1, 1)))
+    turn = measure.Turn("", np.array([1]), np.array(said), *np.zeros((2, 1, 1)))
 
     class Experiment:
         tokenizer = Bytes()
