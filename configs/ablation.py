@@ -6,7 +6,7 @@
 
 Without the flags it trains and measures on the builtin prompts. `plain` is the policy gradient without the
 proximity reward and with uniform anchors; every other run differs from it by what its name says, and `paper`
-has both. `control` is supervision for as many steps. docs/results.md has the table that it ended with.
+has both. `control` is supervision for as many steps. Nobody has run it on SmolLM2 yet.
 """
 
 from ppow_jax.config import training_run as run

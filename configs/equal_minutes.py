@@ -14,20 +14,29 @@ from ppow_jax.configs import base, smollm2_135m
 SEEDS = {"": 0, "_2": 1, "_3": 2}
 
 
+def add_runs(c, supervised_steps, expected_steps, **expected):
+    """Adds the runs of both kinds, and the control; `expected` has keys of that objective.
+
+    The steps take the same minutes on two cores, and each kind has the learning rate that suits it best:
+    docs/log.md.
+    """
+    common = dict(start="supervise", order="continue", anchors=24)
+    for name, seed in SEEDS.items():
+        slow, fast = base.optimizer(3e-4, 20), base.optimizer(6e-4, 20)
+        c.train["cst" + name] = run(
+            "supervised", seed=seed, steps=supervised_steps, window=4, optimizer=slow, **common
+        )
+        c.train["expected" + name] = run(
+            "expected", seed=seed, steps=expected_steps, window=6, optimizer=fast, **expected, **common
+        )
+    c.evaluate.control = "cst"
+
+
 def get_config():
     c = smollm2_135m.get_config()
     del c.train.cst, c.train.ppow
     c.train.supervise.steps = 1500
-    common = dict(start="supervise", order="continue", anchors=24)
-    # Steps that take the same minutes on two cores, and the learning rate that suits each best: docs/log.md.
-    for name, seed in SEEDS.items():
-        c.train["cst" + name] = run(
-            "supervised", seed=seed, steps=800, window=4, optimizer=base.optimizer(3e-4, 20), **common
-        )
-        c.train["expected" + name] = run(
-            "expected", seed=seed, steps=560, window=6, rank=1, optimizer=base.optimizer(6e-4, 20), **common
-        )
-    c.evaluate.control = "cst"
+    add_runs(c, 800, 560, rank=1)
     c.evaluate.decode_prompts = 2
     c.log.curve_points = 4
     return c
