@@ -6,6 +6,7 @@ Rewards of rollouts rise on the anchors and texts that training chose; whether d
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from ppow_jax.data import texts
@@ -74,17 +75,23 @@ def acceptance(
 
 def texts_of(experiment: Experiment, items: Sequence[Mapping[str, Any]]) -> Texts:
     """The first responses of items of a corpus."""
-    batch = partition.shard_batch(texts.stack(items), experiment.mesh)
+    return _texts_in(experiment, items, partition.shard_batch(texts.stack(items), experiment.mesh))
+
+
+def _texts_in(
+    experiment: Experiment, items: Sequence[Mapping[str, Any]], batch: dict[str, jax.Array]
+) -> Texts:
+    """`texts_of`, the items stacked and on the mesh."""
     spans = [texts.first_span(item["assistant"]) for item in items]
     start, end = (np.asarray(x, np.int32) for x in zip(*spans, strict=True))
     return Texts(taps_of(experiment.target, experiment.target_params, batch), batch["tokens"], start, end)
 
 
 def _sample(experiment: Experiment, items: Sequence[Mapping[str, Any]]) -> _Sample:
-    some = texts_of(experiment, items)
+    batch = partition.shard_batch(texts.stack(items), experiment.mesh)
+    some = _texts_in(experiment, items, batch)
     sampled, temperature = None, experiment.settings.respond.temperature
     if temperature > 0:
-        batch = partition.shard_batch(texts.stack(items), experiment.mesh)
         hidden = hidden_of(experiment.target, experiment.target_params, batch)
         how = (hidden, some.tokens, Sampling(temperature), experiment.key("curves"))
         sampled = sampled_texts(experiment.target, experiment.target_params, *how)
