@@ -8,6 +8,7 @@ V vocabulary. Attention has a file of its own, `attention`.
 
 import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -124,6 +125,13 @@ def _at_ids_backward(kept: tuple, given: jax.Array) -> tuple[jax.Array, None]:
 at_ids.defvjp(_at_ids_forward, _at_ids_backward)
 
 
+def _parameter(module: nn.Module, name: str, start: Callable, shape: tuple[int, ...]) -> jax.Array:
+    """A parameter, begun with `start` where there is none. flax would trace `start` at every use too."""
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, start, shape)
+
+
 class Linear(nn.Module):
     """A matrix `[features, I]`, as checkpoints of language models store it, applied to `[..., I]`."""
 
@@ -134,10 +142,10 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         start = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
-        weight = self.param("weight", start, (self.features, x.shape[-1]))
+        weight = _parameter(self, "weight", start, (self.features, x.shape[-1]))
         out = product(x.astype(self.dtype), weight.astype(self.dtype))
         if self.bias:
-            out += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            out += _parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return out
 
 
@@ -152,7 +160,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.constant(1 - self.offset), (x.shape[-1],))
+        scale = _parameter(self, "scale", nn.initializers.constant(1 - self.offset), (x.shape[-1],))
         normed = _normed(x.astype(jnp.float32), self.epsilon)
         return (normed * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
 

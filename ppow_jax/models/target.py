@@ -5,7 +5,7 @@ Shape letters as in `layers`; T = K tokens of a text, C = 3 D width of the conca
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -146,6 +146,12 @@ class Block(nn.Module):
         return x + (self.mlp_post_norm(after) if self.config.post_norms else after), own
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _layer(block: Block, params: dict, *arguments: Any) -> tuple[jax.Array, KeyValues]:
+    """A layer. Being a program of its own, it is traced and lowered once for all that are alike."""
+    return block.apply({"params": params}, *arguments)
+
+
 class Target(nn.Module):
     """The decoder. `apply` is pure; the parameters are a plain nested dict."""
 
@@ -187,7 +193,11 @@ class Target(nn.Module):
         for i, layer in enumerate(self.layers):
             inputs[i] = x
             prefix = None if cache is None else cache[i]
-            x, own = layer(x, positions_BxWxK, prefix, *masks[c.span(i)])
+            arguments = (x, positions_BxWxK, prefix, *masks[c.span(i)])
+            if self.is_initializing():
+                x, own = layer(*arguments)
+            else:
+                x, own = _layer(Block(c, c.span(i), parent=None), layer.variables["params"], *arguments)
             x = partition.keep_rows(x)
             new.append(own)
         inputs[c.layers] = x
