@@ -50,9 +50,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first, so that no worker has a long file left when the others have ended."""
+    """What takes longest comes first, so that no worker has a long file left when the others have ended. Of
+    that first what does not wait for `finished`, which one worker makes meanwhile."""
     first = ("training", "objectives", "decode", "stages", "tests", "bench", "doctor")
-    items.sort(key=lambda item: (*first, item.path.parent.name).index(item.path.parent.name))
+    waiting = {item.path for item in items if "finished" in item.fixturenames}
+
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        return (*first, item.path.parent.name).index(item.path.parent.name), item.path in waiting
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

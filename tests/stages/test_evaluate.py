@@ -238,25 +238,22 @@ def test_a_stopped_evaluation_goes_on_with_the_next_benchmark(workdir, calls, mo
     assert list(report(workdir)["drafters"]["cst"]["benchmarks"]) == ["maths", "chat"]
 
 
-def test_sampled_answers_are_simulated_as_they_are_decoded(tmp_path):
+def test_sampled_answers_are_simulated_as_they_are_decoded(workdir):
     """tau of the simulation and of real decoding, of 24 answers of 64 tokens, differ by chance alone."""
     rows = [{"id": f"t{i}", "turns": [x + " ok"]} for i, x in enumerate(runs.LETTERS)]
-    prompts = runs.write_jsonl(tmp_path / "some.jsonl", rows)
+    prompts = runs.write_jsonl(workdir.parent / "some.jsonl", rows)
     changes = dict(runs=("supervise",), evaluate__prompts=f"e={prompts}", evaluate__max_new_tokens=64)
-    changes |= dict(evaluate__control="", evaluate__window=3, evaluate__decode_prompts=24)
-    changes |= dict(export__drafter="supervise", stages=("respond", "train", "evaluate"))
-    runs.run(tmp_path / "w", **changes)
-    greedy = report(tmp_path / "w")["drafters"]["supervise"]["benchmarks"]["e"]
-    runs.run(tmp_path / "w", decode__sampling__temperature=0.7, **changes)
-    of = report(tmp_path / "w")["drafters"]["supervise"]["benchmarks"]["e"]
+    changes |= dict(evaluate__decode_prompts=24, export__drafter="supervise")
+    greedy = stage(workdir, **changes)["drafters"]["supervise"]["benchmarks"]["e"]
+    changes |= dict(decode__sampling__temperature=0.7)
+    of = stage(workdir, **changes)["drafters"]["supervise"]["benchmarks"]["e"]
     assert of["tau"] < greedy["tau"] - 0.1
     assert of["tau"] == pytest.approx(of["decode_tau"], abs=0.1)
-    assert len(list((tmp_path / "w" / "evaluate").glob("e-*"))) == 2  # greedy answers, and sampled ones
+    assert len(list((workdir / "evaluate").glob("e-*"))) == 2  # greedy answers, and sampled ones
     assert "same_rounds_as_simulated" not in of
-    with pytest.raises(
-        UserError, match=r"^config.evaluate.tree: found 'tree:6x2x2', expected '' with decode"
-    ):
-        runs.run(tmp_path / "w", decode__sampling__temperature=0.7, evaluate__tree="tree:6x2x2", **changes)
+    tree = r"^config.evaluate.tree: found 'tree:6x2x2', expected '' with decode"
+    with pytest.raises(UserError, match=tree):
+        runs.run(workdir, stages=("evaluate",), evaluate__tree="tree:6x2x2", **changes)
 
 
 def test_without_its_control_a_report_compares_nothing(workdir, calls):
