@@ -67,7 +67,7 @@ def start(
     about = {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": f"{quick.FLAGS} --xla_force_host_platform_device_count={devices}",
     }
     return subprocess.Popen(

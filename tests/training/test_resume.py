@@ -197,7 +197,7 @@ def start(workdir: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen:
     environment = {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": quick.FLAGS,
     }
     return subprocess.Popen(
