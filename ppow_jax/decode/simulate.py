@@ -24,7 +24,7 @@ from ppow_jax.drafters.eagle3 import Drafter, DrafterWeights
 from ppow_jax.drafters.windows import Prefix, text_prefix, text_starts, window_pass
 from ppow_jax.models import cache as kv_cache
 from ppow_jax.models.cache import Cache
-from ppow_jax.models.layers import likeliest
+from ppow_jax.models.layers import at_ids, draft_ids, likeliest
 from ppow_jax.models.target import Target
 from ppow_jax.models.target_outputs import log_prob_of_next
 
@@ -188,9 +188,8 @@ def _draft(
 def _log_prob_of(logits: jax.Array, vocab_N: jax.Array, tokens: jax.Array, sampling: Sampling) -> jax.Array:
     """float32 `[...]`: the drafter's log-probabilities of target ids, from its logits `[..., N]`; -inf
     outside the draft vocabulary."""
-    drafted = jnp.minimum(jnp.searchsorted(vocab_N, tokens), len(vocab_N) - 1)
-    found = jnp.take_along_axis(log_probs(logits, sampling), drafted[..., None], -1)[..., 0]
-    return jnp.where(vocab_N[drafted] == tokens, found, -jnp.inf)
+    ids, inside = draft_ids(vocab_N, tokens)
+    return jnp.where(inside, at_ids(log_probs(logits, sampling), ids), -jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnames=("drafter", "shape"))

@@ -125,6 +125,12 @@ def _at_ids_backward(kept: tuple, given: jax.Array) -> tuple[jax.Array, None]:
 at_ids.defvjp(_at_ids_forward, _at_ids_backward)
 
 
+def draft_ids(vocab_N: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Draft ids of target ids, int32, and whether the draft vocabulary has them; where not, the id is any."""
+    ids = jnp.minimum(jnp.searchsorted(vocab_N, tokens), len(vocab_N) - 1)
+    return ids, vocab_N[ids] == tokens
+
+
 def _parameter(module: nn.Module, name: str, start: Callable, shape: tuple[int, ...]) -> jax.Array:
     """A parameter, begun with `start` where there is none. flax would trace `start` at every use too."""
     if module.has_variable("params", name):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ppow_jax.drafters.eagle3 import Drafter, DrafterWeights, weights_of
-from ppow_jax.models.layers import at_ids, logsumexp
+from ppow_jax.models.layers import at_ids, draft_ids, logsumexp
 from ppow_jax.models.target import Target, draft_head
 from ppow_jax.models.target_outputs import TargetOutputs
 
@@ -230,12 +230,6 @@ def per_token(mask_BxAxGxK: jax.Array) -> jax.Array:
 
 def _normalised(weights: jax.Array, total: jax.Array) -> jax.Array:
     return weights / jnp.where(total > 0, total, 1.0)
-
-
-def draft_ids(vocab_N: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Draft ids of target ids, int32, and whether the draft vocabulary has them; where not, the id is any."""
-    ids = jnp.minimum(jnp.searchsorted(vocab_N, tokens), len(vocab_N) - 1)
-    return ids, vocab_N[ids] == tokens
 
 
 def prob_of(logits_BxLxGxN: jax.Array, vocab_N: jax.Array, tokens_BxLxG: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from ppow_jax.errors import ConfigError
 from ppow_jax.keys import key, section
-from ppow_jax.models.layers import at_ids, likeliest
+from ppow_jax.models.layers import at_ids, draft_ids, likeliest
 from ppow_jax.models.target_outputs import TargetOutputs, log_normaliser
 from ppow_jax.objectives import losses, rewards
 from ppow_jax.objectives import weights as window_weights
@@ -45,7 +45,6 @@ from ppow_jax.objectives.base import (
     Stats,
     along_text,
     at,
-    draft_ids,
     per_step,
     prob_of,
     written,

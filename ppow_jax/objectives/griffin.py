@@ -26,8 +26,9 @@ import jax.numpy as jnp
 
 from ppow_jax.drafters import windows
 from ppow_jax.keys import key
+from ppow_jax.models.layers import draft_ids
 from ppow_jax.models.target_outputs import TargetOutputs
-from ppow_jax.objectives.base import Batch, Memory, Metrics, Models, Signal, draft_ids
+from ppow_jax.objectives.base import Batch, Memory, Metrics, Models, Signal
 from ppow_jax.objectives.hass import HASS
 
 

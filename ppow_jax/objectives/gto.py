@@ -43,6 +43,7 @@ from ppow_jax.drafters.windows import Start
 from ppow_jax.errors import ConfigError
 from ppow_jax.keys import key
 from ppow_jax.models import blocks, target_outputs
+from ppow_jax.models.layers import draft_ids
 from ppow_jax.models.target import Target, head_at_hand
 from ppow_jax.models.target_outputs import TargetOutputs
 from ppow_jax.objectives import losses
@@ -57,7 +58,6 @@ from ppow_jax.objectives.base import (
     Sizes,
     Stats,
     along_text,
-    draft_ids,
     written,
 )
 from ppow_jax.objectives.rollout import log_prob_of

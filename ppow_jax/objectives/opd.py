@@ -31,7 +31,7 @@ from ppow_jax.drafters import windows
 from ppow_jax.errors import ConfigError
 from ppow_jax.keys import key
 from ppow_jax.models import target_outputs
-from ppow_jax.models.layers import product
+from ppow_jax.models.layers import draft_ids, product
 from ppow_jax.models.target_outputs import TargetOutputs
 from ppow_jax.objectives import losses, rewards
 from ppow_jax.objectives.anchors import AnchorRule, Picked, blank_table, pick_anchors
@@ -44,7 +44,6 @@ from ppow_jax.objectives.base import (
     Signal,
     Sizes,
     Stats,
-    draft_ids,
     per_token,
 )
 from ppow_jax.objectives.rollout import Rollout, roll

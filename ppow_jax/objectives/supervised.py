@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ppow_jax.errors import ConfigError
 from ppow_jax.keys import key, section
 from ppow_jax.models import target_outputs
-from ppow_jax.models.layers import likeliest
+from ppow_jax.models.layers import draft_ids, likeliest
 from ppow_jax.models.target_outputs import TargetOutputs
 from ppow_jax.objectives import losses
 from ppow_jax.objectives import weights as window_weights
@@ -33,7 +33,6 @@ from ppow_jax.objectives.base import (
     Stats,
     along_text,
     at,
-    draft_ids,
     per_step,
     prob_of,
     written,

@@ -60,10 +60,9 @@ def fragment(workdir: pathlib.Path, report: Report) -> str:
 def one_line(result: Mapping[str, Any]) -> str:
     """A result for the log."""
     tree = f", of trees {result['tau_tree']:.3f}" if "tau_tree" in result else ""
-    return (
-        f"tau {result['tau']:.3f} {interval(result['tau_ci95'])}{tree}, speedup {result['speedup']:.2f}x, "
-        f"{result['identical_outputs']}/{result['prompts']} identical"
-    )
+    same = f", {tables.identical(result)} identical" if "identical_outputs" in result else ""
+    tau = f"tau {result['tau']:.3f} {interval(result['tau_ci95'])}{tree}"
+    return f"{tau}, speedup {result['speedup']:.2f}x{same}"
 
 
 _NARROW = ("drafter", "benchmark", "tau", "95% interval", "speedup", "identical")  # 80 columns hold these

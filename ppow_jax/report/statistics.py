@@ -202,16 +202,18 @@ def acceptance(of: Simulated) -> dict[str, Any]:
 
 
 def speed(of: Decoded) -> dict[str, Any]:
-    """Speedup and identity of really decoded prompts."""
-    rounds = {} if of.as_simulated is None else {"same_rounds_as_simulated": int(of.as_simulated.sum())}
+    """Speedup of really decoded prompts, and identity of those that were decoded greedily."""
+    same = {}
+    if of.as_simulated is not None:
+        same["identical_outputs"] = int(of.identical.sum())
+        same["same_rounds_as_simulated"] = int(of.as_simulated.sum())
     return {
         "tokens_per_s": float(of.tokens.sum() / of.seconds.sum()),
         "tokens_per_s_autoregressive": float(of.plain_tokens.sum() / of.plain_seconds.sum()),
         "speedup": float(speedup(of, np.ones((1, len(of.prompts)), int))[0]),
         "decode_tau": float(of.emitted.sum() / max(1, of.passes.sum())),
-        "identical_outputs": int(of.identical.sum()),
         "prompts": len(of.prompts),
-    } | rounds
+    } | same
 
 
 def result(of: Measured) -> dict[str, Any]:

@@ -59,8 +59,13 @@ def _cells(result: Mapping[str, Any]) -> dict[str, str]:
         "autoregressive": shown("tokens_per_s_autoregressive", ".1f"),
         "speedup": shown("speedup", ".2f", "x"),
         "speedup difference": change("difference", "speedup", "speedup_ci95", "+.2f"),
-        "identical": f"{result['identical_outputs']}/{result['prompts']}" if "prompts" in result else "",
+        "identical": identical(result) if "identical_outputs" in result else "",
     }
+
+
+def identical(result: Mapping[str, Any]) -> str:
+    """How many of the decoded texts are those of autoregressive decoding."""
+    return f"{result['identical_outputs']}/{result['prompts']}"
 
 
 def introduction(report: Report) -> list[str]:
