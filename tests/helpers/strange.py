@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import hypothesis
+import pytest
 from hypothesis import strategies as st
 
 from ppow_jax.errors import UserError
@@ -25,7 +26,7 @@ from ppow_jax.errors import UserError
 SECONDS = 10  # of computing; a busy machine and the collector can make a moment of one
 _BLOCKED = 60  # seconds that an example may take on the busiest machine
 LONGEST = 700  # characters of an error
-FAST, SLOW = 100, 10_000  # examples of a kind
+FAST, SLOW = 100, 10_000  # examples of a test, and of a kind of files
 
 # Written as they are, where JSON's writer would refuse them.
 _RAW = {
@@ -349,6 +350,13 @@ def ends(read: Callable[[], Any], *names: str) -> None:
         signal.signal(signal.SIGALRM, kept)
     taken = time.thread_time() - begun
     assert taken < SECONDS, f"{taken:.1f} s of computing"
+
+
+def counts(share: int = 1, fast: int = FAST) -> pytest.MarkDecorator:
+    """The examples of a test: `fast` of them, and `SLOW // share` in the slow suite: the tests of one kind of
+    files share its `SLOW` examples."""
+    slow = pytest.param(SLOW // share, marks=pytest.mark.slow)
+    return pytest.mark.parametrize("count", [fast, slow])
 
 
 def examples(count: int, strategy: st.SearchStrategy, hold: Callable[[Any], None]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import small
 import strange
 import tokenizers
-from test_model_files import CORE, counts
+from test_model_files import CORE
 
 from ppow_jax.errors import UserError
 from ppow_jax.models.target import abstract_params
@@ -42,7 +42,7 @@ def contents(directory: pathlib.Path) -> dict[str, bytes]:
     return {str(f.relative_to(directory)): f.read_bytes() for f in directory.rglob("*") if f.is_file()}
 
 
-@counts
+@strange.counts()
 def test_manifests(count, written, mesh, tmp_path, monkeypatch):
     """All but the arrays, which take long to read."""
     shapes = functools.lru_cache(512)(abstract_params)
@@ -63,7 +63,7 @@ def test_manifests(count, written, mesh, tmp_path, monkeypatch):
     strange.examples(count, made, lambda made: place.hold(made, read, *names))
 
 
-@pytest.mark.parametrize("count", [strange.FAST // 20, pytest.param(400, marks=pytest.mark.slow)])
+@strange.counts(25, fast=5)
 def test_arrays(count, written, mesh, tmp_path):
     place = strange.Place(tmp_path, written)
 
@@ -76,7 +76,7 @@ def test_arrays(count, written, mesh, tmp_path):
     strange.examples(count, made, lambda made: place.hold(made, read))
 
 
-@pytest.mark.parametrize("count", [strange.FAST // 20, pytest.param(200, marks=pytest.mark.slow)])
+@strange.counts(50, fast=5)
 def test_checkpoints(count, mesh, tmp_path):
     state = {"params": {"head": np.ones((4, 3), np.float32)}, "vocab": np.arange(4, dtype=np.int32)}
     store = checkpoint.Checkpoints(tmp_path / "sound", 2)

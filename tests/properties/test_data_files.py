@@ -8,7 +8,6 @@ import pathlib
 import strange
 from chats import tokenizer
 from hypothesis import strategies as st
-from test_model_files import counts
 
 from ppow_jax.data import conversations, prompts
 
@@ -56,7 +55,7 @@ def made_of(rows: list, name: str) -> st.SearchStrategy:
     return st.builds(lambda first, then: [first, *then], edited, also)
 
 
-@counts
+@strange.counts(2)
 def test_prompts(count, tmp_path):
     name = "prompts.jsonl"
     place = strange.Place(tmp_path, {name: b"\n".join(map(strange.dumped, PROMPTS))})
@@ -68,7 +67,7 @@ def test_prompts(count, tmp_path):
     strange.examples(count, made_of(PROMPTS, name), lambda made: place.hold(made, read))
 
 
-@counts
+@strange.counts(2)
 def test_responses(count, tmp_path):
     name = "responses.jsonl"
     place = strange.Place(tmp_path, {name: b"\n".join(map(strange.dumped, ANSWERED))})
@@ -83,7 +82,7 @@ def test_responses(count, tmp_path):
     strange.examples(count, made_of(ANSWERED, name), lambda made: place.hold(made, read))
 
 
-@counts
+@strange.counts(4)
 def test_answers_of_prompts(count, tmp_path):
     """What a dialogue's own answers become by a template."""
     name = "prompts.jsonl"

@@ -6,7 +6,6 @@ import pathlib
 import drafter_files
 import pytest
 import strange
-from test_model_files import counts
 
 from ppow_jax.drafters import eagle3
 from ppow_jax.drafters.files import reading
@@ -16,7 +15,7 @@ from ppow_jax.targets import directories
 WEIGHTS = "model.safetensors"
 
 
-@counts
+@strange.counts(2)
 @pytest.mark.parametrize("server", ["sglang", "vllm"])
 def test_drafters(count, server, tmp_path, monkeypatch):
     drafter_files.write(tmp_path / "sound", server=server)

@@ -55,7 +55,6 @@ CONFIGS = {
         "query_pre_attn_scalar": 16, "sliding_window_pattern": 2, "rope_parameters": LOCAL,
         "rope_theta": None, "hidden_act": None}},
 }  # fmt: skip
-counts = pytest.mark.parametrize("count", [strange.FAST, pytest.param(strange.SLOW, marks=pytest.mark.slow)])
 
 
 def shards() -> dict[str, bytes]:
@@ -81,7 +80,7 @@ def mesh():
     return partition.make_mesh((-1, 1, 1))
 
 
-@counts
+@strange.counts()
 def test_gguf(count, mesh, tmp_path):
     name = "model.gguf"
     place = strange.Place(tmp_path, {name: gguf_bytes.file(gguf_bytes.sound())})
@@ -95,7 +94,7 @@ def test_gguf(count, mesh, tmp_path):
     strange.examples(count, either, lambda made: place.hold(made, read))
 
 
-@counts
+@strange.counts()
 def test_safetensors(count, mesh, tmp_path):
     place = strange.Place(tmp_path, shards())
 
@@ -107,7 +106,7 @@ def test_safetensors(count, mesh, tmp_path):
     strange.examples(count, made, lambda made: place.hold(made, read))
 
 
-@counts
+@strange.counts(len(CONFIGS), fast=25)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_config(count, family, tmp_path):
     place = strange.Place(tmp_path, {"config.json": strange.dumped(CONFIGS[family])})
@@ -119,7 +118,7 @@ def test_config(count, family, tmp_path):
 
     read(place.here)
     made = strange.changes(["config.json"])
-    strange.examples(count // len(CONFIGS), made, lambda made: place.hold(made, read, "config.target.taps"))
+    strange.examples(count, made, lambda made: place.hold(made, read, "config.target.taps"))
 
 
 TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m.content }}<end>{% endfor %}"
@@ -161,7 +160,7 @@ TOKENIZER = {
 }
 
 
-@counts
+@strange.counts()
 def test_tokenizer(count, tmp_path):
     place = strange.Place(tmp_path, {name: strange.dumped(value) for name, value in TOKENIZER.items()})
 

@@ -5,7 +5,6 @@ import re
 import strange
 from chats import CHATML, NO_SYSTEM, TAGGED, THINKING, tokenizer
 from hypothesis import strategies as st
-from test_model_files import counts
 
 from ppow_jax.data.conversations import Conversation
 from ppow_jax.data.prompt import Prompt
@@ -71,7 +70,7 @@ def templates(draw):
     return text
 
 
-@counts
+@strange.counts(3)
 def test_templates(count, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "_SECONDS", 0.1)
     place, core = strange.Place(tmp_path, {}), tokenizer().core
