@@ -57,6 +57,11 @@ def test_every_ready_config_is_valid(name):
     elif name == "ablation":  # every run but one differs from `plain`
         methods = {n: r.method for n, r in found.train.items() if r.objective == "ppow"}
         assert [n for n, method in methods.items() if method == methods["plain"]] == ["plain"]
+    elif name == "data_size":  # a run goes on with the texts of its start
+        assert {(run.start, run.texts) for run in found.train.values() if run.start != "fresh"} == {
+            (name, run.texts) for name, run in found.train.items() if run.start == "fresh"
+        }
+        assert len({run.texts for run in found.train.values()}) == 3
     else:
         last = "expected" if name in ("quickstart", "hf_directory") else "ppow"
         assert list(found.train) == ["supervise", "cst", last]
