@@ -5,8 +5,8 @@
     --config.evaluate.prompts=gsm8k=GSM8K.jsonl[:96],humaneval=HUMANEVAL.jsonl,mt_bench=MT_BENCH.jsonl
 
 RESPONSES holds at least 1,864 texts. Each size has a supervised drafter of its own, and two runs that go on
-from there for the same minutes. Without the flags it trains and measures on the builtin prompts. docs/results.md has the table of a quarter
-and of all.
+from there for the same minutes. Without the flags it trains and measures on the builtin prompts.
+docs/results.md has the table of a quarter and of all.
 """
 
 from ppow_jax.config import training_run as run
