@@ -6,7 +6,7 @@
 
 RESPONSES holds at least 1,864 texts. Each size has a supervised drafter of its own, and two runs that go on
 from there for the same minutes. Without the flags it trains and measures on the builtin prompts.
-docs/results.md has the table of a quarter and of all.
+docs/results_objectives.md has the table of a quarter and of all.
 """
 
 from ppow_jax.config import training_run as run

@@ -4,8 +4,8 @@
     --config.respond.responses=RESPONSES.jsonl --config.respond.prompts= \
     --config.evaluate.prompts=gsm8k=GSM8K.jsonl[:128],humaneval=HUMANEVAL.jsonl,mt_bench=MT_BENCH.jsonl
 
-Without the flags it trains and measures on the builtin prompts. docs/results.md has the table that it ended
-with. The report compares all runs with `cst`, prompt by prompt, and the seeds of a kind with each other.
+Without the flags it trains and measures on the builtin prompts. docs/results_objectives.md has its
+table. The report compares all runs with `cst`, prompt by prompt, and the seeds of a kind with each other.
 """
 
 from ppow_jax.config import training_run as run

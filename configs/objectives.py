@@ -4,8 +4,8 @@
     --config.respond.responses=RESPONSES.jsonl --config.respond.prompts= \
     --config.evaluate.prompts=gsm8k=GSM8K.jsonl[:40],humaneval=HUMANEVAL.jsonl[:20],mt_bench=MT_BENCH.jsonl[:20]
 
-Without the flags it trains and measures on the builtin prompts. docs/results.md has the table that it ended
-with. `control` is continued supervision, and all others are compared with it prompt by prompt.
+Without the flags it trains and measures on the builtin prompts. docs/results_objectives.md has its
+table. `control` is continued supervision, and all others are compared with it prompt by prompt.
 """
 
 from ppow_jax.config import training_run as run

@@ -5,7 +5,7 @@
     --config.evaluate.prompts=gsm8k=GSM8K.jsonl[:64],humaneval=HUMANEVAL.jsonl,mt_bench=MT_BENCH.jsonl
 
 Without the flags it trains and measures on the builtin prompts. The target samples the texts that drafters
-learn from and those that they are measured on. docs/results.md has the table that it ended with.
+learn from and those that they are measured on. docs/results_objectives.md has the table that it ended with.
 """
 
 from ppow_jax.configs import smollm2_135m

@@ -1,7 +1,7 @@
 """Files as strangers make them: sound ones that are changed at random, and how a reader must end.
 
-A change is drawn by hypothesis and made in memory; `Place` lays the files out, has them read and puts back
-what was there.
+Hypothesis draws bytes, `Dice` makes changes of them, and they are made in memory. `Place` lays the files out,
+has them read and puts back what was there.
 """
 
 import copy
@@ -19,6 +19,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from dice import BYTES, Dice
 from hypothesis import strategies as st
 
 from ppow_jax.errors import UserError
@@ -49,14 +50,21 @@ _ODD: list[Any] = [
     "a/../../b", "C:\\x", "é", "中文", "{{ 1 }}", [], [[]], [None], [1], ["a"], [1, "a"], {}, {"": {}},
     {"a": None}, *_RAW,
 ]  # fmt: skip
-_VALUES = st.one_of(
-    st.sampled_from(_ODD),
-    st.integers(),
-    st.floats(),
-    st.text(max_size=8),
-    st.lists(st.sampled_from(_ODD), max_size=3),
-    st.dictionaries(st.text(max_size=3), st.sampled_from(_ODD), max_size=2),
-)
+
+
+def _value(dice: Dice) -> Any:
+    match dice.below(6):
+        case 0:
+            return dice.between(-(2**64), 2**64) >> dice.below(64)
+        case 1:
+            return dice.number()
+        case 2:
+            return dice.text(8)
+        case 3:
+            return [dice.of(_ODD) for _ in range(dice.below(4))]
+        case 4:
+            return {dice.text(3): dice.of(_ODD) for _ in range(dice.below(3))}
+    return dice.of(_ODD)
 
 
 class _Twice(str):
@@ -120,16 +128,10 @@ def _of_another_type(value: Any) -> Any:
     return False
 
 
-EDITS = st.lists(
-    st.builds(
-        Edit,
-        st.integers(0, 2**40),
-        st.sampled_from(("replace", "replace", "retype", "delete", "grow", "twice", "rename")),
-        _VALUES,
-    ),
-    min_size=1,
-    max_size=3,
-)
+def edits(dice: Dice) -> list[Edit]:
+    """One to three of them."""
+    kinds = ("replace", "replace", "retype", "delete", "grow", "twice", "rename")
+    return [Edit(dice.below(2**40), dice.of(kinds), _value(dice)) for _ in range(dice.between(1, 3))]
 
 
 def dumped(value: Any) -> bytes:
@@ -244,25 +246,30 @@ ENTRIES = (
 )
 
 
+def _bytes(dice: Dice, names: Sequence[str]) -> Bytes:
+    kinds = ("flip", "cut", "end", "insert", "repeat", "zero", "set")
+    name, what, at = dice.of(names), dice.of(kinds), dice.below(dice.of((65, 2**20)))
+    return Bytes(name, what, at, dice.below(17), dice.of((dice.of(_SIZES), dice.below(2**64))))
+
+
 def changes(
     json_names: Sequence[str] = (), headers: Sequence[str] = (), others: Sequence[str] = ()
-) -> st.SearchStrategy:
+) -> Callable[[Dice], list[Any]]:
     """Up to two changes of a directory's files: of JSON, of safetensors, and of any other kind."""
     names = (*json_names, *headers, *others)
-    of_bytes = st.builds(
-        Bytes,
-        st.sampled_from(names),
-        st.sampled_from(("flip", "cut", "end", "insert", "repeat", "zero", "set")),
-        st.one_of(st.integers(0, 64), st.integers(0, 2**20)),
-        st.integers(0, 16),
-        st.one_of(st.sampled_from(_SIZES), st.integers(0, 2**64 - 1)),
-    )
-    kinds = [of_bytes, st.builds(Entry, st.sampled_from(names), st.sampled_from(ENTRIES))]
-    if json_names:
-        kinds += [st.builds(Json, st.sampled_from(json_names), EDITS)] * 4
-    if headers:
-        kinds += [st.builds(Header, st.sampled_from(headers), EDITS)] * 4
-    return st.lists(st.one_of(kinds), min_size=1, max_size=2)
+    kinds = ("bytes", "entry", *["json"] * 4 * bool(json_names), *["header"] * 4 * bool(headers))
+
+    def change(dice: Dice) -> Any:
+        match dice.of(kinds):
+            case "bytes":
+                return _bytes(dice, names)
+            case "entry":
+                return Entry(dice.of(names), dice.of(ENTRIES))
+            case "json":
+                return Json(dice.of(json_names), edits(dice))
+        return Header(dice.of(headers), edits(dice))
+
+    return lambda dice: [change(dice) for _ in range(dice.between(1, 2))]
 
 
 class Place:
@@ -359,8 +366,8 @@ def counts(share: int = 1, fast: int = FAST) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("count", [fast, slow])
 
 
-def examples(count: int, strategy: st.SearchStrategy, hold: Callable[[Any], None]) -> None:
-    """Has `hold` hold for so many examples, always the same ones."""
+def examples(count: int, make: Callable[[Dice], Any], hold: Callable[[Any], None]) -> None:
+    """Has `hold` hold for what is made of so many dice, always the same ones."""
 
     @hypothesis.settings(
         max_examples=count,
@@ -369,8 +376,10 @@ def examples(count: int, strategy: st.SearchStrategy, hold: Callable[[Any], None
         deadline=None,  # `ends` counts what the reader computes, however busy the machine is
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    @hypothesis.given(strategy)
-    def holds(made: Any) -> None:
+    @hypothesis.given(st.binary(min_size=BYTES, max_size=BYTES))
+    def holds(data: bytes) -> None:
+        made = make(Dice(data))
+        hypothesis.note(f"made: {made!r}")
         hold(made)
 
     holds()

@@ -24,7 +24,7 @@ from ppow_jax.training import metrics
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS = 20
+STEPS = 12
 FLAGS = {
     "stages": "('respond','train')",
     "respond.prompts": "chat=builtin:chat/train[:32]",
@@ -49,7 +49,7 @@ TO_THE_END = {
     "evaluate__batch_size": 8,
     "evaluate__decode_prompts": 1,
 }
-MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
+MESHES = [(8, 1, 1), (2, 4, 1), (1, 1, 8)]  # two processes have (2, 2, 2)
 
 
 def start(

@@ -4,10 +4,11 @@ import copy
 import dataclasses
 import gzip
 import pathlib
+from collections.abc import Callable
 
 import strange
 from chats import tokenizer
-from hypothesis import strategies as st
+from dice import Dice
 
 from ppow_jax.data import conversations, prompts
 
@@ -47,12 +48,15 @@ class Rows(strange.Json):
         files[self.name] = forms.get(self.form, lines)
 
 
-def made_of(rows: list, name: str) -> st.SearchStrategy:
+def made_of(rows: list, name: str) -> Callable[[Dice], list]:
     """Rows that are changed, and then perhaps the bytes of their file."""
-    forms = st.sampled_from(("lines", "array", "bom", "gzip"))
-    edited = st.builds(Rows, st.just(name), strange.EDITS, st.just(rows), forms)
-    also = st.one_of(st.just([]), st.just([]), strange.changes(others=[name]))
-    return st.builds(lambda first, then: [first, *then], edited, also)
+    of_file = strange.changes(others=[name])
+
+    def make(dice: Dice) -> list:
+        edited = Rows(name, strange.edits(dice), rows, dice.of(("lines", "array", "bom", "gzip")))
+        return [edited, *(of_file(dice) if dice.below(3) == 0 else ())]
+
+    return make
 
 
 @strange.counts(2)

@@ -4,7 +4,7 @@ import re
 
 import strange
 from chats import CHATML, NO_SYSTEM, TAGGED, THINKING, tokenizer
-from hypothesis import strategies as st
+from dice import Dice
 
 from ppow_jax.data.conversations import Conversation
 from ppow_jax.data.prompt import Prompt
@@ -56,16 +56,15 @@ KINDS = (CHATML, THINKING, TAGGED, NO_SYSTEM)
 PROMPT = Prompt("p", "", ("a", "b"), "Be brief.", ("c", "d"))
 
 
-@st.composite
-def templates(draw):
-    """A template with some pieces in it, in place of others, or nothing but pieces."""
-    text = draw(st.sampled_from((*KINDS, "")))
-    for _ in range(draw(st.integers(1, 4))):
+def template(dice: Dice) -> str:
+    """One with some pieces in it, in place of others, or nothing but pieces."""
+    text = dice.of((*KINDS, ""))
+    for _ in range(dice.between(1, 4)):
         between = [0, *(match.end() for match in re.finditer(r"[%}]}", text))]
-        at, size = draw(st.sampled_from(between)), 0
-        if draw(st.integers(0, 3)) == 0:
-            at, size = draw(st.integers(0, len(text))), draw(st.sampled_from((0, 1, 5, 40)))
-        piece = draw(st.one_of(st.sampled_from(PARTS), st.sampled_from(PARTS), st.text(max_size=5)))
+        at, size = dice.of(between), 0
+        if dice.below(4) == 0:
+            at, size = dice.between(0, len(text)), dice.of((0, 1, 5, 40))
+        piece = dice.text(5) if dice.below(3) == 0 else dice.of(PARTS)
         text = text[:at] + piece + text[at + size :]
     return text
 
@@ -75,8 +74,8 @@ def test_templates(count, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "_SECONDS", 0.1)
     place, core = strange.Place(tmp_path, {}), tokenizer().core
 
-    def read(template: str) -> None:
-        tokens = with_stops(Tokenizer(core, template, (258, 257), {"eos_token": "<eot>"}))
+    def read(text: str) -> None:
+        tokens = with_stops(Tokenizer(core, text, (258, 257), {"eos_token": "<eot>"}))
         conversation = Conversation(PROMPT)
         conversation.check(tokens)
         conversation.take(tokens, 10_000)
@@ -84,6 +83,6 @@ def test_templates(count, tmp_path, monkeypatch):
     read(CHATML)
     strange.examples(
         count,
-        templates(),
-        lambda template: place.hold([], lambda _: read(template), "chat template", "tokenizer:"),
+        template,
+        lambda made: place.hold([], lambda _: read(made), "chat template", "tokenizer:"),
     )

@@ -51,16 +51,16 @@ def test_expected_acceptance_is_the_sum_of_products_of_the_drafters_probabilitie
 
 def test_anchors_are_spread_over_the_first_response(tmp_path):
     run = runs.build(tmp_path / "w", data__cache_features=False)
-    texts = [(2, 30), (2, 4), (4, 32)]
+    responses = [(2, 30), (2, 4), (4, 32)]
     items = []
-    for start, end in texts:
+    for start, end in responses:
         inside = (np.arange(32) >= start) & (np.arange(32) < end)
         items.append({"tokens": np.ones(32, np.int32), "assistant": inside})
     sample = curves._sample(run, items)
     real = [row[keep].tolist() for row, keep in zip(sample.anchors, sample.real, strict=True)]
     # the window at t drafts t + 2; the response's first token is prefill's
     assert real[1] == [1]
-    for (start, end), row in zip(texts, real, strict=True):
+    for (start, end), row in zip(responses, real, strict=True):
         assert row[0] == start - 1 and row[-1] + 2 < end
     assert len(real[0]) == len(real[2]) == 16 and real[2][-1] >= 27
 
@@ -73,30 +73,33 @@ def test_curves_are_measured_on_held_out_and_on_training_texts(tmp_path):
     measured = [r for r in rows if "holdout_tau" in r]
     assert [r["step"] for r in measured] == [7, 14, 20]
     run = runs.build(workdir, **chosen)
-    texts, trained = corpus(run), drafters.load(run, "supervise")
+    found, trained = corpus(run), drafters.load(run, "supervise")
     state = {"params": trained.params, "opt_state": (None,), "vocab": trained.vocab}
-    again = curves.acceptance(run, texts, trained.drafter)(state)
+    again = curves.acceptance(run, found, trained.drafter)(state)
     one = dataclasses.replace(run.settings.evaluate, batch_size=1)
     by_one = dataclasses.replace(run, settings=dataclasses.replace(run.settings, evaluate=one))
-    assert len(texts.held) > 1
-    assert curves.acceptance(by_one, texts, trained.drafter)(state) == pytest.approx(again, abs=1e-5)
+    assert len(found.held) > 1
+    assert curves.acceptance(by_one, found, trained.drafter)(state) == pytest.approx(again, abs=1e-5)
     assert set(again) == {"holdout_tau", "holdout_sampled", "train_tau", "train_sampled"}
     for key, value in again.items():
         assert measured[-1][key] == pytest.approx(value, abs=1e-5)
     assert again["holdout_sampled"] != again["train_sampled"]
     silent = jax.tree.map(jnp.zeros_like, state["params"])  # drafts evenly
-    even = curves.acceptance(run, texts, trained.drafter)(state | {"params": silent})
+    even = curves.acceptance(run, found, trained.drafter)(state | {"params": silent})
     assert even["holdout_sampled"] < 0.1 < again["holdout_sampled"]
     given = runs.build(workdir, respond__keep_answers=True, train__ppow__temperature=1.0)
-    assert curves.acceptance(given, texts, trained.drafter)(state) == {}
+    assert curves.acceptance(given, found, trained.drafter)(state) == {}
 
 
 def test_a_run_learns_from_as_many_texts_as_it_says(tmp_path, monkeypatch):
     seen = set()
     iterate = texts.iterate
-    monkeypatch.setattr(
-        texts, "iterate", lambda of, *rest: seen.update(list(of._indices)) or iterate(of, *rest)
-    )
+
+    def watched(of, *rest):
+        seen.update(int(of[at]["index"]) for at in range(len(of)))
+        return iterate(of, *rest)
+
+    monkeypatch.setattr(texts, "iterate", watched)
     runs.run(tmp_path / "w", stages=("respond", "train"), runs=("supervise",), train__supervise__texts=5)
     assert len(seen) == 5
     with pytest.raises(UserError, match=r"config.train.supervise.texts: found 500, expected at most"):

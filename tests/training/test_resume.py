@@ -177,8 +177,8 @@ FLAGS = dict(
         "respond.batch_size": 8,
         # Short ones: a prompt that does not fit into data.length is left out, and a shard with it.
         "respond.prompts": "chat=builtin:chat/train[:96]",
-        "train.supervise.steps": 60,
-        "train.ppow.steps": 40,
+        "train.supervise.steps": 30,
+        "train.ppow.steps": 20,
         "train.ppow.anchor_rule.warmup_steps": 4,
         "train.ppow.anchor_rule.rescore_every": 3,
         "evaluate.prompts": "maths=builtin:maths/eval[:4],code=builtin:code/eval[:4]",
@@ -189,7 +189,7 @@ FLAGS = dict(
     }
 )
 TIMES = {"respond": 2, "supervise": 2, "cst": 2, "ppow": 3, "evaluate": 1}  # ten kills
-LAST = {"respond": 10, "supervise": 55, "cst": 35, "ppow": 35, "evaluate": 0}
+LAST = {"respond": 10, "supervise": 25, "cst": 15, "ppow": 15, "evaluate": 0}
 
 
 def start(workdir: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen:
