@@ -7,7 +7,8 @@
 Without the flags it trains and measures on the builtin prompts. `plain` is the policy gradient without the
 proximity reward and with uniform anchors. Every other run of `ppow` differs from it by what its name says;
 the last ones, from `few` on, have fewer anchors too. `paper` has both of the paper's parts. `control` is
-supervision for as many steps, `expected` the closed form of the reward.
+supervision for as many steps, `expected` the closed form of the reward. docs/results_objectives.md has their
+table.
 """
 
 from ppow_jax.config import training_run as run
