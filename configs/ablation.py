@@ -14,7 +14,7 @@ table.
 from ppow_jax.config import training_run as run
 from ppow_jax.configs import base, data_size
 
-FEW = dict(anchors=4)  # the proximity reward drafts every window by itself: eight times a step's time
+FEW = dict(anchors=4)  # the proximity reward drafts every window by itself: ten times a step's time
 PROXIMITY = FEW | dict(proximity_weight=0.1)
 ADAW = dict(anchor_rule=dict(rule="adaw"))
 CHANGES = {
@@ -41,7 +41,7 @@ def get_config():
     c = data_size.get_config()
     for name in set(c.train) - {"supervise"}:
         del c.train[name]
-    common = dict(start="supervise", order="continue", texts=1800, steps=120, anchors=24)
+    common = dict(start="supervise", order="continue", texts=c.train.supervise.texts, steps=120, anchors=24)
     slow, fast = base.optimizer(3e-4, 10), base.optimizer(6e-4, 10)
     c.train.control = run("supervised", window=4, optimizer=slow, **common)
     c.train.expected = run("expected", window=6, rank=1, optimizer=fast, **common)
@@ -49,6 +49,5 @@ def get_config():
     for name, changes in CHANGES.items():
         c.train[name] = run("ppow", **(common | plain | changes))
     c.evaluate.control = "control"
-    c.evaluate.decode_prompts = 1
     c.log.curve_points = 2
     return c

@@ -49,7 +49,7 @@ TO_THE_END = {
     "evaluate__batch_size": 8,
     "evaluate__decode_prompts": 1,
 }
-MESHES = [(8, 1, 1), (2, 4, 1), (1, 1, 8)]  # two processes have (2, 2, 2)
+MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
 
 
 def start(

@@ -15,7 +15,7 @@ from ppow_jax.configs import quickstart
 from ppow_jax.data import records
 from ppow_jax.errors import UserError
 from ppow_jax.serving import servers
-from ppow_jax.stages import evaluate
+from ppow_jax.stages import evaluate, features
 from ppow_jax.targets import gguf_files
 
 pytestmark = [
@@ -72,6 +72,8 @@ def test_it_writes_the_texts_that_our_decoder_writes(plain, tmp_path):
     assert set(ours) == set(theirs) and len(ours) == PROMPTS
     same = [np.array_equal(ours[name]["tokens"], theirs[name]["tokens"]) for name in ours]
     assert sum(same) >= PROMPTS - 1  # float32 rounds otherwise there
+    assert features.ensure(experiment.build(settings(plain), tmp_path / "theirs"))
+    assert (tmp_path / "theirs" / "features").is_dir()
 
 
 def test_acceptance_is_measured_beside_a_plain_server(trained, target, plain, tmp_path, capsys):
